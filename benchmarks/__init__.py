@@ -1,0 +1,1 @@
+"""Suites, peers and recorded results of the comparisons, installed as `decoupled.benchmarks`."""

@@ -1,0 +1,1 @@
+"""The algorithm zoo: one folder per method family, installed as `decoupled.methods`."""
