@@ -1,0 +1,140 @@
+"""A block: a module that runs with the weights it is given, draws its randomness from its own generator, and counts.
+
+    run(x)                      live weights, running statistics move (once per pass, in the forward)
+    run(x, weights=frozen)      other weights, same module: nothing is mutated under a live graph
+    run(x, again=state)         a recompute: same random numbers, running statistics stay as they are
+
+The default CPU generator is shared between threads, so dropout inside a block is drawn from the block's own one: the
+same numbers on every runtime, whatever other blocks do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from decoupled.errors import UserError
+
+Weights = list[Tensor]
+_PLAIN_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class Block:
+    """One block of the network with its weight version and random generator.
+
+    Args:
+        module: maps one tensor (batch, *features) to one tensor (batch, *features).
+        name: what errors call it.
+        seed: seed of the generator its dropout draws from.
+        device: where the module lives and its inputs are moved to.
+
+    Attributes:
+        version: number of optimizer steps so far.
+
+    Raises:
+        UserError: the module draws randomness that cannot be replayed (alpha or feature-alpha dropout).
+    """
+
+    def __init__(self, module: nn.Module, name: str, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self.module, self.name, self.version = module.to(device), name, 0
+        self.device = torch.device(device)
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
+        named = dict(module.named_parameters())
+        self._names, self.parameters = list(named), list(named.values())
+        self.weights: Weights = [*self.parameters]
+        self._random = False
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.dropout._DropoutNd):
+                if type(layer) not in _PLAIN_DROPOUT:
+                    raise UserError(
+                        f"{name}: {type(layer).__name__} cannot be replayed in a recompute; use nn.Dropout instead"
+                    )
+                self._random = True
+        first = next((m for m in module.modules() if not list(m.children())), None)
+        self._overwrites_input = bool(getattr(first, "inplace", False))
+
+    def freeze(self) -> Weights:
+        """Copies of the current weights as new leaves, in the order of `parameters`."""
+        return [p.detach().clone().requires_grad_(p.requires_grad) for p in self.parameters]
+
+    def random_state(self) -> Tensor | None:
+        """State of the generator before a pass, or None when the block draws nothing."""
+        return self.generator.get_state() if self._random else None
+
+    def run(
+        self, x: Tensor, weights: Weights | None = None, replay: Tensor | None = None, again: bool = False
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (batch, *features).
+            weights: leaves to use instead of the module's parameters.
+            replay: generator state to draw from (a recompute); the generator goes on from where it was afterwards.
+            again: this input was run before, so running statistics must not move.
+        """
+        if self._overwrites_input:
+            x = x.clone()
+        state: dict[str, Tensor] = {}
+        if weights is not None:
+            state.update(zip(self._names, weights, strict=True))
+        if again:
+            state.update((name, buffer.clone()) for name, buffer in self.module.named_buffers())
+        with self._randomness(replay):
+            return functional_call(self.module, state, (x,)) if state else self.module(x)
+
+    @contextmanager
+    def _randomness(self, replay: Tensor | None) -> Iterator[None]:
+        if not self._random:
+            yield
+            return
+        after = self.generator.get_state() if replay is not None else None
+        if replay is not None:
+            self.generator.set_state(replay)
+        with _OwnDropout(self.generator):
+            yield
+        if after is not None:
+            self.generator.set_state(after)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "module": self.module.state_dict(),
+            "version": self.version,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.version = int(state["version"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+class _OwnDropout(TorchFunctionMode):
+    """Draws the masks of dropout layers from one generator (the mode is local to the thread)."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in _SHARED_DIMENSIONS:
+            return self._dropout(_SHARED_DIMENSIONS[func], *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0:
+            return x
+        shape = x.shape[: x.dim() - spatial] + (1,) * spatial
+        keep = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=self._generator)
+        return x * keep.div_(1 - p) if p < 1 else x * keep
+
+
+_SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}

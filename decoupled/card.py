@@ -1,0 +1,72 @@
+"""Cards: what a reader wants to know of a method; what can be generated comes from the method itself.
+
+A card is `<method>.md` beside the method's module, with the headings of `HEADINGS` in this order; under a generated
+heading the file may add words, the facts come from the code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from decoupled.method import Method
+
+HEADINGS = (
+    "In one sentence", "Paper", "Flow", "Equations", "What is truncated", "Staleness", "Memory", "Bytes",
+    "Locks removed", "Requires", "When to use, when not", "Differences from the paper", "Results",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card of one method.
+
+    Attributes:
+        name, family: of the method.
+        text: the markdown as written.
+        method: the method with its default options.
+        options: its options with their defaults.
+    """
+
+    name: str
+    family: str
+    text: str
+    method: Method
+    options: dict[str, Any]
+
+    @property
+    def sections(self) -> dict[str, str]:
+        """Text under each heading, as written."""
+        parts = re.split(r"^## (.+)$", self.text, flags=re.MULTILINE)
+        return {heading.strip(): body.strip() for heading, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+    @property
+    def summary(self) -> str:
+        """The one sentence."""
+        return self.sections.get("In one sentence", "")
+
+    def facts(self, K: int = 4) -> dict[str, Any]:
+        """The facts of the method for `K` blocks, as plain data."""
+        facts, order = self.method.facts, self.method.order
+        up, down = self.method.coupling.up, self.method.coupling.down
+        text = "takes what has arrived" if order.rule is None else order.text(0, K, 6)
+        return {
+            "family": self.family,
+            "options": self.options,
+            "up": list(up),
+            "down": list(down),
+            "order": f"{order}; block 0 of {K}, 6 passes: {text}",
+            "retention": self.method.retention.__name__,
+            "corrections": [str(correction) for correction in self.method.corrections],
+            "exact": facts.exact,
+            "objectives that reach block k": {k: list(facts.reach(k, K)) for k in range(K)},
+            "updates between forward and backward": [facts.delay(k, K) for k in range(K)],
+            "passes in flight": [facts.in_flight(k, K) for k in range(K)],
+            "locks removed": list(facts.locks),
+        }
+
+    def render(self, K: int = 4) -> str:
+        """The card as markdown, with the generated facts for `K` blocks at its end."""
+        lines = [f"- {key}: {value}" for key, value in self.facts(K).items()]
+        return f"{self.text.rstrip()}\n\n## Generated from the code ({K} blocks)\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,230 @@
+"""Coupling: one edge k -> k+1. What goes up, what comes down, and the objective J_k that block k minimises.
+
+        block k                         edge                          block k+1
+    y --> Lower.emit    ------------ Up(payload) ------------>  Upper.receive --> x
+          Lower.objective(y) = J_k  (local head, penalty, ...)
+    g <-- Lower.pull    <----------- Down(payload) -----------  Upper.reply  <-- dJ/dx
+
+The lower half lives with block k, the upper half with block k+1; each may own parameters (`module`) with an optimizer
+of their own. The objective and the replies alone decide which losses reach which parameters. The top block's lower half
+is the end of the network (`Top`); the bottom block's upper half is the data (`Bottom`).
+
+    coupling       up           down                J_k (k < K-1)
+    Gradient       activation   gradient            none: block k follows the gradient from above
+    LocalObjective activation   nothing             loss(head_k(y), targets)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from decoupled import heads
+from decoupled.messages import Data
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a half is built: block `k` of `K`, with what it needs to know about the network around it.
+
+    Attributes:
+        k, K: the block (lower half: below the edge, upper half: above it) and the number of blocks.
+        loss: (output, target) -> scalar batch mean.
+        shapes: output shape of every block without the batch dimension.
+        inputs: shape of the network's input without the batch dimension.
+    """
+
+    k: int
+    K: int
+    loss: Loss
+    shapes: tuple[tuple[int, ...], ...]
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def top(self) -> bool:
+        return self.k == self.K - 1
+
+
+class Lower:
+    """The half that lives with block k.
+
+    Attributes:
+        awaits: kind of the operation that takes a Down: "B" (also I and W), "A", or "" if none comes.
+        replies: Down messages per pass.
+        has_objective: whether J_k exists here.
+        needs_data: whether it reads targets or sample indices.
+        module: parameters of its own (dropped when the network is used), or None.
+    """
+
+    awaits: str = ""
+    replies: int = 0
+    has_objective: bool = False
+    needs_data: bool = False
+    module: nn.Module | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes kept from pass to pass beside parameters (auxiliary variables)."""
+        return 0
+
+    def offer(self, data: Data) -> tuple[Tensor, ...] | None:
+        """Payload of an operation E, before the block has run; None if only `emit` can make it."""
+        return None
+
+    def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
+        """Payload of Up, called at every forward; sent unless `offer` has sent one. `y`: (batch, *features)."""
+        return (y.detach(),)
+
+    def objective(self, y: Tensor, data: Data | None) -> Tensor:
+        """J_k, a scalar; `y` is a leaf that requires grad."""
+        raise NotImplementedError(f"{type(self).__name__} has no objective")
+
+    def pull(self, payload: tuple[Tensor, ...]) -> Tensor:
+        """The cotangent for `y` that a Down stands for."""
+        return payload[0]
+
+    def answer(self, payload: tuple[Tensor, ...] | None) -> None:
+        """Take a Down in an operation A (update of an auxiliary variable); None if its pass was dropped above."""
+
+    def clear(self) -> None:
+        """Forget passes in flight (after a failure, or at a drained point)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside the parameters of `module`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`."""
+
+
+class Upper:
+    """The half that lives with block k+1.
+
+    Attributes:
+        replies: whether it sends a Down, so that the block's input gradient is needed.
+        needs_data: whether it reads the raw batch or sample indices.
+        waits_up: whether a forward waits for Up.
+        module: parameters of its own, or None.
+    """
+
+    replies: bool = False
+    needs_data: bool = False
+    waits_up: bool = True
+    module: nn.Module | None = None
+
+    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
+        """The block's input."""
+        return payload[0]
+
+    def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Payload of Down, from the gradient for the block's input."""
+        return (gradient,)
+
+
+class Bottom(Upper):
+    """Below block 0: the data."""
+
+    needs_data = True
+    waits_up = False
+
+    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
+        assert data is not None and data.inputs is not None
+        return data.inputs
+
+
+class Top(Lower):
+    """Above the last block: the loss of the network."""
+
+    has_objective = True
+    needs_data = True
+
+    def __init__(self, place: Place) -> None:
+        self._loss = place.loss
+
+    def objective(self, y: Tensor, data: Data | None) -> Tensor:
+        assert data is not None and data.targets is not None
+        return self._loss(y, data.targets)
+
+
+class Coupling(ABC):
+    """Builds the halves of every edge. `up` and `down` name the payload tensors, in order."""
+
+    up: tuple[str, ...] = ("activation",)
+    down: tuple[str, ...] = ()
+
+    @abstractmethod
+    def lower(self, place: Place) -> Lower:
+        """Half above block `place.k` (for the last block: the end of the network)."""
+
+    @abstractmethod
+    def upper(self, place: Place) -> Upper:
+        """Half below block `place.k` > 0."""
+
+
+class _PullGradient(Lower):
+    awaits, replies = "B", 1
+
+
+class _PushGradient(Upper):
+    replies = True
+
+
+class Gradient(Coupling):
+    """Activation up, gradient down: one loss at the top reaches every block."""
+
+    down = ("gradient",)
+
+    def lower(self, place: Place) -> Lower:
+        return Top(place) if place.top else _PullGradient()
+
+    def upper(self, place: Place) -> Upper:
+        return _PushGradient()
+
+
+class LocalHead(Lower):
+    """J_k = loss(head(y), targets), with the head's own parameters; optionally gradients from above as well.
+
+    Args:
+        place: where.
+        head: which auxiliary head, see `decoupled.heads`.
+        own: whether J_k exists (False: only gradients from above).
+        replies: Down messages per pass.
+    """
+
+    needs_data = True
+
+    def __init__(self, place: Place, head: str, own: bool = True, replies: int = 0) -> None:
+        self._loss = place.loss
+        self.has_objective, self.replies = own, replies
+        self.awaits = "B" if replies else ""
+        if own and not place.top:
+            self.module = heads.build(head, place.shapes[place.k], place.shapes[-1])
+
+    def objective(self, y: Tensor, data: Data | None) -> Tensor:
+        assert data is not None and data.targets is not None
+        return self._loss(y if self.module is None else self.module(y), data.targets)
+
+
+@dataclass(frozen=True)
+class LocalObjective(Coupling):
+    """Activation up, nothing down: every block follows its own loss."""
+
+    head: str = "linear"
+    down: tuple[str, ...] = field(default=(), init=False)
+
+    def lower(self, place: Place) -> Lower:
+        return LocalHead(place, self.head)
+
+    def upper(self, place: Place) -> Upper:
+        return Upper()
+
+
+def parameters(half: Lower | Upper) -> list[nn.Parameter]:
+    """The trainable parameters a half owns."""
+    return [] if half.module is None else [p for p in half.module.parameters() if p.requires_grad]

@@ -1,0 +1,56 @@
+"""Every error a user can meet: what went wrong, where, and what to do about it.
+
+`UserError` is a mistake in what was asked (exit code 2 on the command line); the others are failures of a run (exit
+code 1) and name block, batch and operation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input; the message is one line and ends with the remedy."""
+
+
+class OperationError(RuntimeError):
+    """An operation of an actor failed; `__cause__` is the original exception with its traceback.
+
+    Attributes:
+        actor: name of the actor, e.g. ``"block1"``.
+        operation: the operation, e.g. ``"B3"`` (backward of batch 3).
+    """
+
+    def __init__(self, actor: str, operation: str, cause: BaseException, method: str = "") -> None:
+        by = f" (method {method!r})" if method else ""
+        super().__init__(f"{actor}, operation {operation}{by}: {type(cause).__name__}: {cause}")
+        self.actor, self.operation = actor, operation
+
+
+class NonFiniteError(RuntimeError):
+    """A loss became NaN or infinite."""
+
+
+class ProtocolError(RuntimeError):
+    """A message arrived that the protocol does not allow (wrong batch, wrong number of tensors, a live graph)."""
+
+
+class StallError(RuntimeError):
+    """Every actor waits and no message is under way: the wiring or an order is wrong."""
+
+
+class Stopped(BaseException):
+    """Raised inside an actor's thread to unwind it after another actor failed; never reaches the user."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """Build the error for an unknown `kind` of thing called `name`, with the nearest and all known names."""
+    known = sorted(known)
+    return UserError(f"unknown {kind} {name!r}.{nearest(str(name), known)} Known: {', '.join(known)}.")

@@ -1,0 +1,138 @@
+"""Names of methods. A method is a function that returns a `Method`; its keyword arguments are its options.
+
+    @register("gpipe")
+    def gpipe(microbatches: int = 4) -> Method: ...
+
+Families live in `decoupled/methods/<family>/method.py` and are found by looking there; other packages announce a module
+in the entry-point group `decoupled.methods`. Nothing is listed anywhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from decoupled.card import Card
+from decoupled.errors import UserError, nearest, unknown
+from decoupled.method import Method
+from decoupled.specs import parse
+
+GROUP = "decoupled.methods"
+_registry: dict[str, _Entry] = {}
+_found = False
+
+
+@dataclass(frozen=True)
+class _Entry:
+    make: Callable[..., Method]
+    family: str
+    card: Path
+
+    def options(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.make).parameters)
+
+
+def register(name: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Give the decorated function the method name `name`; its card is `<name>.md` beside its module.
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+
+    def add(make: Callable[..., Method]) -> Callable[..., Method]:
+        taken = _registry.get(name)
+        if taken is not None and (taken.make.__module__, taken.make.__qualname__) != (
+            make.__module__,
+            make.__qualname__,
+        ):
+            raise ValueError(f"method {name!r} is registered already, by {taken.make.__module__}; choose another name")
+        module = Path(inspect.getfile(make))
+        _registry[name] = _Entry(make, module.parent.name, module.with_name(f"{name}.md"))
+        return make
+
+    return add
+
+
+def methods() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(_all())
+
+
+def family(name: str) -> str:
+    """The family a method belongs to (the folder it is in)."""
+    return _entry(name).family
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of a method with their defaults."""
+    return {key: parameter.default for key, parameter in _entry(name).options().items()}
+
+
+def make(spec: str | Mapping[str, Any]) -> Method:
+    """Build a method from a name, or from a mapping with `name` and options (an OmegaConf node is one).
+
+    Raises:
+        UserError: unknown name or option (with the nearest one), or an option of the wrong type.
+    """
+    name, given = parse("method", spec)
+    entry = _entry(name)
+    known = entry.options()
+    hints = typing.get_type_hints(entry.make)
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(
+                f"method {name!r} has no option {key!r}.{nearest(key, known)} Options: {', '.join(known) or 'none'}."
+            )
+        given[key] = _coerce(name, key, value, hints.get(key, object))
+    return replace(entry.make(**given), name=name)
+
+
+def card(name: str) -> Card:
+    """The card of a method.
+
+    Raises:
+        UserError: unknown name, or a method without a card.
+    """
+    entry = _entry(name)
+    if not entry.card.is_file():
+        raise UserError(f"method {name!r} has no card; write {entry.card.name} beside its module")
+    return Card(name, entry.family, entry.card.read_text(encoding="utf-8"), make(name), options(name))
+
+
+def _coerce(name: str, key: str, value: object, wanted: object) -> object:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kinds = wanted if isinstance(wanted, type) else typing.get_args(wanted) or object
+    if isinstance(kinds, tuple):
+        kinds = tuple(kind for kind in kinds if isinstance(kind, type))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and wanted in (int, float)):
+        text = getattr(wanted, "__name__", str(wanted))
+        raise UserError(f"method {name!r}: option {key!r} must be {text}, got {value!r}")
+    return value
+
+
+def _entry(name: str) -> _Entry:
+    known = _all()
+    if name not in known:
+        raise unknown("method", name, known)
+    return known[name]
+
+
+def _all() -> dict[str, _Entry]:
+    global _found
+    if not _found:
+        _found = True
+        package = importlib.import_module("decoupled.methods")
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.ispkg:
+                importlib.import_module(f"decoupled.methods.{module.name}.method")
+        for point in entry_points(group=GROUP):
+            point.load()
+    return _registry

@@ -1,0 +1,213 @@
+"""Retention: what a block keeps between sending a pass up and hearing back.
+
+    policy               kept per pass                    weights in the backward    activations in the backward
+    KeepNothing          the graph, until the next op     those of the forward       stored (F and B are adjacent)
+    KeepGraph            the graph over frozen copies     those of the forward       stored
+    KeepInputAndWeights  input + frozen copies            those of the forward       recomputed, bit-equal
+    KeepInput            input                            today's                    recomputed with today's weights
+
+Weights are never changed under a live graph: where an order puts a step between F and B, the graph is built over a
+frozen copy, one copy per weight version however many passes use it. A recompute replays the random numbers of the
+forward and leaves running statistics alone (notes: stash policies S0, S1, S2, S5).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoupled.block import Block, Weights
+from decoupled.errors import ProtocolError
+
+
+@dataclass
+class Tape:
+    """One recorded pass: `y` with its graph over leaf input `x` and leaf `weights`."""
+
+    x: Tensor
+    y: Tensor
+    weights: Weights
+
+    def vjp(self, cotangent: Tensor, *, to_input: bool, to_weights: bool, again: bool) -> tuple[Tensor | None, Weights]:
+        """Vector-Jacobian products of the pass.
+
+        Args:
+            cotangent: same shape as `y`.
+            to_input: return the gradient for `x` (zeros if `y` does not depend on it), else None.
+            to_weights: return one gradient per weight (None where unused), else an empty list.
+            again: the graph is needed once more.
+        """
+        sinks = [self.x] if to_input else []
+        sinks += [w for w in self.weights if w.requires_grad] if to_weights else []
+        if not sinks or not self.y.requires_grad:
+            return (torch.zeros_like(self.x) if to_input else None), []
+        grads = list(torch.autograd.grad(self.y, sinks, cotangent, retain_graph=again, allow_unused=True))
+        to_x = grads.pop(0) if to_input else None
+        if to_input and to_x is None:
+            to_x = torch.zeros_like(self.x)
+        return to_x, grads
+
+
+class Retention(ABC):
+    """Keeps passes of one block between F and B.
+
+    Args:
+        block: the block.
+        steps_between: whether its order ever puts an optimizer step between F and B of a pass.
+
+    Attributes:
+        recomputes: whether a backward runs the forward again.
+        held_bytes, peak_held_bytes: bytes kept for passes in flight (inputs, saved activations, frozen weights).
+        peak_passes: most passes kept at once.
+    """
+
+    recomputes: bool = False
+
+    def __init__(self, block: Block, steps_between: bool) -> None:
+        self._block, self._steps_between = block, steps_between
+        self._kept: dict[int, Any] = {}
+        self._frozen: dict[int, tuple[Weights, set[int]]] = {}
+        self._bytes: dict[int, int] = {}
+        self._saved: dict[tuple, int] = {}
+        self.peak_held_bytes = self.peak_passes = 0
+
+    @abstractmethod
+    def keep(self, n: int, x: Tensor) -> Tensor:
+        """Forward of pass `n` on leaf `x`; returns the output (it may carry a graph)."""
+
+    @abstractmethod
+    def open(self, n: int) -> Tape:
+        """The recorded pass `n`, recomputed if need be; called once or more before `close`."""
+
+    def close(self, n: int) -> None:
+        """Forget pass `n`."""
+        self._kept.pop(n, None)
+        self._bytes.pop(n, None)
+        for version, (_, users) in list(self._frozen.items()):
+            if n in users:
+                users.discard(n)
+                if not users and version != self._block.version:
+                    del self._frozen[version]
+
+    def clear(self) -> None:
+        """Forget everything (after a failure)."""
+        self._kept.clear()
+        self._bytes.clear()
+        self._frozen.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        frozen = sum(w.numel() * w.element_size() for weights, users in self._frozen.values() if users for w in weights)
+        return sum(self._bytes.values()) + frozen
+
+    def _hold(self, n: int, thing: Any, nbytes: int) -> None:
+        if n in self._kept:
+            raise ProtocolError(f"{self._block.name}: pass {n} is kept already")
+        self._kept[n], self._bytes[n] = thing, nbytes
+        self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
+        self.peak_passes = max(self.peak_passes, len(self._kept))
+
+    def _weights(self, n: int) -> Weights | None:
+        """Leaves for pass `n`: a frozen copy of this version if a step may come before its backward, else None."""
+        if not self._steps_between:
+            return None
+        version = self._block.version
+        for old in [v for v, (_, users) in self._frozen.items() if not users and v != version]:
+            del self._frozen[old]
+        if version not in self._frozen:
+            self._frozen[version] = (self._block.freeze(), set())
+        weights, users = self._frozen[version]
+        users.add(n)
+        return weights
+
+    def _record(self, x: Tensor, weights: Weights | None, **how: Any) -> Tape:
+        with torch.enable_grad():
+            y = self._block.run(x, weights, **how)
+        return Tape(x, y, self._block.weights if weights is None else weights)
+
+    def _graph_bytes(self, x: Tensor, run: Callable[[], Tape]) -> tuple[Tape, int]:
+        """Record a pass and say how many bytes its graph saves (measured once per input shape)."""
+        shape = (tuple(x.shape), x.dtype)
+        if shape in self._saved:
+            return run(), self._saved[shape]
+        seen: dict[int, int] = {x.untyped_storage().data_ptr(): x.numel() * x.element_size()}
+        weights = {p.untyped_storage().data_ptr() for p in self._block.parameters}
+        for frozen, _ in self._frozen.values():
+            weights.update(w.untyped_storage().data_ptr() for w in frozen)
+
+        def pack(t: Tensor) -> Tensor:
+            pointer = t.untyped_storage().data_ptr()  # several views of one tensor count once
+            seen[pointer] = max(seen.get(pointer, 0), t.numel() * t.element_size())
+            return t if t.is_leaf else t.detach()  # returning a non-leaf itself would make a reference cycle
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            tape = run()
+        self._saved[shape] = sum(size for pointer, size in seen.items() if pointer not in weights)
+        return tape, self._saved[shape]
+
+
+class KeepGraph(Retention):
+    """Keeps the autograd graph; over frozen copies of the weights if steps come between."""
+
+    def keep(self, n: int, x: Tensor) -> Tensor:
+        weights = self._weights(n)
+        tape, nbytes = self._graph_bytes(x, lambda: self._record(x, weights))
+        self._hold(n, tape, nbytes)
+        return tape.y
+
+    def open(self, n: int) -> Tape:
+        return self._kept[n]
+
+
+class KeepNothing(Retention):
+    """The graph lives until the very next backward, over the live weights; a second pass or a step is refused."""
+
+    def keep(self, n: int, x: Tensor) -> Tensor:
+        if self._kept:
+            raise ProtocolError(f"{self._block.name}: KeepNothing holds one pass at a time, {list(self._kept)} is open")
+        tape, nbytes = self._graph_bytes(x, lambda: self._record(x, None))
+        self._hold(n, (tape, self._block.version), nbytes)
+        return tape.y
+
+    def open(self, n: int) -> Tape:
+        tape, version = self._kept[n]
+        if version != self._block.version:
+            raise ProtocolError(f"{self._block.name}: the weights moved between F{n} and B{n}; keep the graph or input")
+        return tape
+
+
+class _Recompute(Retention):
+    """What the two recomputing policies share: run without a graph, record again when the answer comes."""
+
+    recomputes = True
+
+    def keep(self, n: int, x: Tensor) -> Tensor:
+        weights = self._weights(n)
+        state = self._block.random_state()
+        with torch.no_grad():
+            y = self._block.run(x, weights)
+        self._hold(n, (x, weights, state), x.numel() * x.element_size())
+        return y
+
+    def open(self, n: int) -> Tape:
+        kept = self._kept[n]
+        if not isinstance(kept, Tape):
+            x, weights, state = kept
+            kept = self._kept[n] = self._record(x, weights, replay=state, again=True)
+        return kept
+
+
+class KeepInputAndWeights(_Recompute):
+    """Keeps the input and the weights of the forward; recomputes. Bit-equal to KeepGraph, less memory, more work."""
+
+
+class KeepInput(_Recompute):
+    """Keeps the input; recomputes with today's weights (Features Replay)."""
+
+    def __init__(self, block: Block, steps_between: bool) -> None:
+        super().__init__(block, steps_between=False)

@@ -1,0 +1,1 @@
+"""Runtimes: they know actors, edges and messages, and nothing about training."""

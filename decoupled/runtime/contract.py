@@ -1,0 +1,195 @@
+"""What a runtime runs: a graph of actors that tell which message they want next.
+
+    actor.wants()                 -> Want, Want, ...      best first; () means "I have finished this run"
+    actor.handle(want, messages)  -> Outcome              one operation: its label, and what to send
+
+A `Want` names ports and a key: it is met when each of its ports holds a message with that key (key None: any key, but
+the same on all its ports). A want without ports is met at once. Chains of blocks, graphs with loops and
+producer/consumer pairs are all wirings of this contract. Every port has a capacity; a sender waits while it is full.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from decoupled.errors import ProtocolError
+from decoupled.messages import Message
+
+
+class Want(NamedTuple):
+    """Messages an actor could use next; `tag` is the actor's own note on what for."""
+
+    ports: tuple[str, ...] = ()
+    key: Hashable | None = None
+    tag: Any = None
+
+
+class Outcome(NamedTuple):
+    """What `handle` did: the label of the operation (None: bookkeeping, takes no time) and (out, message) pairs."""
+
+    operation: str | None = None
+    sends: Sequence[tuple[str, Message]] = ()
+
+
+class Actor(ABC):
+    """Anything that turns messages into messages. `in_caller`: must run in the thread that called `run`."""
+
+    name: str
+    in_caller: bool = False
+
+    @abstractmethod
+    def wants(self) -> Sequence[Want]:
+        """The messages it would take next, best first; empty when it has finished. Pure."""
+
+    @abstractmethod
+    def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
+        """Carry out one operation on the messages that met `want` (one per port)."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A directed channel: what `source` sends on `out` waits at `target` on `port`, `capacity` messages at most."""
+
+    source: str
+    out: str
+    target: str
+    port: str
+    capacity: int
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ProtocolError(f"edge {self}: capacity must be at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.source}.{self.out}->{self.target}.{self.port}"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Actors and edges. Names are unique; every edge joins two actors of the graph."""
+
+    actors: Sequence[Actor]
+    edges: Sequence[Edge]
+
+    def __post_init__(self) -> None:
+        names = [actor.name for actor in self.actors]
+        if len(set(names)) != len(names):
+            raise ProtocolError(f"actor names are not unique: {names}")
+        for edge in self.edges:
+            if not {edge.source, edge.target} <= set(names):
+                raise ProtocolError(f"edge {edge} joins an actor that is not in the graph ({', '.join(names)})")
+
+    def routes(self, name: str) -> dict[str, list[Edge]]:
+        """Edges leaving actor `name`, by out port."""
+        routes: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            if edge.source == name:
+                routes.setdefault(edge.out, []).append(edge)
+        return routes
+
+    def ports(self, name: str) -> dict[str, int]:
+        """Capacity of each port of actor `name` (edges that share a port add up)."""
+        ports: dict[str, int] = {}
+        for edge in self.edges:
+            if edge.target == name:
+                ports[edge.port] = ports.get(edge.port, 0) + edge.capacity
+        return ports
+
+
+class Mailbox:
+    """The waiting messages of one actor, by port. Not locked: a runtime that shares it does the locking."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        self._capacity = ports
+        self._queues: dict[str, deque[Message]] = {port: deque() for port in ports}
+
+    def room(self, port: str) -> int:
+        """How many more messages `port` takes."""
+        return self._capacity[port] - len(self._queues[port])
+
+    def put(self, port: str, message: Message) -> None:
+        self._queues[port].append(message)
+
+    def take(self, wants: Iterable[Want]) -> tuple[Want, tuple[Message, ...]] | None:
+        """Remove and return the messages that meet the first satisfiable want, or None."""
+        for want in wants:
+            if not want.ports:
+                return want, ()
+            key = self._common_key(want)
+            if key is not None:
+                return want, tuple(self._remove(port, key) for port in want.ports)
+        return None
+
+    def waiting(self) -> dict[str, list[Hashable]]:
+        """Keys that wait, by port (for error messages)."""
+        return {port: [m.key for m in queue] for port, queue in self._queues.items() if queue}
+
+    def _common_key(self, want: Want) -> Hashable | None:
+        first, *others = (self._queues[port] for port in want.ports)
+        for message in first:
+            if (want.key is None or message.key == want.key) and all(
+                any(m.key == message.key for m in queue) for queue in others
+            ):
+                return message.key
+        return None
+
+    def _remove(self, port: str, key: Hashable) -> Message:
+        queue = self._queues[port]
+        for i, message in enumerate(queue):
+            if message.key == key:
+                del queue[i]
+                return message
+        raise AssertionError(f"no message {key!r} on {port}")
+
+
+class Observer:
+    """Looks on: every method does nothing until overridden. Times are seconds of the runtime's own clock."""
+
+    def operation(self, actor: str, operation: str, start: float, end: float) -> None:
+        """`actor` carried out `operation`."""
+
+    def delivery(self, edge: Edge, message: Message, sent: float, arrived: float) -> None:
+        """`message` crossed `edge`."""
+
+
+class Timings(NamedTuple):
+    """Seconds of one run per actor name: in operations, and waiting for messages or room; and of the whole run."""
+
+    busy: dict[str, float]
+    wait: dict[str, float]
+    elapsed: float
+
+
+class Runtime(ABC):
+    """Runs graphs. A runtime may be used for many runs; `close` ends its workers."""
+
+    @abstractmethod
+    def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
+        """Run until every actor has finished; the first failure stops all and is raised."""
+
+    def close(self) -> None:  # noqa: B027 - a runtime without workers has nothing to end
+        """End all workers; idempotent."""
+
+
+@contextmanager
+def intra_op_threads(count: int | None) -> Iterator[None]:
+    """Let torch operations use `count` threads (None: leave it) and put the number back afterwards."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
+
+
+Latency = Callable[[Edge, Message], float]
+Cost = Callable[[str, str], float]

@@ -1,0 +1,164 @@
+"""Threads: one thread per actor, one blocking mailbox each; no polling, no barrier, no global lock.
+
+    caller        runs the actors marked `in_caller` (the source: it iterates the user's data) and re-raises failures
+    thread k      take -> handle -> put, until its actor has finished
+
+Threads start at the first run, live until `close`, and keep their intra-op thread count (cores / blocks). A sender
+waits while the target port is full. The first failure closes all mailboxes, which wakes everybody. A mailbox that waits
+longer than `patience` checks whether *everybody* waits: then the wiring is wrong and a StallError says who wants what.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from decoupled.errors import StallError, Stopped
+from decoupled.messages import Message
+from decoupled.runtime.contract import Actor, Edge, Graph, Mailbox, Observer, Runtime, Timings, Want, intra_op_threads
+
+
+class Threads(Runtime):
+    """Runs each actor in its own thread.
+
+    Args:
+        intra_op: torch intra-op threads per worker; default: leave as it is.
+        patience: seconds a mailbox waits before it looks whether the whole run has stalled.
+    """
+
+    def __init__(self, intra_op: int | None = None, patience: float = 20.0) -> None:
+        self._intra_op, self._patience = intra_op, patience
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
+        run = _Run(graph, observers, self._patience)
+        with intra_op_threads(self._intra_op):
+            return self._run(run, graph)
+
+    def _run(self, run: _Run, graph: Graph) -> Timings:
+        futures: list[Future[None]] = []
+        start = time.perf_counter()
+        try:
+            for actor in graph.actors:
+                if not actor.in_caller:
+                    futures.append(self._pool(actor.name).submit(run.work, actor))
+            for actor in graph.actors:
+                if actor.in_caller:
+                    run.work(actor)
+            for future in futures:
+                future.result()
+        except BaseException as interrupt:
+            run.fail(interrupt)
+            raise
+        finally:
+            for future in futures:
+                future.exception()  # every worker has left the run before anyone touches its state
+        if run.failure is not None:
+            raise run.failure
+        return Timings(run.busy, run.wait, time.perf_counter() - start)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(wait=True)
+        self._pools.clear()
+
+    def _pool(self, name: str) -> ThreadPoolExecutor:
+        if name not in self._pools:
+            self._pools[name] = ThreadPoolExecutor(1, name)
+            if self._intra_op:
+                self._pools[name].submit(torch.set_num_threads, self._intra_op).result()
+        return self._pools[name]
+
+
+class _Box:
+    """A mailbox with its lock."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        self.mail, self.changed = Mailbox(ports), threading.Condition(threading.Lock())
+
+
+class _Run:
+    """One run: the mailboxes, the first failure, and who waits for what."""
+
+    def __init__(self, graph: Graph, observers: Sequence[Observer], patience: float) -> None:
+        self._boxes = {actor.name: _Box(graph.ports(actor.name)) for actor in graph.actors}
+        self._routes = {actor.name: graph.routes(actor.name) for actor in graph.actors}
+        self._observers, self._patience = observers, patience
+        self._waiting: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.busy = dict.fromkeys(self._boxes, 0.0)
+        self.wait = dict.fromkeys(self._boxes, 0.0)
+
+    def work(self, actor: Actor) -> None:
+        """The loop of one actor."""
+        name, clock = actor.name, time.perf_counter
+        try:
+            while wants := actor.wants():
+                start = clock()
+                want, messages = self._take(name, wants)
+                began = clock()
+                outcome = actor.handle(want, messages)
+                ended = clock()
+                if outcome.operation is not None:
+                    for observer in self._observers:
+                        observer.operation(name, outcome.operation, began, ended)
+                for out, message in outcome.sends:
+                    for edge in self._routes[name].get(out, ()):
+                        self._put(edge, message)
+                self.busy[name] += ended - began
+                self.wait[name] += (began - start) + (clock() - ended)
+            self._waiting[name] = "nothing: it has finished"
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.fail(error)
+            if actor.in_caller:
+                raise
+
+    def fail(self, error: BaseException) -> None:
+        """Record the first failure and wake everybody."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = error
+        for box in self._boxes.values():
+            with box.changed:
+                box.changed.notify_all()
+
+    def _take(self, name: str, wants: Sequence[Want]) -> tuple[Want, tuple[Message, ...]]:
+        box = self._boxes[name]
+        with box.changed:
+            while True:
+                if self.failure is not None:
+                    raise Stopped
+                found = box.mail.take(wants)
+                if found is not None:
+                    if found[1]:
+                        box.changed.notify_all()
+                    self._waiting.pop(name, None)
+                    return found
+                self._wait(box, name, f"{[(w.ports, w.key) for w in wants]}; waiting there: {box.mail.waiting()}")
+
+    def _put(self, edge: Edge, message: Message) -> None:
+        box, sent = self._boxes[edge.target], time.perf_counter()
+        with box.changed:
+            while box.mail.room(edge.port) < 1:
+                if self.failure is not None:
+                    raise Stopped
+                self._wait(box, edge.source, f"room on {edge}")
+            self._waiting.pop(edge.source, None)
+            box.mail.put(edge.port, message)
+            box.changed.notify_all()
+        for observer in self._observers:
+            observer.delivery(edge, message, sent, time.perf_counter())
+
+    def _wait(self, box: _Box, name: str, what: str) -> None:
+        self._waiting[name] = what
+        before = dict(self._waiting)
+        if not box.changed.wait(self._patience) and len(before) == len(self._boxes) and before == self._waiting:
+            waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(before.items()))
+            raise StallError(f"every actor waits and nothing moves: {waits}")

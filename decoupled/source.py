@@ -1,0 +1,172 @@
+"""The source: turns the user's batches into passes and feeds the blocks that read data.
+
+    Whole()     one pass per minibatch
+    Split(M)    M micro-batches per minibatch, weighted by their share of the samples (synchronous pipelines)
+    Repeat(M)   M inner rounds on the same minibatch (online auxiliary variables)
+
+It runs in the caller's thread, because it iterates the caller's data; bounded ports hold it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from decoupled.errors import UserError
+from decoupled.messages import Data, End, Message
+from decoupled.runtime.contract import Actor, Outcome, Want
+
+
+class Whole:
+    """One pass per minibatch.
+
+    Attributes:
+        count: passes per minibatch. share: part of the minibatch's samples in each.
+    """
+
+    count: int = 1
+    share: float = 1.0
+
+    def passes(self, data: Data) -> Iterator[Data]:
+        """The passes of one minibatch; their keys are set by the source."""
+        yield data
+
+
+@dataclass(frozen=True)
+class Split(Whole):
+    """`parts` micro-batches per minibatch; a short batch gives void passes, so that the order stays the same."""
+
+    parts: int
+
+    def __post_init__(self) -> None:
+        if self.parts < 1:
+            raise UserError(f"microbatches must be at least 1, got {self.parts}")
+        object.__setattr__(self, "count", self.parts)
+        object.__setattr__(self, "share", 1 / self.parts)
+
+    def passes(self, data: Data) -> Iterator[Data]:
+        assert data.inputs is not None and data.targets is not None
+        inputs, targets = data.inputs.tensor_split(self.parts), data.targets.tensor_split(self.parts)
+        indices = [None] * self.parts if data.indices is None else data.indices.tensor_split(self.parts)
+        for m in range(self.parts):
+            share = len(inputs[m]) / len(data.inputs)
+            yield replace(
+                data, round=m, rounds=self.parts, inputs=inputs[m], targets=targets[m], indices=indices[m],
+                share=share, void=share == 0,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Repeat(Whole):
+    """`rounds` passes over the same minibatch."""
+
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"rounds must be at least 1, got {self.rounds}")
+        object.__setattr__(self, "count", self.rounds)
+
+    def passes(self, data: Data) -> Iterator[Data]:
+        for m in range(self.rounds):
+            yield replace(data, round=m, rounds=self.rounds)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A block that reads data: which parts of it."""
+
+    name: str
+    inputs: bool
+    targets: bool
+
+
+class Source(Actor):
+    """Feeds one run.
+
+    Args:
+        batches: yields (inputs, targets) or (inputs, targets, indices); see `unpack`.
+        feed: how a minibatch becomes passes.
+        readers: the blocks to send to.
+        start: key of the first pass. first_batch: number of the first minibatch.
+        classes: number of classes if targets are class numbers, to refuse others early; None: not checked.
+        on_batch: called with the number of samples after every minibatch.
+    """
+
+    name = "source"
+    in_caller = True
+
+    def __init__(
+        self,
+        batches: Iterable[object],
+        feed: Whole,
+        readers: Sequence[Reader],
+        start: int = 0,
+        first_batch: int = 0,
+        classes: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        self.key, self.batch, self.samples = start, first_batch, 0
+        self._feed, self._readers, self._classes, self._on_batch = feed, readers, classes, on_batch
+        self._passes = self._all(batches)
+        self._ended = False
+
+    def wants(self) -> Sequence[Want]:
+        return () if self._ended else (Want(),)
+
+    def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
+        data = next(self._passes, None)
+        if data is None:
+            self._ended = True
+            return Outcome(None, [(reader.name, End(self.key)) for reader in self._readers])
+        sends: list[tuple[str, Message]] = []
+        for reader in self._readers:
+            inputs, targets = data.inputs if reader.inputs else None, data.targets if reader.targets else None
+            sends.append((reader.name, replace(data, inputs=inputs, targets=targets)))
+        self.key += 1
+        return Outcome(None, sends)
+
+    def _all(self, batches: Iterable[object]) -> Iterator[Data]:
+        for item in batches:
+            inputs, targets, indices = unpack(item)
+            self._check(inputs, targets)
+            data = Data(0, batch=self.batch, inputs=inputs, targets=targets, indices=indices)
+            for one in self._feed.passes(data):
+                yield replace(one, key=self.key)
+            self.batch, self.samples = self.batch + 1, self.samples + len(inputs)
+            if self._on_batch is not None:
+                self._on_batch(len(inputs))
+
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise UserError(f"batch {self.batch}: {len(inputs)} inputs but {len(targets)} targets; give one per sample")
+        if self._classes is None or targets.is_floating_point() or targets.numel() == 0:
+            return
+        low, high = int(targets.min()), int(targets.max())
+        if high >= self._classes or (low < 0 and low != -100):
+            raise UserError(
+                f"batch {self.batch}: labels go from {low} to {high}, but the network has {self._classes} outputs; "
+                f"labels must be 0 to {self._classes - 1}"
+            )
+
+
+def unpack(item: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read one batch: (inputs, targets) or (inputs, targets, indices), each a tensor or array.
+
+    Returns:
+        inputs (batch, *features), targets (batch, ...), indices (batch,) int64 or None.
+
+    Raises:
+        UserError: anything else.
+    """
+    if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+        raise UserError(
+            f"a batch must be (inputs, targets) or (inputs, targets, indices), got {type(item).__name__}"
+            + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+        )
+    inputs, targets = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+    indices = None if len(item) == 2 or item[2] is None else torch.as_tensor(item[2]).long()
+    return inputs, targets, indices

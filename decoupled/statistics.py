@@ -1,0 +1,82 @@
+"""What a worker counts, and the frozen record a user gets."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+RECENT = 1 << 16  # version triples kept per block
+
+
+@dataclass
+class Counters:
+    """Running counts of one worker."""
+
+    samples: int = 0
+    updates: int = 0
+    skipped: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    busy_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_samples: int = 0
+    staleness: Counter[int] = field(default_factory=Counter)
+    versions: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def loss(self, value: float, samples: int) -> None:
+        """The own objective of one pass was `value`, a mean over `samples`."""
+        self.loss_sum += value * samples
+        self.loss_samples += samples
+
+    def version(self, n: int, forward: int, backward: int) -> None:
+        """Pass `n` ran forward with weight version `forward` and met version `backward` in its backward."""
+        self.versions.append((n, forward, backward))
+        self.staleness[backward - forward] += 1
+
+    def take_loss(self) -> float:
+        """Mean objective since the last call (NaN if there was none)."""
+        mean = self.loss_sum / self.loss_samples if self.loss_samples else float("nan")
+        self.loss_sum, self.loss_samples = 0.0, 0
+        return mean
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """One block since the trainer was made; also readable as a mapping: `statistics()[0]["updates"]`.
+
+    Attributes:
+        block: its number.
+        device: where it lives.
+        samples: samples that went forward.
+        updates: optimizer steps.
+        skipped: passes dropped because the own objective was not finite.
+        versions: the latest (pass, weight version in the forward, weight version at the backward).
+        staleness: updates between forward and backward -> number of passes.
+        busy_seconds, wait_seconds: in operations; waiting for messages or for room (virtual in `simulated`).
+        bytes_up, bytes_down: payload bytes sent to the block above and to the block below.
+        peak_held_bytes: most bytes kept for passes in flight: inputs, saved activations, frozen weight copies.
+        peak_in_flight: most passes kept at once.
+        parameters: number of weights of the block.
+        auxiliary_parameters: number of weights of its coupling halves (heads; dropped when the network is used).
+    """
+
+    block: int
+    device: str
+    samples: int
+    updates: int
+    skipped: int
+    versions: list[tuple[int, int, int]]
+    staleness: dict[int, int]
+    busy_seconds: float
+    wait_seconds: float
+    bytes_up: int
+    bytes_down: int
+    peak_held_bytes: int
+    peak_in_flight: int
+    parameters: int
+    auxiliary_parameters: int
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)

@@ -1,0 +1,75 @@
+"""Steps: the optimizers of one block and of its coupling halves, and whether a step is owed.
+
+No gradient, no step: before the first gradient (or when a pass was dropped) nothing decays and no scheduler ticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+class Steps:
+    """Optimizers of a block, its lower and its upper half; those without parameters have none.
+
+    Args:
+        groups: parameters of the block, of the lower half and of the upper half.
+        optimizer: parameters -> Optimizer, called once per non-empty group.
+        scheduler: optimizer -> LRScheduler, ticks once per step of its own block; or None.
+
+    Attributes:
+        owed: whether gradients have been accumulated since the last step.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+    ) -> None:
+        trainable = [[p for p in group if isinstance(p, nn.Parameter) and p.requires_grad] for group in groups]
+        self.block_parameters, self.lower_parameters, self.upper_parameters = trainable
+        self.optimizers = [optimizer(group) for group in trainable if group]
+        self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler else []
+        self.owed = False
+
+    def accumulate(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients (in the order of the trainable ones among `parameters`) to `.grad`."""
+        self.owed = True
+        trainable = (p for p in parameters if p.requires_grad)
+        for parameter, gradient in zip(trainable, gradients, strict=False):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def step(self) -> None:
+        """One step of every optimizer, then forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget accumulated gradients."""
+        self.owed = False
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "schedulers": [s.state_dict() for s in self.schedulers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)

@@ -1,0 +1,265 @@
+"""The Worker: one block, its two coupling halves, its retention and its order. It moves the data of every chain method.
+
+        Up from below ----> F: upper.receive -> retention.keep -> lower.emit ----> Up to above
+        Down to below <---- B: retention.open <- lower.objective / lower.pull <--- Down from above
+                            S: optimizer step of the block and of its halves
+
+What an operation waits for follows from its kind and from what the halves declare; nothing here asks for a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from decoupled.block import Block
+from decoupled.correction import Correction
+from decoupled.coupling import Lower, Place, Upper
+from decoupled.errors import NonFiniteError, OperationError
+from decoupled.messages import Data, Down, End, Message, Up
+from decoupled.order import Order
+from decoupled.plan import ANY, Op
+from decoupled.retention import Retention
+from decoupled.runtime.contract import Actor, Outcome, Want
+from decoupled.statistics import Counters
+from decoupled.steps import Steps
+
+Sends = list[tuple[str, Message]]
+
+
+def needed(
+    kind: str, lower: Lower, upper: Upper, replies: int, own_taken: bool = False, data_taken: bool = False
+) -> tuple[str, ...]:
+    """The ports an operation waits for, from what the halves declare.
+
+    Args:
+        kind: of the operation, not S. lower, upper: the halves around the block.
+        replies: Down messages of this pass still to come.
+        own_taken: the block's own objective has been used. data_taken: the pass has its data.
+    """
+    if kind in "EF":
+        data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
+        return data + (("up",) if kind == "F" and upper.waits_up else ())
+    if kind == "A":
+        return ("down",) if lower.awaits == "A" else ()
+    own_first = kind == "I" and lower.has_objective and not own_taken
+    return ("down",) if lower.awaits == "B" and replies and not own_first else ()
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What a worker knows of one pass between its first operation and its backward."""
+
+    replies: int  # Down messages still to come
+    data: Data | None = None
+    batch: int = 0
+    round: int = 0
+    indices: Tensor | None = None
+    version: int = 0  # of the weights in the forward
+    offered: bool = False  # Up was sent before the forward
+    own: bool = False  # the own objective has been taken
+    hops: int = 0  # blocks between the objective behind the latest gradient and the block below
+    total: Tensor | None = None  # sum of the gradients for the output
+    void: bool = False
+
+
+class Worker(Actor):
+    """Trains one block.
+
+    Args:
+        place: the block's number, how many there are, and the shapes around it.
+        block: the block.
+        lower: coupling half above it.
+        upper: coupling half below it.
+        retention: what it keeps between F and B.
+        order: the order of its operations.
+        corrections: applied to every gradient from above.
+        steps: optimizers of the block and the halves.
+        on_nonfinite: "stop" (NonFiniteError) or "skip" (the pass is dropped here and in all blocks below).
+        method: its name, for error messages only.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        block: Block,
+        lower: Lower,
+        upper: Upper,
+        retention: Retention,
+        order: Order,
+        corrections: Sequence[Correction],
+        steps: Steps,
+        on_nonfinite: str = "stop",
+        method: str = "",
+    ) -> None:
+        self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
+        self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
+        self.steps, self.counters = steps, Counters()
+        self._corrections, self._on_nonfinite, self._method = corrections, on_nonfinite, method
+        self.needs_data = lower.needs_data or upper.needs_data
+        self._start, self._plan = 0, order.plan(place.k, place.K)
+        self._passes: dict[int, _Pass] = {}
+
+    def begin(self, start: int) -> None:
+        """Get ready for a run whose first pass has key `start`; passes of a broken run are forgotten."""
+        self._start, self._plan = start, self.order.plan(self.k, self.K)
+        self._passes.clear()
+        self.retention.clear()
+        self.lower.clear()
+        self.steps.clear()
+        self.block.module.train()
+
+    def wants(self) -> Sequence[Want]:
+        return [self._want(op) for op in self._plan.options()]
+
+    def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
+        op: Op = want.tag
+        if any(isinstance(message, End) for message in messages):
+            end = messages[0].key
+            assert isinstance(end, int)
+            self._plan.end(end - self._start)
+            return Outcome(None, [("up", End(end))])
+        key = want.key if not messages else messages[0].key
+        assert key is None or isinstance(key, int)
+        label = op.kind if key is None else f"{op.kind}{key}"
+        try:
+            sends = self._operate(op.kind, key, messages)
+        except Exception as error:
+            state = self._passes.get(key) if key is not None else None
+            where = f"{label} (batch {state.batch})" if state else label
+            raise OperationError(self.name, where, error, self._method) from error
+        self._plan.done(op)
+        return Outcome(label, sends)
+
+    def _want(self, op: Op) -> Want:
+        key = None if op.batch == ANY else op.batch + self._start
+        if op.kind == "S":
+            return Want((), None, op)
+        state = self._passes.get(key) if key is not None else None
+        if state is None:
+            ports = needed(op.kind, self.lower, self.upper, self.lower.replies)
+        else:
+            ports = needed(op.kind, self.lower, self.upper, state.replies, state.own, state.data is not None)
+        if key is None and not ports:  # a free order at a block that waits for nobody: the oldest pass
+            key = next(iter(self._passes))
+        return Want(ports, key, op)
+
+    def _operate(self, kind: str, n: int | None, messages: tuple[Message, ...]) -> Sends:
+        if n is None:
+            return self._step()
+        if kind == "A":
+            for message in messages:
+                assert isinstance(message, Down)
+                self.lower.answer(None if message.void else message.payload)
+            return []
+        if kind in "EF":
+            state = self._open(n, messages)
+            return self._emit(n, state) if kind == "E" else self._forward(n, state, messages)
+        return self._backward(kind, n, self._passes[n], messages)
+
+    def _open(self, n: int, messages: tuple[Message, ...]) -> _Pass:
+        state = self._passes.setdefault(n, _Pass(replies=self.lower.replies))
+        for message in messages:
+            assert isinstance(message, Data | Up)
+            state.batch, state.round, state.indices = message.batch, message.round, message.indices
+            state.void = state.void or message.void
+            if isinstance(message, Data):
+                state.data = message
+        return state
+
+    def _emit(self, n: int, state: _Pass) -> Sends:
+        payload = self.lower.offer(state.data) if state.data is not None and not state.void else None
+        state.offered = payload is not None
+        return [] if payload is None else self._up(n, state, payload)
+
+    def _forward(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
+        state.version = self.block.version
+        if state.void:
+            return [] if state.offered else self._up(n, state, ())
+        payload = next((message.payload for message in messages if isinstance(message, Up)), ())
+        x = self.upper.receive(payload, state.data).to(self.block.device, non_blocking=True)
+        y = self.retention.keep(n, x.detach().requires_grad_(self.upper.replies and x.is_floating_point()))
+        self.counters.samples += x.shape[0]
+        payload = self.lower.emit(y, state.data)
+        return [] if state.offered else self._up(n, state, payload)
+
+    def _backward(self, kind: str, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
+        """B: all gradients, for weights and input. I: one gradient, for the input. W: the rest, for the weights."""
+        before, state.total = state.total, None
+        self._collect(n, state, messages)
+        latest = state.total
+        if before is not None:
+            state.total = before if latest is None else before + latest
+        to_input, to_weights = self.upper.replies and kind in "BI", kind in "BW"
+        gradient = None
+        cotangent = latest if kind == "I" else state.total
+        if cotangent is not None and not state.void:
+            tape = self.retention.open(n)
+            gradient, grads = tape.vjp(cotangent, to_input=to_input, to_weights=to_weights, again=kind == "I")
+            if to_weights:
+                self.steps.accumulate(self.block.parameters, grads)
+        if to_weights:
+            self.counters.version(n, state.version, self.block.version)
+            self.retention.close(n)
+            del self._passes[n]
+        return self._down(n, state, gradient) if to_input else []
+
+    def _collect(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> None:
+        """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
+        if self.lower.has_objective and not state.own and not state.void:
+            state.own, state.hops = True, 1
+            state.total = self._own_gradient(n, state)
+        for message in messages:
+            assert isinstance(message, Down)
+            state.replies, state.hops = state.replies - 1, message.hops + 1
+            if message.void:
+                state.void = True
+                continue
+            gradient = self.lower.pull(message.payload).to(self.block.device, non_blocking=True)
+            for correction in self._corrections:
+                gradient = correction.cotangent(gradient)
+            state.total = gradient if state.total is None else state.total + gradient
+
+    def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
+        y = self.retention.open(n).y.detach().requires_grad_()
+        objective = self.lower.objective(y, state.data)
+        value = float(objective.detach())
+        if not abs(value) < float("inf"):
+            if self._on_nonfinite == "stop":
+                raise NonFiniteError(f"the loss is {value}; lower the learning rate, or train with on_nonfinite='skip'")
+            state.void = True
+            self.counters.skipped += 1
+            return None
+        share = 1.0 if state.data is None else state.data.share
+        self.counters.loss(value, y.shape[0])
+        (objective * share if share != 1.0 else objective).backward(inputs=[y, *self.steps.lower_parameters])
+        self.steps.owed = self.steps.owed or bool(self.steps.lower_parameters)
+        return y.grad
+
+    def _step(self) -> Sends:
+        if self.steps.owed:
+            self.steps.step()
+            self.block.version += 1
+            self.counters.updates += 1
+        return []
+
+    def _up(self, n: int, state: _Pass, payload: tuple[Tensor, ...]) -> Sends:
+        if self.k == self.K - 1:
+            return []
+        message = Up(
+            n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
+            payload=payload, void=state.void,
+        )  # fmt: skip
+        self.counters.bytes_up += message.nbytes
+        return [("up", message)]
+
+    def _down(self, n: int, state: _Pass, gradient: Tensor | None) -> Sends:
+        payload = () if gradient is None else self.upper.reply(gradient)
+        message = Down(
+            n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
+            payload=payload, void=gradient is None, hops=state.hops,
+        )  # fmt: skip
+        self.counters.bytes_down += message.nbytes
+        return [("down", message)]
