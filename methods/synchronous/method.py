@@ -1,0 +1,42 @@
+"""Synchronous controls: exact gradients, every lock kept; what every other method is measured against.
+
+    name          coupling   order                  feed        retention
+    backprop      Gradient   sync                   Whole       KeepGraph
+    gpipe         Gradient   gpipe(M)               Split(M)    KeepGraph, or KeepInput with recompute
+    one_f_one_b   Gradient   one_f_one_b_flush(M)   Split(M)    KeepGraph, or KeepInput with recompute
+
+Sources: Rumelhart et al. 1986; GPipe, Huang et al. 2019 (arXiv 1811.06965); 1F1B with flush, Narayanan et al. 2021
+(arXiv 2006.09503).
+"""
+
+from __future__ import annotations
+
+from decoupled.coupling import Gradient
+from decoupled.method import Facts, Method, top
+from decoupled.order import gpipe as gpipe_order
+from decoupled.order import one_f_one_b_flush, sync
+from decoupled.registry import register
+from decoupled.retention import KeepGraph, KeepInput
+from decoupled.source import Split
+
+
+@register("backprop")
+def backprop() -> Method:
+    """One batch at a time through all blocks and back."""
+    return Method(Gradient(), sync, Facts(exact=True, reach=top))
+
+
+@register("gpipe")
+def gpipe(microbatches: int = 4, recompute: bool = False) -> Method:
+    """All forwards of a minibatch's micro-batches, then all backwards, then one step."""
+    facts = Facts(exact=True, reach=top, in_flight=lambda k, K: microbatches)
+    retention = KeepInput if recompute else KeepGraph
+    return Method(Gradient(), gpipe_order(microbatches), facts, retention, feed=Split(microbatches))
+
+
+@register("one_f_one_b")
+def one_f_one_b(microbatches: int = 4, recompute: bool = False) -> Method:
+    """One forward, one backward in turn within a minibatch, then one step."""
+    facts = Facts(exact=True, reach=top, in_flight=lambda k, K: min(microbatches, K - k))
+    retention = KeepInput if recompute else KeepGraph
+    return Method(Gradient(), one_f_one_b_flush(microbatches), facts, retention, feed=Split(microbatches))
