@@ -1,0 +1,295 @@
+"""Cutting a model into blocks: contiguous groups of units whose most expensive block is as cheap as possible.
+
+::
+
+    units   u0  u1  u2 | u3  u4 | u5  u6  u7        cuts = [3, 5]: the index of the first unit of every later block
+    blocks      0      |   1    |     2
+
+A pipeline runs at the pace of its slowest block, so `cuts` minimises the largest sum of costs, exactly, by dynamic
+programming over prefixes. Of the partitions that reach this minimum it takes one with the smallest sum of squared block
+costs, which is even among the cheaper blocks too; of those the latest cuts, so that an activation without cost stays
+with the layer before it. A cost is a unit's measured forward + backward seconds, or its number of parameters. Not
+modelled: the bytes that a cut sends, and memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from decoupled.errors import UserError
+
+
+def split(
+    model: nn.Sequential | Sequence[nn.Module] | nn.ModuleList,
+    blocks: int | Sequence[int],
+    sample: Any = None,
+    by: Literal["time", "parameters"] = "time",
+    tie: Literal["copy"] | None = None,
+) -> list[nn.Sequential]:
+    """Cut `model` into blocks.
+
+    Args:
+        model: an ``nn.Sequential`` or a list of modules, the units; a cut lies between two of them.
+        blocks: how many blocks, balanced; or the cut indices: cut i is the first unit of block i + 1, strictly
+            increasing, between 1 and units - 1.
+        sample: a batch to measure with: a tensor of inputs, or a tuple that begins with it (a training batch). Without
+            it the parameter count decides.
+        by: ``"time"`` balances measured seconds (if there is a sample), ``"parameters"`` parameter counts.
+        tie: what to do with a parameter or buffer that two blocks would share. Blocks are trained independently, so
+            it cannot stay tied: None refuses; ``"copy"`` gives each later block its own copy, equal at first and
+            trained apart from then on.
+
+    Returns:
+        The blocks. They hold the model's own modules and parameters, except the units copied by ``tie="copy"``.
+
+    Raises:
+        TypeError: `model` is no list of modules, or `blocks` no integer or list of them.
+        UserError: fewer than 1 or more blocks than units, a cut outside the model or out of order, a shared parameter.
+
+    Example:
+        >>> layers = [nn.Linear(4, 4) for _ in range(6)]
+        >>> [len(block) for block in split(layers, blocks=3)]
+        [2, 2, 2]
+    """
+    parts, names = _units(model)
+    if by not in ("time", "parameters"):
+        raise UserError(f"by={by!r} is unknown; use by='time' or by='parameters'")
+    if tie not in (None, "copy"):
+        raise UserError(f"tie={tie!r}: independent blocks cannot keep a parameter tied; use tie='copy' or None")
+    if isinstance(blocks, int) and not isinstance(blocks, bool):
+        _check_count(blocks, len(parts))
+        timed = by == "time" and sample is not None and blocks > 1
+        at = cuts(unit_seconds(parts, sample) if timed else unit_parameters(parts), blocks)
+    else:
+        at = _check_cuts(blocks, len(parts))
+    edges = [0, *at, len(parts)]
+    groups = [parts[a:b] for a, b in itertools.pairwise(edges)]
+    return [nn.Sequential(*group) for group in _separate(groups, names, tie)]
+
+
+def cuts(costs: Sequence[float], blocks: int) -> list[int]:
+    """Return the cut indices that minimise the largest block cost.
+
+    With prefix sums P, ``best(k, j) = min over i < j of max(best(k-1, i), P[j] - P[i])`` is the smallest possible
+    bottleneck of the first j units in k blocks; time O(blocks units^2).
+
+    Args:
+        costs: one finite number >= 0 per unit.
+        blocks: how many blocks; each gets at least one unit.
+
+    Returns:
+        ``blocks - 1`` strictly increasing indices between 1 and units - 1.
+
+    Raises:
+        UserError: fewer than 1 or more blocks than units, or a cost that is negative or not finite.
+
+    Example:
+        >>> cuts([4, 1, 1, 1, 1], blocks=3)
+        [1, 3]
+    """
+    _check_count(blocks, len(costs))
+    values = np.asarray(costs, dtype=np.float64)
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise UserError(f"unit costs must be finite and not negative, got {list(costs)}; measure them again")
+    prefix = np.concatenate([[0.0], np.cumsum(values if values.any() else np.ones_like(values))])
+    # between[i, j]: cost of units i ... j-1 as one block; an empty block is not allowed.
+    between = prefix[None, :] - prefix[:, None]
+    between[np.tril_indices(len(prefix))] = np.inf
+    bottleneck, _ = _cheapest(between, blocks, np.maximum)
+    # Differences of prefix sums are rounded: without the tolerance, blocks of equal cost could exclude each other.
+    even = np.where(between <= bottleneck * (1 + 1e-9), (between / bottleneck) ** 2, np.inf)
+    _, at = _cheapest(even, blocks, np.add)
+    return at
+
+
+def _cheapest(between: np.ndarray, blocks: int, combine: np.ufunc) -> tuple[float, list[int]]:
+    """Return the smallest combined cost of a partition into `blocks`, and its cuts (the latest, if several)."""
+    best, choices = between[0], []
+    for _ in range(1, blocks):
+        through = combine(best[:, None], between)
+        choice = len(best) - 1 - through[::-1].argmin(axis=0)
+        best = through[choice, np.arange(len(choice))]
+        choices.append(choice)
+    at, end = [], len(best) - 1
+    for choice in reversed(choices):
+        end = int(choice[end])
+        at.append(end)
+    return float(best[-1]), at[::-1]
+
+
+def unit_parameters(units: Iterable[nn.Module]) -> list[int]:
+    """Return the number of parameters of every unit."""
+    return [sum(p.numel() for p in unit.parameters()) for unit in units]
+
+
+def unit_seconds(units: Sequence[nn.Module], sample: Any, repeats: int = 7, warmup: int = 2) -> list[float]:
+    """Measure the forward + backward seconds of every unit on a sample batch.
+
+    Works on copies in training mode, so the model's buffers, gradients and mode and the random state stay as they are.
+
+    Args:
+        units: applied one after the other; each takes and returns a tensor or a tuple of tensors.
+        sample: inputs of the first unit, or a tuple that begins with them, on the model's device.
+        repeats: measured passes; the median of each unit counts, which ignores interruptions.
+        warmup: passes before, which pay for memory and kernel selection.
+
+    Returns:
+        Seconds per unit.
+
+    Raises:
+        TypeError: the sample has no tensor, or a unit returns none.
+        UserError: a unit cannot be copied.
+    """
+    x = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the sample must be a tensor of inputs or (inputs, ...), got {type(sample).__name__}")
+    copies = []
+    for index, unit in enumerate(units):
+        try:
+            twin = copy.deepcopy(unit)
+        except Exception as error:
+            raise UserError(
+                f"unit {index} ({type(unit).__name__}) cannot be copied to measure it ({error}); "
+                f"use by='parameters' or give the cuts"
+            ) from error
+        twin.zero_grad(set_to_none=True)
+        copies.append(twin.train())
+    cuda = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        passes = [_one_pass(copies, x) for _ in range(warmup + repeats)][warmup:]
+    return [statistics.median(times) for times in zip(*passes, strict=True)]
+
+
+def _one_pass(units: Sequence[nn.Module], x: Tensor) -> list[float]:
+    """Run every unit forward and backward once, each on a detached input, and return its seconds."""
+    seconds = []
+    # Never a leaf itself: a unit that begins with an in-place operation may not change one, nor the caller's sample.
+    inputs: Any = x.detach().clone()
+    for index, unit in enumerate(units):
+        _wait(x.device)
+        start = perf_counter()
+        output = unit(inputs)
+        tensors = _tensors(output)
+        if not tensors:
+            raise TypeError(f"unit {index} ({type(unit).__name__}) returned {type(output).__name__}, expected a tensor")
+        roots = [t for t in tensors if t.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
+        _wait(x.device)
+        seconds.append(perf_counter() - start)
+        # Only the first unit computes no gradient of its input.
+        received = [t.detach().requires_grad_(t.is_floating_point()).clone() for t in tensors]
+        inputs = received[0] if isinstance(output, Tensor) else tuple(received)
+    return seconds
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a unit's output: itself, or those of a tuple or list."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [t for t in output if isinstance(t, Tensor)] if isinstance(output, (tuple, list)) else []
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until an asynchronous device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _units(model: object) -> tuple[list[nn.Module], list[str]]:
+    """Return the units of a model and what messages call them."""
+    if isinstance(model, nn.Sequential):
+        if type(model).forward is not nn.Sequential.forward:
+            raise UserError(
+                f"{type(model).__name__} is an nn.Sequential with its own forward, which cutting would ignore; "
+                f"write it as a plain list of modules"
+            )
+        # _modules, unlike named_children, keeps a module that occurs twice.
+        items: Iterable[tuple[str, object]] = model._modules.items()
+    elif isinstance(model, (list, tuple, nn.ModuleList)):
+        items = [("", unit) for unit in model]
+    else:
+        raise TypeError(f"cannot cut a {type(model).__name__}; give an nn.Sequential or a list of nn.Module")
+    units, names = [], []
+    for index, (name, unit) in enumerate(items):
+        if not isinstance(unit, nn.Module):
+            raise TypeError(f"unit {index} of the model is a {type(unit).__name__}; every unit must be an nn.Module")
+        if any(isinstance(p, nn.UninitializedParameter) for p in unit.parameters()):
+            raise UserError(f"unit {index} has lazy parameters; run one batch through the model before cutting it")
+        units.append(unit)
+        label = type(unit).__name__ if name in ("", str(index)) else f"{name!r}, {type(unit).__name__}"
+        names.append(f"unit {index} ({label})")
+    return units, names
+
+
+def _check_count(blocks: int, units: int) -> None:
+    if blocks < 1:
+        raise UserError(f"blocks={blocks}: a model has at least one block; use blocks=1 or more")
+    if blocks > units:
+        raise UserError(
+            f"blocks={blocks} but the model has only {units} units to cut between; "
+            f"use at most {units} blocks, or a list of finer modules"
+        )
+
+
+def _check_cuts(blocks: object, units: int) -> list[int]:
+    """Return explicit cut indices as a list after checking them."""
+    if isinstance(blocks, (str, bytes)) or not isinstance(blocks, Iterable):
+        raise TypeError(f"blocks must be an integer or a list of cut indices, got {blocks!r}")
+    at = list(blocks)
+    if not all(isinstance(cut, int) and not isinstance(cut, bool) for cut in at):
+        raise TypeError(f"cut indices must be integers, got {at}")
+    for cut in at:
+        if not 0 < cut < units:
+            raise UserError(f"cut {cut} lies outside the model of {units} units; cuts go from 1 to {units - 1}")
+    if any(a >= b for a, b in itertools.pairwise(at)):
+        raise UserError(f"cuts {at} are not strictly increasing; use {sorted(set(at))}")
+    return at
+
+
+def _separate(groups: list[list[nn.Module]], names: list[str], tie: str | None) -> list[list[nn.Module]]:
+    """Refuse tensors that two blocks share, or give each later block its own copy of them."""
+    owner: dict[object, tuple[int, str, str]] = {}
+    result, first = [], 0
+    for block, group in enumerate(groups):
+        found: dict[object, tuple[int, str, str]] = {}
+        # Seeding deepcopy's memo with what may stay keeps every tensor that is not shared the model's own.
+        stays: dict[int, Any] = {}
+        shared = set()
+        for index, unit in enumerate(group):
+            for name, tensor in itertools.chain(unit.named_parameters(), unit.named_buffers()):
+                where = names[first + index]
+                key = _identity(tensor)
+                found.setdefault(key, (block, where, name))
+                if key not in owner:
+                    stays[id(tensor)] = tensor
+                    continue
+                if tie is None:
+                    other, there, their = owner[key]
+                    raise UserError(
+                        f"{their!r} of {there} in block {other} is the same tensor as {name!r} of {where} in block "
+                        f"{block}; blocks share nothing: cut so that both are in one block, or use tie='copy'"
+                    )
+                shared.add(index)
+        memo = dict(stays)
+        result.append([copy.deepcopy(unit, memo) if i in shared else unit for i, unit in enumerate(group)])
+        for key, place in found.items():
+            owner.setdefault(key, place)
+        first += len(group)
+    return result
+
+
+def _identity(tensor: Tensor) -> object:
+    """Return what two tensors have in common exactly if they are the same memory."""
+    # Two Parameters may wrap one memory (weight = nn.Parameter(other.data)); empty and meta tensors have none.
+    pointer = tensor.data_ptr() if tensor.numel() else 0
+    return (tensor.device, pointer) if pointer else id(tensor)
