@@ -1,0 +1,176 @@
+"""From a model and a method to a wired chain: blocks, workers, edges.
+
+    source --data--> block 0 --up--> block 1 --up--> ... block K-1 <--data-- source
+                            <-down--        <-down--
+
+Every port is bounded: upwards by what the order keeps in flight (or the method's `channel`), downwards by the replies
+that can be owed, data by how far the bottom block may be ahead of the top.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from decoupled.block import Block
+from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
+from decoupled.errors import UserError, unknown
+from decoupled.method import Method
+from decoupled.partition import split
+from decoupled.runtime.contract import Edge, Runtime
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.threads import Threads
+from decoupled.source import Reader
+from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
+from decoupled.worker import Worker
+
+Model = nn.Sequential | Sequence[nn.Module]
+RUNTIMES = ("simulated", "threads")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything beside the model and the data that makes a run: the arguments of `Trainer`."""
+
+    method: Method
+    loss: Loss
+    optimizer: MakeOptimizer
+    scheduler: MakeScheduler | None
+    devices: Sequence[torch.device]
+    seed: int
+    on_nonfinite: str
+
+
+def cut(model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None) -> tuple[list[nn.Module], list[int]]:
+    """The units of the model and the indices where later blocks begin."""
+    if blocks is None:
+        if isinstance(model, nn.Sequential) or not isinstance(model, Sequence):
+            raise UserError("blocks=None means that `model` is a list with one module per block; say how many blocks")
+        blocks = list(range(1, len(model)))
+    parts = split(model, blocks, sample)
+    units = [unit for part in parts for unit in part]
+    return units, list(itertools.accumulate(len(part) for part in parts))[:-1]
+
+
+def chain(units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recipe: Recipe) -> list[Worker]:
+    """The workers of a chain, wired to their halves.
+
+    Args:
+        units: the finest pieces of the model. cuts: index of the first unit of every later block.
+        sample: (batch, *features), a batch of inputs; only its shape is used (heads, shapes of the edges).
+    """
+    edges = [0, *cuts, len(units)]
+    modules = [nn.Sequential(*units[a:b]) for a, b in itertools.pairwise(edges)]
+    K, method = len(modules), recipe.method
+    shapes = output_shapes(modules, sample)
+    workers = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
+        for k, module in enumerate(modules):
+            place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]))
+            device = recipe.devices[k % len(recipe.devices)]
+            lower, upper = method.coupling.lower(place), method.coupling.upper(place) if k else Bottom()
+            for half in (lower, upper):
+                if half.module is not None:
+                    half.module.to(device=device, dtype=next(module.parameters(), sample).dtype)
+            block = Block(module, f"block{k}", seed=recipe.seed * 1_000_003 + k, device=device)
+            groups = (block.parameters, _parameters(lower.module), _parameters(upper.module))
+            steps = Steps(groups, recipe.optimizer, recipe.scheduler)
+            retention = method.retention(block, _steps_between(method, k, K))
+            workers.append(
+                Worker(
+                    place, block, lower, upper, retention, method.order, method.corrections, steps,
+                    recipe.on_nonfinite, method.name,
+                )
+            )  # fmt: skip
+    return workers
+
+
+class Wired(Protocol):
+    """What wiring needs to know of a block's actor."""
+
+    name: str
+    k: int
+    lower: Lower
+    upper: Upper
+    needs_data: bool
+
+
+def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list[Edge]]:
+    """Who reads data, and all edges."""
+    K = len(workers)
+    readers = [Reader(w.name, inputs=w.upper.needs_data, targets=w.lower.needs_data) for w in workers if w.needs_data]
+    ahead = method.facts.in_flight(0, K) + K
+    edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
+    for below, above in itertools.pairwise(workers):
+        flight = method.facts.in_flight(below.k, K) if below.lower.awaits == "B" else 0
+        edges.append(Edge(below.name, "up", above.name, "up", max(method.channel, flight + 1)))
+        if above.upper.replies:
+            replies = max(1, below.lower.replies)
+            edges.append(Edge(above.name, "down", below.name, "down", replies * (flight + 1)))
+    return readers, edges
+
+
+def output_shapes(modules: Sequence[nn.Module], sample: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Shape of every block's output without the batch dimension; nothing of the modules changes.
+
+    Raises:
+        UserError: a block cannot take its predecessor's output, or the input.
+    """
+    shapes, x = [], sample
+    for k, module in enumerate(modules):
+        modes = {m: m.training for m in module.modules()}
+        module.eval()
+        try:
+            reference = next(itertools.chain(module.parameters(), module.buffers()), None)
+            with torch.no_grad():
+                x = module(x if reference is None else x.to(reference.device))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"block{k} does not take an input of shape {tuple(x.shape)}: {error}") from error
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        if not isinstance(x, Tensor):
+            raise UserError(f"block{k} returns {type(x).__name__}; a block maps one tensor to one tensor")
+        shapes.append(tuple(x.shape[1:]))
+    return tuple(shapes)
+
+
+def make_runtime(runtime: str | Runtime, blocks: int) -> Runtime:
+    """A runtime by name, with intra-op threads = cores / blocks; a Runtime is returned as it is."""
+    if isinstance(runtime, Runtime):
+        return runtime
+    intra_op = max(1, cores() // blocks)  # the same on every runtime: it decides the order of additions in a sum
+    if runtime == "simulated":
+        return Simulated(intra_op=intra_op)
+    if runtime == "threads":
+        return Threads(intra_op)
+    raise unknown("runtime", runtime, RUNTIMES)
+
+
+def make_devices(devices: Sequence[Any] | None) -> list[torch.device]:
+    """One device per block in turn; default: all visible GPUs, else the CPU."""
+    if devices:
+        return [torch.device(device) for device in devices]
+    if torch.cuda.is_available():
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [torch.device("cpu")]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _steps_between(method: Method, k: int, K: int) -> bool:
+    return method.order.rule is None or method.order.delay(k, K) > 0
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())

@@ -1,0 +1,84 @@
+"""State of a run at a drained point: what to save, how to put it back, and files that are whole or not there.
+
+Everything is tensors and plain values, so `torch.load(weights_only=True)` reads it: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from decoupled.errors import UserError
+from decoupled.worker import Worker
+
+
+def save(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write `state` to `path`: to a temporary file first, then moved, so that no half-written file is ever there."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a state written by `save`.
+
+    Raises:
+        UserError: the file is missing or not such a state; says which file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the path of a checkpoint written by `decoupled train --out DIR`")
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); use another one") from error
+
+
+def worker_state(worker: Worker) -> dict[str, Any]:
+    """State of one worker."""
+    return {
+        "block": worker.block.state_dict(),
+        "steps": worker.steps.state_dict(),
+        "lower": worker.lower.state_dict(),
+        "lower_module": {} if worker.lower.module is None else worker.lower.module.state_dict(),
+        "upper_module": {} if worker.upper.module is None else worker.upper.module.state_dict(),
+    }
+
+
+def load_worker_state(worker: Worker, state: Mapping[str, Any]) -> None:
+    """Put the state of one worker back."""
+    worker.block.load_state_dict(state["block"])
+    worker.steps.load_state_dict(state["steps"])
+    worker.lower.load_state_dict(state["lower"])
+    for half, name in ((worker.lower, "lower_module"), (worker.upper, "upper_module")):
+        if half.module is not None:
+            half.module.load_state_dict(state[name])
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch (CPU), numpy and Python: a DataLoader shuffles with them."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the global generators back."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))

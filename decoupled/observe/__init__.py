@@ -1,0 +1,1 @@
+"""Observation: statistics, traces for Perfetto, and the HTML report."""

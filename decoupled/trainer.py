@@ -1,0 +1,273 @@
+"""Trainer: what a user calls from Python. It cuts the model, builds the workers, and runs epochs on a runtime.
+
+    with decoupled.Trainer(model, method="pipedream", blocks=2, loss=F.cross_entropy,
+                           optimizer=lambda params: torch.optim.SGD(params, lr=0.1)) as trainer:
+        trainer.fit(loader, epochs=10)
+        print(trainer.evaluate(test_loader))
+
+Every epoch ends drained: all passes are answered, nothing is in flight, and the state can be saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decoupled import registry
+from decoupled.build import Model, Recipe, chain, cut, make_devices, make_runtime, wiring
+from decoupled.checkpoint import load_worker_state, rng_state, set_rng_state, worker_state
+from decoupled.coupling import Loss
+from decoupled.errors import UserError, unknown
+from decoupled.evaluation import evaluate
+from decoupled.method import Method
+from decoupled.runtime.contract import Graph, Observer, Runtime
+from decoupled.source import Source, unpack
+from decoupled.statistics import BlockStatistics
+from decoupled.steps import MakeOptimizer, MakeScheduler
+from decoupled.worker import Worker
+
+POLICIES = ("stop", "skip")
+
+
+class Trainer:
+    """Trains a network cut into blocks with a decoupled method.
+
+    Args:
+        model: nn.Sequential, or a list of nn.Module, one per block (then `blocks` is None). Trained in place.
+        method: a name, or a mapping with ``name`` and options, e.g. ``{"name": "overlapping_local", "reach": 2}``.
+        blocks: number of blocks (balanced by measured time on the first batch), or a list of cut indices.
+        loss: (output, target) -> scalar, mean over the batch.
+        optimizer: parameters -> Optimizer; called once for every block and every coupling half with parameters.
+        scheduler: optimizer -> LRScheduler, ticks once per optimizer step of its own block; or None.
+        runtime: "threads", "simulated", or a Runtime.
+        devices: one per block in turn; default: all visible GPUs, else the CPU.
+        seed: of everything the library draws: auxiliary heads, dropout.
+        on_nonfinite: a NaN or infinite loss stops the run ("stop") or drops the batch ("skip").
+        observers: look on at operations and messages (traces).
+        on_batch: called with the number of samples after every minibatch fed (progress bars).
+
+    Raises:
+        UserError: unknown method, option or runtime, or a model that cannot be cut as asked.
+
+    Sources: the methods' cards name their papers (`decoupled.card(name)`).
+
+    Example:
+        >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)]
+        >>> batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(4)]
+        >>> sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+        >>> with Trainer(
+        ...     nn.Sequential(*layers), "pipedream", blocks=2, loss=nn.functional.cross_entropy, optimizer=sgd
+        ... ) as trainer:
+        ...     history = trainer.fit(batches, epochs=2)
+        >>> len(history), [block.updates for block in trainer.statistics()]
+        (2, [8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str | Mapping[str, Any] | Method,
+        blocks: int | Sequence[int] | None = None,
+        *,
+        loss: Loss,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        runtime: str | Runtime = "threads",
+        devices: Sequence[Any] | None = None,
+        seed: int = 0,
+        on_nonfinite: str = "stop",
+        observers: Sequence[Observer] = (),
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        if on_nonfinite not in POLICIES:
+            raise unknown("on_nonfinite policy", on_nonfinite, POLICIES)
+        point = method if isinstance(method, Method) else registry.make(method)
+        self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite)
+        self._given, self._blocks = model, blocks
+        self._observers, self._on_batch = observers, on_batch
+        units, self._cuts = cut(model, blocks, None)  # wrong input is refused now; timed again on the first batch
+        self._units = units
+        self._runtime = make_runtime(runtime, len(self._cuts) + 1)
+        self._workers: list[Worker] = []
+        self._sample: tuple[tuple[int, ...], str] | None = None
+        self._classes: int | None = None
+        self._resume_rng: dict[str, Any] | None = None
+        self._epoch = self._batch = self._key = 0
+        self._closed = False
+
+    @property
+    def method(self) -> Method:
+        """The point of the grid that is trained with."""
+        return self._recipe.method
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self._epoch
+
+    @property
+    def cuts(self) -> list[int]:
+        """Index of the first unit of every block but the first (final once `fit` has seen a batch)."""
+        return list(self._cuts)
+
+    @property
+    def model(self) -> nn.Sequential:
+        """The forward network with the trained weights, without auxiliary heads."""
+        return nn.Sequential(*self._units)
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """The workers, once `fit` has seen a batch (for inspection)."""
+        return tuple(self._workers)
+
+    def fit(self, batches: Iterable[Any], epochs: int = 1) -> list[dict[str, float]]:
+        """Train.
+
+        Args:
+            batches: iterable of (inputs, targets) or (inputs, targets, indices), iterated once per epoch; a
+                `set_epoch(epoch)` method is called before each epoch.
+            epochs: how often.
+
+        Returns:
+            One record per epoch: epoch, loss (mean training loss of the network), samples, seconds, and
+            samples_per_second.
+
+        Raises:
+            UserError: no batches, or batches of a wrong form.
+            OperationError: an operation failed; names block, batch and operation.
+        """
+        if self._closed:
+            raise UserError("this trainer is closed; make a new one, or keep it open with `with`")
+        return [self._run_epoch(batches) for _ in range(epochs)]
+
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Mean loss and accuracy of the forward network in evaluation mode.
+
+        Returns:
+            ``{"loss": ..., "accuracy": ...}``; accuracy is NaN where targets are not class numbers.
+        """
+        return evaluate(self._units, batches, self._recipe.loss)
+
+    def statistics(self) -> list[BlockStatistics]:
+        """One frozen record per block, counted since the trainer was made."""
+        return [_statistics(worker) for worker in self._workers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit from here (a drained point); tensors and plain values only.
+
+        Raises:
+            UserError: nothing has been trained or loaded yet.
+        """
+        if not self._workers or self._sample is None:
+            raise UserError("there is no state yet: call fit (or load_state_dict) first")
+        return {
+            "format": 1,
+            "method": self.method.name,
+            "cuts": self.cuts,
+            "sample": {"shape": list(self._sample[0]), "dtype": self._sample[1]},
+            "position": {"epoch": self._epoch, "batch": self._batch, "key": self._key},
+            "rng": rng_state(),
+            "blocks": [worker_state(worker) for worker in self._workers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; the model, method and optimizers must be built as they were.
+
+        Raises:
+            UserError: the state is of another method or number of blocks.
+        """
+        if state["method"] != self.method.name:
+            raise UserError(f"the state is of method {state['method']!r}, this trainer runs {self.method.name!r}")
+        if len(state["blocks"]) != len(self._cuts) + 1:
+            raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {len(self._cuts) + 1}")
+        shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
+        self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
+        self._build(torch.zeros(2, *shape, dtype=dtype))
+        for worker, saved in zip(self._workers, state["blocks"], strict=True):
+            load_worker_state(worker, saved)
+        self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
+
+    def close(self) -> None:
+        """End the workers; the trained model stays usable."""
+        self._closed = True
+        self._runtime.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run_epoch(self, batches: Iterable[Any]) -> dict[str, float]:
+        if callable(set_epoch := getattr(batches, "set_epoch", None)):
+            set_epoch(self._epoch)
+        if self._resume_rng is not None:
+            set_rng_state(self._resume_rng)
+            self._resume_rng = None
+        iterator = self._peek(iter(batches))
+        readers, edges = wiring(self._workers, self.method)
+        source = Source(iterator, self.method.feed, readers, self._key, self._batch, self._classes, self._on_batch)
+        for worker in self._workers:
+            worker.begin(self._key)
+        start = time.perf_counter()
+        try:
+            timings = self._runtime.run(Graph([source, *self._workers], edges), self._observers)
+        finally:
+            self._key, self._batch = source.key, source.batch
+        seconds = time.perf_counter() - start
+        for worker in self._workers:
+            worker.counters.busy_seconds += timings.busy[worker.name]
+            worker.counters.wait_seconds += timings.wait[worker.name]
+        self._epoch += 1
+        loss = [worker.counters.take_loss() for worker in self._workers][-1]
+        return {
+            "epoch": self._epoch, "loss": loss, "samples": source.samples, "seconds": seconds,
+            "samples_per_second": source.samples / seconds,
+        }  # fmt: skip
+
+    def _peek(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        first = next(iterator, None)
+        if first is None:
+            raise UserError(
+                f"epoch {self._epoch + 1} has no batches: the loader is empty, or an iterator that was used up; "
+                "pass a list or a DataLoader"
+            )
+        inputs, _, _ = unpack(first)
+        if not self._workers:
+            if isinstance(self._blocks, int) and self._blocks > 1:
+                self._units, self._cuts = cut(self._given, self._blocks, inputs)
+            self._build(inputs)
+        return itertools.chain([first], iterator)
+
+    def _build(self, sample: Tensor) -> None:
+        self._sample = (tuple(sample.shape[1:]), str(sample.dtype).removeprefix("torch."))
+        self._workers = chain(self._units, self._cuts, sample[:2], self._recipe)
+        output = self._workers[-1].place.shapes[-1]
+        self._classes = output[0] if self._recipe.loss is nn.functional.cross_entropy and output else None
+
+
+def _statistics(worker: Worker) -> BlockStatistics:
+    c, block = worker.counters, worker.block
+    halves = [p for half in (worker.lower, worker.upper) if half.module is not None for p in half.module.parameters()]
+    return BlockStatistics(
+        block=worker.k,
+        device=str(block.device),
+        samples=c.samples,
+        updates=c.updates,
+        skipped=c.skipped,
+        versions=list(c.versions),
+        staleness=dict(sorted(c.staleness.items())),
+        busy_seconds=c.busy_seconds,
+        wait_seconds=c.wait_seconds,
+        bytes_up=c.bytes_up,
+        bytes_down=c.bytes_down,
+        peak_held_bytes=worker.retention.peak_held_bytes + worker.lower.held_bytes,
+        peak_in_flight=worker.retention.peak_passes,
+        parameters=sum(p.numel() for p in block.parameters),
+        auxiliary_parameters=sum(p.numel() for p in halves),
+    )
