@@ -1,0 +1,258 @@
+"""The `decoupled` command: configuration is key=value, results are files and tables, errors are one line.
+
+Exit codes: 0 fine, 2 a mistake in what was asked (one line, no traceback), 1 a failure of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from decoupled import __version__, checkpoint, registry
+from decoupled.compare import compare, fresh_directory
+from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read
+from decoupled.errors import OperationError, StallError, UserError
+from decoupled.experiment import Setting, label, make_trainer
+from decoupled.observe.progress import Reporter
+from decoupled.observe.recorder import Recorder
+from decoupled.observe.report import write_report
+from decoupled.observe.trace import timeline_table
+from decoupled.runtime.simulated import Timing
+from decoupled.simulate import simulate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"decoupled: {error}", file=sys.stderr)
+        return 2
+    except OperationError as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            print(f"decoupled: {cause}", file=sys.stderr)
+            return 2
+        print(f"decoupled: {error}", file=sys.stderr)
+        return 1
+    except StallError as error:
+        print(f"decoupled: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("decoupled: interrupted; all workers have stopped", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="decoupled", description="Decoupled training of deep networks.")
+    parser.add_argument("--version", action="version", version=f"decoupled-training {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def configured(sub: argparse.ArgumentParser, example: str) -> None:
+        sub.add_argument("words", nargs="*", metavar="key=value", help=f"e.g. {example}")
+        sub.add_argument("--config", metavar="FILE", help="a YAML file with the same keys")
+
+    sub = command("compare", _compare, "compare methods under equal conditions")
+    configured(sub, "suite=quick methods=[pipedream,greedy_local] seeds=1")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory (default: results/compare-DATE)")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    sub.add_argument("--json", action="store_true", help="print results.json")
+
+    sub = command("train", _train, "train one model with one method")
+    configured(sub, "method=pipedream model=resnet20 data=fashion_mnist blocks=2 epochs=10")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory for checkpoint, configuration, metrics")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    sub.add_argument("--json", action="store_true", help="print one JSON record")
+
+    sub = command("simulate", _simulate, "utilisation, staleness and timeline of a method at given speeds, no training")
+    configured(sub, "method=pipedream blocks=64 latency=0.5 backward=2 slow={3: 2.0}")
+    sub.add_argument("--json", action="store_true", help="print one JSON record")
+
+    sub = command("list", _list, "all methods")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("info", _info, "the card of a method")
+    sub.add_argument("name")
+    sub.add_argument("--blocks", type=int, default=4, metavar="K", help="number of blocks the facts are given for")
+    sub.add_argument("--json", action="store_true", help="print the generated facts as JSON")
+
+    sub = command("report", _report, "write report.html again from results.json")
+    sub.add_argument("directory", type=Path)
+    return parser
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = read(CompareConfig, options.words, options.config)
+    out = options.out or Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
+    words = shlex.join([*options.words, *(["--config", options.config] if options.config else [])])
+    results = compare(config, out, f"decoupled compare {words}".strip(), options.quiet)
+    if options.json:
+        print(json.dumps(json.loads((out / "results.json").read_text(encoding="utf-8"))))
+        return
+    if not options.quiet:
+        _print_results(results)
+    print(f"report: {out / 'report.html'}")
+    print(f"trace:  {out / 'trace.json'} (open it at ui.perfetto.dev)")
+    if all(record["status"] != "ok" for record in results["records"]):
+        raise StallError(f"every method failed; the errors are in {out / 'results.json'}")
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    table = Table(title=f"suite {results['suite']}: {results['data']}, {results['model']}, {results['blocks']} blocks")
+    columns = ("method", "test accuracy", f"speed-up over {results['baseline']}", "samples/s", "utilisation")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in results["records"]:
+        groups.setdefault(record["label"], []).append(record)
+    for name, records in groups.items():
+        good = [record for record in records if record["status"] == "ok"]
+        if not good:
+            table.add_row(name, "failed", "", "", "")
+            continue
+        accuracy = _mean([r["test_accuracy"] for r in good])
+        speedups = [r["speedup_over_backprop"] for r in good if r["speedup_over_backprop"]]
+        busy = [_mean(r["utilisation"]) for r in good if r["utilisation"]]
+        table.add_row(
+            name,
+            f"{accuracy:.3f}",
+            f"{_mean(speedups):.2f}" if speedups else "",
+            f"{_mean([r['samples_per_second'] for r in good]):,.0f}",
+            f"{_mean(busy):.2f}" if busy else "",
+        )
+    Console().print(table)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = read(TrainConfig, options.words, options.config)
+    registry.make(config.method)
+    state = checkpoint.load(config.resume) if config.resume else None
+    setting = Setting.prepare(config)
+    if state is not None:
+        setting.cuts = list(state["cuts"])
+    if options.out is not None:
+        fresh_directory(options.out)
+        OmegaConf.save(OmegaConf.create(plain(config)), options.out / "config.yaml")
+    history: list[dict[str, Any]] = []
+    with Reporter(setting.samples, options.quiet or options.json) as reporter:
+        reporter.start(label(config.method))
+        policy = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance}
+        with make_trainer(setting, config.method, config.seed, **policy) as trainer:
+            if state is not None:
+                trainer.load_state_dict(state)
+            while trainer.epoch < config.recipe.epochs:
+                record: dict[str, Any] = dict(trainer.fit(setting.loader(config.seed))[0])
+                held_out = trainer.evaluate(setting.held_out("validation"))
+                record |= {f"validation_{name}": value for name, value in held_out.items()}
+                history.append(record)
+                reporter.line(
+                    f"epoch {record['epoch']:3}  loss {record['loss']:.4f}  "
+                    f"validation accuracy {record['validation_accuracy']:.3f}  "
+                    f"{record['samples_per_second']:.0f} samples/s"
+                )
+                if options.out is not None:
+                    checkpoint.save(trainer.state_dict(), options.out / "checkpoint.pt")
+                    with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+            test = trainer.evaluate(setting.held_out("test"))
+            blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()]
+    if options.json:
+        print(json.dumps({"config": plain(config), "history": history, "test": test, "blocks": blocks}))
+    else:
+        print(f"test accuracy {test['accuracy']:.4f}, test loss {test['loss']:.4f}")
+        if options.out is not None:
+            print(f"checkpoint: {options.out / 'checkpoint.pt'}")
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    config = read(SimulateConfig, options.words, options.config)
+    timing = Timing(
+        forward=config.forward, backward=config.backward, step=config.step, latency=config.latency,
+        jitter=config.jitter, seed=config.seed, slow=dict(config.slow),
+    )  # fmt: skip
+    recorder = Recorder("simulation", limit=4 * config.timeline) if config.timeline and not options.json else None
+    result = simulate(config.method, config.blocks, config.batches, timing, [recorder] if recorder else [])
+    if options.json:
+        print(json.dumps(result.as_dict()))
+        return
+    console = Console()
+    table = Table("block", "utilisation", "staleness (mean)", "(max)", "passes in flight", "updates")
+    shown = range(result.blocks) if result.blocks <= 16 else [*range(8), *range(result.blocks - 8, result.blocks)]
+    for k in shown:
+        late, passes = result.staleness[k], max(1, sum(result.staleness[k].values()))
+        mean = sum(steps * count for steps, count in late.items()) / passes
+        table.add_row(
+            str(k), f"{result.utilisation[k]:.3f}", f"{mean:.2f}", str(max(late, default=0)),
+            str(result.in_flight[k]), str(result.updates[k]),
+        )  # fmt: skip
+    console.print(table)
+    print(
+        f"{label(config.method)}: {result.batches} batches in {result.time:g} time units, mean utilisation "
+        f"{_mean(result.utilisation):.3f}, speed-up over one device {result.speedup:.2f} of at most {result.blocks}"
+    )
+    if recorder is not None and result.blocks <= 16:
+        spans = [span for span in recorder.spans if int(span.name[1:] or 0) < config.timeline and span.name != "S"]
+        print("\nfirst operations (time units; steps left out):\n" + timeline_table(spans, width=console.width))
+
+
+def _list(options: argparse.Namespace) -> None:
+    cards = [registry.card(name) for name in registry.methods()]
+    if options.json:
+        print(json.dumps([{"name": c.name, "family": c.family, "summary": c.summary} for c in cards]))
+        return
+    table = Table("method", "family", "in one sentence")
+    for card in cards:
+        table.add_row(card.name, card.family, card.summary)
+    Console().print(table)
+
+
+def _info(options: argparse.Namespace) -> None:
+    if options.blocks < 1:
+        raise UserError(f"--blocks must be at least 1, got {options.blocks}")
+    card = registry.card(options.name)
+    if options.json:
+        print(json.dumps({"name": card.name, "summary": card.summary, **card.facts(options.blocks)}))
+        return
+    text = card.render(options.blocks)
+    console = Console()
+    console.print(Markdown(text) if console.is_terminal else text, markup=False)
+
+
+def _report(options: argparse.Namespace) -> None:
+    source = options.directory / "results.json"
+    if not source.is_file():
+        raise UserError(f"{source} does not exist; give a directory written by `decoupled compare`")
+    try:
+        results = json.loads(source.read_text(encoding="utf-8"))
+        write_report(results, options.directory / "report.html")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source} is not a result of `decoupled compare` ({error}); run the comparison again"
+        ) from error
+    print(f"report: {options.directory / 'report.html'}")

@@ -1,0 +1,154 @@
+"""`decoupled compare`: every method under equal conditions, three files that say how it went.
+
+DIR/results.json   one record per method and seed
+DIR/report.html    the same for a reader
+DIR/trace.json     the first operations of every method, for Perfetto
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from decoupled import registry
+from decoupled.config import CompareConfig, plain
+from decoupled.errors import OperationError, UserError
+from decoupled.experiment import CONTROLS, Setting, environment, label, run_control, run_method
+from decoupled.observe.progress import Reporter
+from decoupled.observe.recorder import Recorder
+from decoupled.observe.report import write_report
+from decoupled.observe.trace import write_trace
+
+Spec = str | Mapping[str, Any]
+
+
+def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False) -> dict[str, Any]:
+    """Run a comparison and write its files.
+
+    A method that fails is recorded with its error; the others go on. On Ctrl-C what is finished is still written.
+
+    Args:
+        config: what to compare. out: a directory that does not exist yet, or is empty.
+        command: how this was called, for the report.
+        quiet: say nothing.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UserError: nothing to compare, an unknown name, or `out` holds files.
+    """
+    specs: list[Spec] = list(config.methods) or list(registry.methods())
+    if config.seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {config.seeds}")
+    for spec in specs:
+        registry.make(spec)  # wrong names are refused before anything runs
+    setting = Setting.prepare(config)
+    fresh_directory(out)
+    records: list[dict[str, Any]] = []
+    recorders: list[Recorder] = []
+    contestants: list[Spec] = [*specs, *(CONTROLS if config.controls else ())]
+    results: dict[str, Any] = {}
+    with Reporter(setting.samples * len(contestants) * config.seeds, quiet) as reporter:
+        try:
+            for seed in range(config.seeds):
+                for spec in contestants:
+                    record = _one(setting, spec, seed, reporter, recorders)
+                    records.append(record)
+        finally:
+            results = _results(config, setting, records, command)
+            _write(out, results, recorders)
+    return results
+
+
+def fresh_directory(out: Path) -> None:
+    """Make `out`; refuse to write where files are.
+
+    Raises:
+        UserError: it exists and is not an empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; nothing was overwritten: choose another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _one(setting: Setting, spec: Spec, seed: int, reporter: Reporter, recorders: list[Recorder]) -> dict[str, Any]:
+    reporter.start(f"{label(spec)} seed {seed}")
+    began = time.perf_counter()
+    try:
+        if spec in CONTROLS:
+            record = run_control(setting, str(spec), seed, reporter.advance)
+        else:
+            record, recorder = run_method(setting, spec, seed, reporter.advance)
+            if seed == 0:
+                recorders.append(recorder)
+    except OperationError as error:
+        record = _failed(spec, seed, error)
+        reporter.line(f"{label(spec):24} seed {seed}  failed: {error}")
+        return record
+    reporter.line(
+        f"{record['label']:24} seed {seed}  test accuracy {record['test_accuracy']:.3f}  "
+        f"{record['samples_per_second']:8.0f} samples/s  {time.perf_counter() - began:5.1f} s"
+    )
+    return record
+
+
+def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
+    name = spec if isinstance(spec, str) else str(spec["name"])
+    nothing = dict.fromkeys(
+        ("test_accuracy", "test_loss", "wall_seconds", "samples_per_second", "speedup_over_backprop", "parameters")
+    )
+    lists = ("utilisation", "peak_held_bytes", "bytes_up_per_sample", "bytes_down_per_sample", "staleness", "updates")
+    return {
+        "method": name, "label": label(spec), "family": registry.family(name), "kind": "method", "seed": seed,
+        "config": {"method": spec if isinstance(spec, str) else dict(spec)}, "status": "failed", "error": str(error),
+        "epochs": 0, "samples": 0, "auxiliary_parameters": 0, "curve": [], "timeline": [],
+        "environment": environment(), **nothing, **{name: [] for name in lists},
+    }  # fmt: skip
+
+
+def _results(config: CompareConfig, setting: Setting, records: list[dict[str, Any]], command: str) -> dict[str, Any]:
+    pace = {
+        r["seed"]: r["samples_per_second"] for r in records if r["label"] == config.baseline and r["status"] == "ok"
+    }
+    for record in records:
+        base, own = pace.get(record["seed"]), record["samples_per_second"]
+        record["speedup_over_backprop"] = own / base if base and own else None
+    data, model = (spec if isinstance(spec, str) else label(spec) for spec in (config.data, config.model))
+    return {
+        "suite": config.suite,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "environment": environment(),
+        "data": data,
+        "model": model,
+        "blocks": len(setting.cuts) + 1,
+        "cuts": setting.cuts,
+        "runtime": config.runtime,
+        "baseline": config.baseline,
+        "config": plain(config),
+        "records": records,
+    }
+
+
+def _write(out: Path, results: dict[str, Any], recorders: list[Recorder]) -> None:
+    text = json.dumps(_finite(results), indent=1, allow_nan=False)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    spans = [span for recorder in recorders for span in recorder.spans]
+    write_trace(spans, [flow for recorder in recorders for flow in recorder.flows], out / "trace.json")
+    if results["records"]:
+        write_report(results, out / "report.html")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: null instead."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

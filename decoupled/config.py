@@ -1,0 +1,173 @@
+"""Typed configuration of the commands: dataclasses are the single truth, YAML files and key=value words fill them.
+
+Later wins: defaults < suite (compare) < --config file < key=value. Unknown keys are errors with the nearest name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from decoupled.errors import UserError, nearest
+
+T = TypeVar("T")
+SUITES = Path(__file__).resolve().parent / "benchmarks" / "suites"
+
+
+@dataclass
+class Recipe:
+    """How to train: the same for every method."""
+
+    optimizer: str = "sgd"  # sgd | adam | adamw
+    lr: float = 0.1
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 0.0
+    schedule: str = "cosine"  # cosine | constant, over the block's own updates
+    batch_size: int = 64
+    epochs: int = 10
+    augment: bool = False  # the data set's own augmentation (crop, flip)
+
+
+@dataclass
+class Task:
+    """What to train."""
+
+    data: Any = "digits"  # a name, or {name: fashion_mnist, path: DIR}
+    model: Any = "resnet8"  # a name, or {name: mlp, width: 64}
+    blocks: Any = 2  # a number (balanced by measured time), or a list of cut indices
+    runtime: str = "threads"  # threads | simulated
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+@dataclass
+class TrainConfig(Task):
+    """`decoupled train`."""
+
+    method: Any = MISSING  # a name, or {name: overlapping_local, reach: 2}
+    seed: int = 0
+    on_nonfinite: str = "stop"  # stop | skip
+    resume: str | None = None  # a checkpoint written by an earlier run
+
+
+@dataclass
+class CompareConfig(Task):
+    """`decoupled compare`."""
+
+    suite: str = "quick"  # a file of benchmarks/suites, or a path
+    methods: list[Any] = field(default_factory=list)  # names or mappings; empty: all registered
+    controls: bool = True  # plain PyTorch, and earlier blocks frozen at initialisation
+    baseline: str = MISSING  # the method that speed-ups are relative to
+    seeds: int = 3  # runs per method, seeds 0, 1, ...
+
+
+@dataclass
+class SimulateConfig:
+    """`decoupled simulate`; times in any unit."""
+
+    method: Any = MISSING
+    blocks: int = 4
+    batches: int = 64
+    forward: float = 1.0  # per minibatch and block
+    backward: float = 2.0
+    step: float = 0.0
+    latency: float = 0.0  # per message, one way
+    jitter: float = 0.0  # relative spread of all durations
+    slow: dict[int, float] = field(default_factory=dict)  # block -> factor on its durations
+    seed: int = 0
+    timeline: int = 5  # passes to draw; 0: none
+
+
+def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
+    """Build a configuration.
+
+    Args:
+        kind: the dataclass.
+        words: ``key=value`` or ``recipe.lr=0.1``; the keys of `Recipe` may be written without ``recipe.``.
+        file: a YAML file with the same keys.
+
+    Raises:
+        UserError: unknown key (with the nearest), wrong type, missing file, unreadable YAML.
+    """
+    base = OmegaConf.structured(kind)
+    parts = [_words(kind, words)]
+    if file is not None:
+        parts.insert(0, _file(Path(file)))
+    if kind is CompareConfig:
+        suite = next((part["suite"] for part in reversed(parts) if "suite" in part), "quick")
+        parts.insert(0, _file(_suite(str(suite))) | {"suite": str(suite)})
+    try:
+        for part in parts:
+            base = OmegaConf.merge(base, OmegaConf.create(_nested(kind, part)))
+        return cast(T, OmegaConf.to_object(base))
+    except ConfigKeyError as error:
+        key = str(error.key)
+        raise UserError(f"unknown key {key!r}.{nearest(key, _known(kind))} Known: {', '.join(_known(kind))}.") from None
+    except MissingMandatoryValue as error:
+        missing = str(error).split(":")[-1].strip().split()[0]
+        raise UserError(f"{missing} is missing; write {missing}=..., e.g. {missing}=NAME (`decoupled list`)") from None
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0] + f" (key {error.full_key or error.key!r})") from None
+
+
+def plain(config: object) -> dict[str, Any]:
+    """A configuration as plain data, to be written beside the results."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def suites() -> list[str]:
+    """Names of the suites that come with the library."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def _words(kind: type, words: Sequence[str]) -> dict[str, Any]:
+    for word in words:
+        if "=" not in word or word.startswith("="):
+            raise UserError(f"{word!r} is not key=value; known keys: {', '.join(_known(kind))}")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(words))))
+    except Exception as error:
+        raise UserError(f"cannot read {' '.join(words)!r}: {str(error).splitlines()[0]}") from None
+
+
+def _file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"the configuration file {path} does not exist")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:
+        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values")
+    return cast(dict[str, Any], content)
+
+
+def _suite(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if name not in suites():
+        raise UserError(
+            f"unknown suite {name!r}.{nearest(name, suites())} Known: {', '.join(suites())}, or a file.yaml"
+        )
+    return SUITES / f"{name}.yaml"
+
+
+def _nested(kind: type, part: dict[str, Any]) -> dict[str, Any]:
+    """Move recipe keys written at the top into `recipe`."""
+    if not issubclass(kind, Task):
+        return part
+    recipe = {f.name for f in fields(Recipe)}
+    inner = {key: part[key] for key in part if key in recipe}
+    outer = {key: part[key] for key in part if key not in recipe}
+    if inner:
+        outer["recipe"] = {**outer.get("recipe", {}), **inner}
+    return outer
+
+
+def _known(kind: type) -> list[str]:
+    keys = [f.name for f in fields(kind) if f.name != "recipe"]
+    return sorted(keys + ([f.name for f in fields(Recipe)] if issubclass(kind, Task) else []))

@@ -1,0 +1,266 @@
+"""One training run as a record: prepare data and model, train with a method (or a control), measure, evaluate.
+
+Every method of a comparison gets the same initial weights, batches, augmentation, optimizer and number of epochs for a
+seed, and the same cuts. Time is training only: evaluation is not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled import data as datasets
+from decoupled import models, registry
+from decoupled.build import cores
+from decoupled.config import Recipe, Task
+from decoupled.data import Dataset, Loader
+from decoupled.errors import UserError, unknown
+from decoupled.evaluation import evaluate
+from decoupled.observe.recorder import Recorder
+from decoupled.partition import split
+from decoupled.steps import MakeOptimizer, MakeScheduler
+from decoupled.trainer import Trainer
+
+Advance = Callable[[int], None]
+CONTROLS = ("plain_pytorch", "frozen_below")
+
+
+@dataclass
+class Setting:
+    """A task made ready: the data, and the cuts that every run uses."""
+
+    task: Task
+    dataset: Dataset
+    cuts: list[int]
+
+    @classmethod
+    def prepare(cls, task: Task) -> Setting:
+        """Load the data, and cut the model once (balanced by time, or as given)."""
+        dataset = datasets.load(task.data)
+        units = models.build(task.model, dataset.inputs, dataset.classes, seed=0)
+        sample = dataset.train.inputs[: task.recipe.batch_size], dataset.train.targets[: task.recipe.batch_size]
+        blocks = split(units, list(task.blocks) if isinstance(task.blocks, Sequence) else task.blocks, sample)
+        optimizer_for(task.recipe)
+        return cls(task, dataset, list(itertools.accumulate(len(block) for block in blocks))[:-1])
+
+    def units(self, seed: int) -> list[nn.Module]:
+        """A fresh model."""
+        return models.build(self.task.model, self.dataset.inputs, self.dataset.classes, seed=seed)
+
+    def loader(self, seed: int) -> Loader:
+        """Training batches: order and augmentation are a function of seed and epoch."""
+        recipe = self.task.recipe
+        augment = self.dataset.augment if recipe.augment else None
+        return Loader(self.dataset.train, recipe.batch_size, shuffle=True, seed=seed, augment=augment)
+
+    def held_out(self, name: str) -> Loader:
+        """Batches of the "validation" or "test" split."""
+        return Loader(getattr(self.dataset, name), 256)
+
+    @property
+    def samples(self) -> int:
+        """Training samples of one run."""
+        return len(self.dataset.train) * self.task.recipe.epochs
+
+
+def optimizer_for(recipe: Recipe) -> MakeOptimizer:
+    """The optimizer of a recipe.
+
+    Raises:
+        UserError: unknown name, or an impossible value.
+    """
+    if recipe.lr <= 0 or recipe.epochs < 1 or recipe.batch_size < 1:
+        raise UserError(
+            f"lr must be positive, epochs and batch_size at least 1; got {recipe.lr}, {recipe.epochs}, "
+            f"{recipe.batch_size}"
+        )
+    makers: dict[str, MakeOptimizer] = {
+        "sgd": lambda p: torch.optim.SGD(p, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
+        "adam": lambda p: torch.optim.Adam(p, recipe.lr, weight_decay=recipe.weight_decay),
+        "adamw": lambda p: torch.optim.AdamW(p, recipe.lr, weight_decay=recipe.weight_decay),
+    }
+    if recipe.optimizer not in makers:
+        raise unknown("optimizer", recipe.optimizer, makers)
+    return makers[recipe.optimizer]
+
+
+def scheduler_for(recipe: Recipe, updates: int) -> MakeScheduler | None:
+    """The schedule of a recipe over `updates` steps of one block."""
+    if recipe.schedule not in ("cosine", "constant"):
+        raise unknown("schedule", recipe.schedule, ("cosine", "constant"))
+    if recipe.schedule == "constant":
+        return None
+    shape = partial(_cosine, updates=max(1, updates))
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+
+
+def _cosine(step: int, updates: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(step, updates) / updates))
+
+
+def make_trainer(setting: Setting, spec: str | Mapping[str, Any], seed: int, **more: Any) -> Trainer:
+    """A trainer for one run of a setting."""
+    method, recipe = registry.make(spec), setting.task.recipe
+    steps_per_batch = method.feed.count if method.feed.share == 1 else 1
+    updates = recipe.epochs * len(setting.loader(seed)) * steps_per_batch
+    return Trainer(
+        nn.Sequential(*setting.units(seed)),
+        method,
+        setting.cuts,
+        loss=F.cross_entropy,
+        optimizer=optimizer_for(recipe),
+        scheduler=scheduler_for(recipe, updates),
+        runtime=setting.task.runtime,
+        seed=seed,
+        **more,
+    )
+
+
+def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advance: Advance) -> tuple[dict, Recorder]:
+    """Train once with a method; returns its record and the recorded first operations."""
+    name = spec if isinstance(spec, str) else str(spec["name"])
+    recorder = Recorder(label(spec), limit=36)
+    with make_trainer(setting, spec, seed, on_batch=advance, observers=[recorder]) as trainer:
+        loader, curve, seconds, samples = setting.loader(seed), [], 0.0, 0
+        for _ in range(setting.task.recipe.epochs):
+            epoch = trainer.fit(loader)[0]
+            seconds, samples = seconds + epoch["seconds"], samples + int(epoch["samples"])
+            curve.append(_point(setting, trainer.model, len(curve) + 1, samples, seconds, epoch["loss"]))
+        final = trainer.evaluate(setting.held_out("test"))
+        blocks = trainer.statistics()
+    busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
+    record = {
+        "method": name,
+        "label": label(spec),
+        "family": registry.family(name),
+        "kind": "method",
+        "config": {"method": spec if isinstance(spec, str) else dict(spec), "options": registry.options(name)},
+        "utilisation": busy,
+        "peak_held_bytes": [b.peak_held_bytes for b in blocks],
+        "bytes_up_per_sample": [b.bytes_up / samples for b in blocks[:-1]],
+        "bytes_down_per_sample": [b.bytes_down / samples for b in blocks[1:]],
+        "staleness": [{str(late): count for late, count in b.staleness.items()} for b in blocks],
+        "updates": [b.updates for b in blocks],
+        "parameters": sum(b.parameters for b in blocks),
+        "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
+        "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
+    }
+    return _complete(record, setting, seed, final, curve, samples, seconds), recorder
+
+
+def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:
+    """Train once outside the library: plain PyTorch on all cores, or only the last block (the rest as initialised)."""
+    units, recipe, loader = setting.units(seed), setting.task.recipe, setting.loader(seed)
+    frozen = units[: setting.cuts[-1]] if control == "frozen_below" and setting.cuts else []
+    trained = nn.Sequential(*units[len(frozen) :])
+    below, network = nn.Sequential(*frozen), nn.Sequential(*units)
+    optimizer = optimizer_for(recipe)(list(trained.parameters()))
+    make_scheduler = scheduler_for(recipe, recipe.epochs * len(loader))
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    curve, seconds, samples, updates = [], 0.0, 0, 0
+    for epoch in range(recipe.epochs):
+        loader.set_epoch(epoch)
+        network.train()
+        start, total = time.perf_counter(), 0.0
+        for inputs, targets, _ in loader:
+            with torch.no_grad():
+                hidden = below(inputs)
+            loss = F.cross_entropy(trained(hidden), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            total += loss.item() * len(inputs)
+            samples, updates = samples + len(inputs), updates + 1
+            advance(len(inputs))
+        seconds += time.perf_counter() - start
+        curve.append(_point(setting, network, epoch + 1, samples, seconds, total / len(setting.dataset.train)))
+    final = evaluate(list(network), setting.held_out("test"), F.cross_entropy)
+    record = {
+        "method": control,
+        "label": {"plain_pytorch": f"plain PyTorch, {cores()} threads", "frozen_below": "only the last block"}[control],
+        "family": "control",
+        "kind": "control",
+        "config": {},
+        "utilisation": [],
+        "peak_held_bytes": [],
+        "bytes_up_per_sample": [],
+        "bytes_down_per_sample": [],
+        "staleness": [],
+        "updates": [updates],
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "auxiliary_parameters": 0,
+        "timeline": [],
+    }
+    return _complete(record, setting, seed, final, curve, samples, seconds)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to know about the machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": platform.machine(),
+        "threads": cores(),
+        "device": device,
+        "platform": platform.system(),
+    }
+
+
+def label(spec: str | Mapping[str, Any]) -> str:
+    """A method spec as a short text: ``overlapping_local(reach=3)``."""
+    if isinstance(spec, str):
+        return spec
+    options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']}({options})" if options else str(spec["name"])
+
+
+def _point(
+    setting: Setting, network: nn.Sequential, epoch: int, samples: int, seconds: float, loss: float
+) -> dict[str, Any]:
+    result = evaluate(list(network), setting.held_out("validation"), F.cross_entropy)
+    return {
+        "epoch": epoch,
+        "samples": samples,
+        "seconds": seconds,
+        "train_loss": loss,
+        "validation_accuracy": result["accuracy"],
+        "validation_loss": result["loss"],
+    }
+
+
+def _complete(
+    record: dict[str, Any],
+    setting: Setting,
+    seed: int,
+    final: Mapping[str, float],
+    curve: list[dict[str, Any]],
+    samples: int,
+    seconds: float,
+) -> dict[str, Any]:
+    return record | {
+        "status": "ok",
+        "error": None,
+        "seed": seed,
+        "test_accuracy": final["accuracy"],
+        "test_loss": final["loss"],
+        "epochs": setting.task.recipe.epochs,
+        "samples": samples,
+        "wall_seconds": seconds,
+        "samples_per_second": samples / seconds,
+        "speedup_over_backprop": None,
+        "curve": curve,
+        "environment": environment(),
+    }

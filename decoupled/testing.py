@@ -1,0 +1,296 @@
+"""Helpers for testing methods: tiny float64 networks, a training run in one call, and a reference to compare it with.
+
+    case = Case(widths=(4, 5, 3), cuts=(1,), sizes=(6, 6, 4))      a network of two blocks, three minibatches
+    run = train(case, "pipedream")                                 run.weights[k][v]: block k after v updates
+    expected = reference(case, "pipedream")                        the same from the declared facts, by plain autograd
+    compare(run.weights, expected)
+
+The reference knows what a method *declares* (`Method.facts`), never how the library does it: no worker, no order, no
+retention is used. `cases` and `timings` are Hypothesis strategies and need the extra `dev`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from decoupled import registry
+from decoupled.messages import Message
+from decoupled.method import Method
+from decoupled.runtime.contract import Edge, Observer
+from decoupled.runtime.simulated import Timing
+from decoupled.source import Repeat
+from decoupled.steps import MakeOptimizer
+from decoupled.trainer import Trainer
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+Spec = str | Mapping[str, Any] | Method
+Batch = tuple[Tensor, Tensor, Tensor]
+Weights = list[list[Tensor]]  # [block][version], all parameters of the block in one vector
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.2),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, where it is cut, and the minibatches it sees; the same each time it is asked.
+
+    Attributes:
+        widths: features, hidden widths, classes; unit i maps widths[i] to widths[i + 1], tanh on all but the last.
+        cuts: index of the first unit of every block but the first.
+        sizes: samples of each minibatch.
+        seed: of the weights and the data.
+    """
+
+    widths: tuple[int, ...]
+    cuts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    seed: int = 0
+
+    @property
+    def K(self) -> int:
+        """Number of blocks."""
+        return len(self.cuts) + 1
+
+    def blocks(self) -> list[nn.Module]:
+        """Freshly initialised blocks, float64."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            units = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(self.widths)]
+        units[-1] = units[-1][:1]
+        return [nn.Sequential(*units[a:b]).double() for a, b in itertools.pairwise([0, *self.cuts, len(units)])]
+
+    def batches(self) -> list[Batch]:
+        """(inputs, targets, sample indices), each sample once."""
+        draw = torch.Generator().manual_seed(self.seed)
+        total, features, classes = sum(self.sizes), self.widths[0], self.widths[-1]
+        x = torch.randn(total, features, generator=draw, dtype=torch.float64)
+        y = torch.randint(classes, (total,), generator=draw)
+        return list(zip(x.split(self.sizes), y.split(self.sizes), torch.arange(total).split(self.sizes), strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run: `weights[k][v]` are block k's weights after v of its updates."""
+
+    trainer: Trainer
+    weights: Weights
+    history: list[dict[str, float]]
+
+
+def train(
+    case: Case,
+    method: Spec,
+    *,
+    optimizer: MakeOptimizer = OPTIMIZERS["sgd"],
+    runtime: Any = "simulated",
+    epochs: int = 1,
+    blocks: Sequence[nn.Module] | None = None,
+    batches: Sequence[Any] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    **options: Any,
+) -> Run:
+    """Train a case with a method and record every block's weights after each of its updates.
+
+    Args:
+        case: what to train; `blocks` and `batches` replace its own.
+        method, optimizer, runtime, loss, options: as in `Trainer`.
+        epochs: how often.
+    """
+    blocks = case.blocks() if blocks is None else blocks
+    weights = [[flat(block)] for block in blocks]
+    owner = {id(next(block.parameters())): k for k, block in enumerate(blocks) if any(True for _ in block.parameters())}
+
+    def recording(parameters: list[nn.Parameter]) -> Optimizer:
+        made = optimizer(parameters)
+        if (k := owner.get(id(parameters[0]))) is not None:
+            made.register_step_post_hook(lambda *_: weights[k].append(flat(blocks[k])))
+        return made
+
+    given: dict[str, Any] = {"loss": loss, "optimizer": recording, "runtime": runtime, **options}
+    with Trainer(blocks, method, **given) as trainer:
+        history = trainer.fit(case.batches() if batches is None else batches, epochs)
+    return Run(trainer, weights, history)
+
+
+def point(method: Spec) -> Method:
+    """The `Method` that a name, a mapping or a `Method` stands for."""
+    return method if isinstance(method, Method) else registry.make(method)
+
+
+def variants() -> list[dict[str, Any]]:
+    """Every registered method with its defaults, with each of its switches flipped, and with each count one higher."""
+    specs = []
+    for name in registry.methods():
+        defaults = registry.options(name)
+        changed = {key: not value for key, value in defaults.items() if isinstance(value, bool)}
+        changed |= {key: value + 1 for key, value in defaults.items() if type(value) is int}
+        specs += [{"name": name}, *({"name": name, key: value} for key, value in changed.items())]
+    return specs
+
+
+def label(spec: Any) -> str:
+    """A test id for one of `variants`."""
+    return ",".join(str(value) if key == "name" else f"{key}={value}" for key, value in spec.items())
+
+
+def flat(module: nn.Module) -> Tensor:
+    """A copy of all parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()] or [torch.zeros(0)])
+
+
+def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None:
+    """Check that two trajectories agree block by block and update by update.
+
+    Raises:
+        AssertionError: names the first block and update that differ, and by how much.
+    """
+    assert len(found) == len(expected), f"{len(found)} blocks instead of {len(expected)}"
+    for k, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert len(mine) == len(theirs), f"block {k}: {len(mine) - 1} updates instead of {len(theirs) - 1}"
+        for v, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            error = float((a - b).abs().max())
+            assert error <= tolerance, f"block {k} differs by {error:.3g} after update {v}"
+
+
+# --- the reference ------------------------------------------------------------------------------------------------
+
+
+def has_reference(method: Method, K: int) -> bool:
+    """Whether `reference` can predict it: activations up, gradients (or nothing) down, and a fixed order."""
+    plain = method.coupling.up == ("activation",) and set(method.coupling.down) <= {"gradient"}
+    return method.order.rule is not None and (plain or K == 1)
+
+
+def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS["sgd"], epochs: int = 1) -> Weights:
+    """Every block's weights after each of its updates, from the declared facts alone.
+
+    Update n of block k is the gradient on minibatch n of the objectives in ``facts.reach(k, K)``, by autograd on the
+    whole network with `detach` below the lowest block that an objective reaches. The forward runs block k with the
+    weights it had ``facts.delay(k, K)`` updates ago, never older than the epoch; the backward goes through those, or
+    through today's (`backward_weights`). A minibatch is one update: micro-batches only re-associate a mean.
+    """
+    facts, K, blocks = point(method).facts, case.K, case.blocks()
+    feed = point(method).feed
+    heads = [*_heads(case, method)[:-1], nn.Identity()]
+    optimizers = [optimizer(list(m.parameters())) for m in [*blocks, *heads] if any(True for _ in m.parameters())]
+    history = [[_leaves(block)] for block in blocks]
+    repeated = [b for b in case.batches() for _ in range(feed.rounds if isinstance(feed, Repeat) else 1)]
+    for _ in range(epochs):
+        start = len(history[0]) - 1
+        for n, (x, y, _) in enumerate(repeated, start):
+            old = [history[k][max(start, n - facts.delay(k, K))] for k in range(K)]
+            _gradients(blocks, heads, old, facts.backward_weights == "current", point(method), x, y)
+            for made in optimizers:
+                made.step()
+                made.zero_grad()
+            for k, block in enumerate(blocks):
+                history[k].append(_leaves(block))
+    return [[torch.cat([p.flatten() for p in version.values()]) for version in versions] for versions in history]
+
+
+def _gradients(
+    blocks: Sequence[nn.Module],
+    heads: Sequence[nn.Module | None],
+    old: Sequence[dict[str, Tensor]],
+    today: bool,
+    method: Method,
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    """Leave in `.grad` of blocks and heads what the method declares; `old` are the weights of the forward."""
+    K = len(blocks)
+    inputs = [x]  # what each block met in the forward
+    for block, weights in zip(blocks, old, strict=True):
+        inputs.append(functional_call(block, weights, inputs[-1]).detach())
+    used = [_leaves(block) for block in blocks] if today else old
+    leaves = [{name: w.clone().requires_grad_() for name, w in weights.items()} for weights in used]
+    for j in sorted({j for k in range(K) for j in method.facts.reach(k, K)}):
+        reached = [k for k in range(K) if j in method.facts.reach(k, K)]
+        assert reached == list(range(reached[0], j + 1)), f"objective {j} reaches blocks {reached}: not a run up to {j}"
+        h = x
+        for k in range(j + 1):
+            if k == reached[0]:
+                h = h.detach()
+            if today:
+                h = inputs[k] + (h - h.detach())  # the stale input, with the gradient of today's
+            h = functional_call(blocks[k], leaves[k], h)
+            for correction in method.corrections if k < j and h.requires_grad else ():
+                h.register_hook(correction.cotangent)
+        head = heads[j]
+        assert head is not None, f"block {j} has an objective and no head"
+        nn.functional.cross_entropy(head(h), y).backward()
+    for block, weights in zip(blocks, leaves, strict=True):
+        for name, parameter in block.named_parameters():
+            parameter.grad = weights[name].grad
+
+
+def _heads(case: Case, method: Spec) -> list[nn.Module | None]:
+    """The auxiliary heads that the library makes for this case (they are drawn from the trainer's seed)."""
+    once = replace(case, sizes=case.sizes[:1])
+    frozen = train(once, method, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    return [copy.deepcopy(worker.lower.module) for worker in frozen.trainer.workers]
+
+
+def _leaves(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+# --- observers and strategies -------------------------------------------------------------------------------------
+
+
+class Tap(Observer):
+    """Records all messages and operations (on threads in an order that varies)."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Edge, Message]] = []
+        self.operations: list[tuple[str, str, float, float]] = []
+
+    def operation(self, actor: str, operation: str, start: float, end: float) -> None:
+        self.operations.append((actor, operation, start, end))
+
+    def delivery(self, edge: Edge, message: Message, sent: float, arrived: float) -> None:
+        self.messages.append((edge, message))
+
+
+def cases(blocks: tuple[int, int] = (1, 5), batches: tuple[int, int] = (1, 8)) -> SearchStrategy[Case]:
+    """Cases with `blocks` and `batches` between the two numbers given, and any depth, widths, cuts and batch sizes."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def case(draw: Callable[[Any], Any]) -> Case:
+        K = draw(st.integers(*blocks))
+        units = draw(st.integers(K, K + 2))
+        widths = draw(st.lists(st.integers(2, 5), min_size=units + 1, max_size=units + 1))
+        cuts = sorted(draw(st.permutations(range(1, units)))[: K - 1])
+        size, count = draw(st.integers(1, 5)), draw(st.integers(*batches))
+        sizes = [size] * (count - 1) + [draw(st.integers(1, size))]
+        return Case(tuple(widths), tuple(cuts), tuple(sizes), draw(st.integers(0, 99)))
+
+    return case()
+
+
+def timings(K: int) -> SearchStrategy[Timing]:
+    """Any speeds, latency and jitter for `K` blocks."""
+    from hypothesis import strategies as st
+
+    durations = st.lists(st.floats(0.1, 4.0), min_size=K, max_size=K)
+    return st.builds(
+        Timing, forward=durations, backward=durations, step=st.floats(0, 1), recompute=st.booleans(),
+        latency=st.floats(0, 8), jitter=st.sampled_from([0.0, 0.5, 5.0]), seed=st.integers(0, 99),
+        slow=st.dictionaries(st.integers(0, K - 1), st.sampled_from([0.1, 10.0]), max_size=2),
+    )  # fmt: skip
