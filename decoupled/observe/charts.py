@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from markupsafe import Markup
 
@@ -134,9 +135,9 @@ def short(text: str, room: float) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _svg(width: float, height: float, title: str, *children: Markup, kind: str = "") -> Markup:
-    box = f"0 0 {width:.0f} {height:.0f}"
-    return tag("svg", *children, viewBox=box, role="img", aria_label=title, class_=f"chart {kind}".strip())
+def _svg(width: float, height: float, title: str, *children: Markup, kind: str) -> Markup:
+    box, kind = f"0 0 {width:.0f} {height:.0f}", f"chart {kind}"
+    return tag("svg", *children, viewBox=box, role="img", aria_label=title, class_=kind)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> Markup:
@@ -167,10 +168,10 @@ def line_chart(series: Sequence[Series], title: str, x_name: str, y_name: str) -
     """Lines over common axes, each named at its right end; its range over seeds shows under the pointer."""
     label_room = min(max(len(s.label) + len(s.text) + 1 for s in series) * CHARACTER, 178)
     left, right, top = 40.0, WIDTH - label_room - 32, 26.0
-    height = max(400.0, len(series) * LINE + 90)
-    bottom = height - 42
+    bottom = max(358.0, len(series) * LINE + 48)
     points = [p for s in series for p in s.points]
-    x = Axis(0, max(p[0] for p in points), left, right)
+    lasts = [s.points[-1][0] for s in series]
+    x = Axis(0, min(max(lasts), 3 * median(lasts)), left, right)  # a few slow ones do not squeeze the others
     ends, lowest = [s.points[-1][1] for s in series], min(p[2] for p in points)
     cut = min(ends) - max(0.4 * (max(ends) - min(ends)), 0.25 * (max(ends) - lowest))  # so that the ends stay apart
     y = Axis(max(cut, lowest) if len(series) > 1 else lowest, max(p[3] for p in points), bottom, top)
@@ -187,15 +188,15 @@ def line_chart(series: Sequence[Series], title: str, x_name: str, y_name: str) -
         path = f"M{' L'.join(middle)}"
         band = tag("path", d=f"M{' L'.join(high + low[::-1])}Z", class_="band")
         lines = [band, tag("path", d=path, class_="hit"), tag("path", d=path, class_="line")]
-        end = (x(s.points[-1][0]), y(s.points[-1][1]))
+        end = (min(x(s.points[-1][0]), right), y(s.points[-1][1]))
         leader = tag("path", d=f"M{end[0]:.1f},{end[1]:.1f} L{right + 7:.1f},{place:.1f}", class_="leader")
         key = tag("path", d=f"M{right + 7:.1f},{place:.1f} h18", class_="line")
         label = [short(s.label, label_room - (len(s.text) + 1) * CHARACTER) + " ", tag("tspan", s.text, class_="value")]
         group = [tag("title", f"{s.label} {s.text}"), tag("svg", *lines, **window), leader, key]
-        group += [tag("circle", cx=end[0], cy=end[1], r=3, class_="dot")]
+        group += [tag("circle", cx=end[0], cy=end[1], r=3, class_="dot")] if s.points[-1][0] <= x.high else []
         group += [tag("text", *label, x=right + 30, y=place + 4, class_="label")]
         marks.append(tag("g", *group, class_=f"series {s.style}"))
-    return _svg(WIDTH, height, title, *marks, kind="lines")
+    return _svg(WIDTH, bottom + 42, title, *marks, kind="lines")
 
 
 def bar_chart(bars: Sequence[Bar], title: str, x_name: str, reference: float | None = None) -> Markup:
@@ -234,7 +235,7 @@ def block_bars(rows: Sequence[tuple[str, str, Sequence[float]]], title: str) -> 
     cell = (WIDTH - names) / count
     room = 44.0 if cell >= 84 else 0.0  # for the number behind the bar
     every = math.ceil(60 / cell)
-    named = [b for b in range(0, count, every) if True]
+    named = [b for b in range(0, count, every) if names + b * cell + 60 <= WIDTH]
     marks = [_text(names + b * cell, 13, f"block {b}", kind="tick") for b in named]
     for i, (label, style, shares) in enumerate(rows):
         y = top + i * row

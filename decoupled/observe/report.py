@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,10 +23,11 @@ from markupsafe import Markup
 
 from decoupled.observe import charts
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
-from decoupled.observe.trace import KINDS, Span
+from decoupled.observe.trace import KINDS, Span, opening
 
 Record = Mapping[str, Any]
 Measure = Callable[[Record], float | None]
+SAID = {"suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Summary:
-    """All runs of one method; `style` holds the classes of its colour and dash on the whole page."""
+    """All runs of one label; kind is method, baseline or control; style: classes of its colour on the whole page."""
 
     name: str
     label: str
@@ -53,7 +55,7 @@ class Summary:
     def stat(self, measure: Measure) -> Stat | None:
         """`measure` over the seeds that have it, or None where none has."""
         values = [float(v) for v in map(measure, self.runs) if v is not None]
-        return Stat(mean(values), min(values), max(values), len(values)) if values else None
+        return Stat(fmean(values), min(values), max(values), len(values)) if values else None
 
     @property
     def accuracy(self) -> Stat | None:
@@ -66,16 +68,12 @@ class Summary:
     def per_block(self, key: str) -> list[float]:
         """Mean over seeds of a per-block (or per-edge) list, block by block."""
         rows = [run.get(key) or [] for run in self.runs]
-        return [mean([row[k] for row in rows if len(row) > k]) for k in range(max(map(len, rows), default=0))]
+        return [fmean([row[k] for row in rows if len(row) > k]) for k in range(max(map(len, rows), default=0))]
 
     def staleness(self) -> list[Counter[int]]:
         """Histogram per block, summed over seeds: updates between forward and backward -> how often."""
         rows = [run.get("staleness") or [] for run in self.runs]
         return [_merged(row[k] for row in rows if len(row) > k) for k in range(max(map(len, rows), default=0))]
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _of(key: str, reduce: Callable[[Any], float | None] = lambda value: value) -> Measure:
@@ -93,21 +91,20 @@ def _mean_staleness(histograms: Sequence[Mapping[str, int]]) -> float | None:
 
 
 def summarise(results: Mapping[str, Any]) -> list[Summary]:
-    """One summary per method in order of appearance, methods before controls; baseline and controls wear no hue."""
+    """One summary per label (a method, or one setting of it), controls last; these and the baseline wear no hue."""
     groups: dict[str, list[Record]] = {}
     for record in results.get("records") or []:
-        groups.setdefault(record["method"], []).append(record)
+        groups.setdefault(record.get("label") or record["method"], []).append(record)
+    wanted = results.get("baseline")
+    base = wanted if wanted in groups else next((x for x, r in groups.items() if r[0]["method"] == wanted), None)
     summaries, hues, greys = [], iter(range(len(groups))), iter(range(len(groups)))
-    for name, records in sorted(groups.items(), key=lambda item: item[1][0].get("kind") == "control"):
-        kind = records[0].get("kind") or "method"
-        if name == results.get("baseline"):
-            style = "kb d0"
-        else:
-            style = f"kc d{1 + next(greys) % 3}" if kind == "control" else charts.style_of(next(hues))
+    for label, records in sorted(groups.items(), key=lambda item: item[1][0].get("kind") == "control"):
+        kind = "baseline" if label == base else records[0].get("kind") or "method"
+        grey = "kb d0" if kind == "baseline" else f"kc d{1 + next(greys) % 3}" if kind == "control" else ""
         failures = [record for record in records if record.get("status") == "failed"]
         runs = [record for record in records if record.get("status") != "failed"]
-        label, family = records[0].get("label") or name, records[0].get("family") or kind
-        summaries.append(Summary(name, label, kind, family, style, runs, failures))
+        name, family = records[0]["method"], (records[0].get("family") or "").replace("_", " ")
+        summaries.append(Summary(name, label, kind, family, grey or charts.style_of(next(hues)), runs, failures))
     return summaries
 
 
@@ -132,10 +129,10 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
     return [
         Column("Test accuracy", "%", _of("test_accuracy"), percent, max),
         Column("Test loss", "", _of("test_loss"), fixed(3), min),
-        Column("Speed-up", "× backprop", _of("speedup_over_backprop"), fixed(2), max),
+        Column("Speed-up", "× baseline", _of("speedup_over_backprop"), fixed(2), max),
         Column("Throughput", "samples/s", _of("samples_per_second"), significant, max),
         Column("Training", "s", _of("wall_seconds"), significant, min),
-        Column("Utilisation", "%, mean", _of("utilisation", mean), percent, max),
+        Column("Utilisation", "%, mean", _of("utilisation", fmean), percent, max),
         Column("Held at peak", f"{unit}, sum of blocks", held, significant, min, ("max", largest, significant)),
         Column("Traffic up", "KiB/sample", up, significant, None, ("down", down, significant)),
         Column("Staleness", "mean", _of("staleness", _mean_staleness), fixed(2), None, ("max", most, fixed(0))),
@@ -164,7 +161,7 @@ def table(summaries: Sequence[Summary]) -> tuple[list[Column], list[dict[str, An
     return columns, rows
 
 
-def findings(summaries: Sequence[Summary], baseline: str) -> dict[str, Any]:
+def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
     """What the summary sentence speaks of: the methods that stand out, the baseline, the controls, the failures."""
 
     def top(among: Sequence[Summary], by: Callable[[Summary], Stat | None]) -> Summary | None:
@@ -172,8 +169,8 @@ def findings(summaries: Sequence[Summary], baseline: str) -> dict[str, Any]:
         return max(stats, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     methods = [m for m in summaries if m.kind != "control"]
-    named = {summary.name: summary for summary in summaries}
-    base, frozen, plain = (named.get(name) for name in (baseline, "frozen_below", "plain_pytorch"))
+    named = {m.kind if m.kind == "baseline" else m.name: m for m in summaries}
+    base, frozen, plain = (named.get(name) for name in ("baseline", "frozen_below", "plain_pytorch"))
     least, floor = base and base.accuracy, frozen and frozen.accuracy
     level = [m for m in methods if least and m.accuracy and m.accuracy.count > 1 and m.accuracy.high >= least.low]
     return {
@@ -201,7 +198,7 @@ def _curves(summaries: Sequence[Summary], key: str, scale: float = 1.0) -> list[
                 if at is not None and accuracy is not None and math.isfinite(accuracy):
                     epochs.setdefault(point["epoch"], []).append((at / scale, 100 * accuracy))
         full = [epoch for _, epoch in sorted(epochs.items()) if len(epoch) == max(map(len, epochs.values()))]
-        points = [(mean(xs), mean(ys), min(ys), max(ys)) for xs, ys in (zip(*epoch, strict=True) for epoch in full)]
+        points = [(fmean(xs), fmean(ys), min(ys), max(ys)) for xs, ys in (zip(*epoch, strict=True) for epoch in full)]
         if points:
             series.append(charts.Series(summary.label, summary.style, points, fixed(1)(points[-1][1])))
     return series
@@ -216,18 +213,18 @@ def _learning(summaries: Sequence[Summary]) -> dict[str, Markup]:
     return figures
 
 
-def _bars(summaries: Sequence[Summary], baseline: str) -> dict[str, Markup]:
+def _bars(summaries: Sequence[Summary]) -> dict[str, Markup]:
     throughput, memory, traffic, reference = [], [], [], None
-    held = {m.name: m.per_block("peak_held_bytes") for m in summaries}
+    held = {m.label: m.per_block("peak_held_bytes") for m in summaries}
     unit, size = byte_unit(max(map(sum, held.values()), default=0))
     for m in summaries:
         if rate := m.stat(_of("samples_per_second")):
             faster = m.stat(_of("speedup_over_backprop"))
             text = significant(rate.mean) + (f" ({faster.mean:.2f}×)" if faster else "")
             throughput.append(charts.Bar(m.label, m.style, [rate.mean], text, rate.low, rate.high))
-            reference = rate.mean if m.name == baseline else reference
-        if held[m.name]:
-            parts = [part / size for part in held[m.name]]
+            reference = rate.mean if m.kind == "baseline" else reference
+        if held[m.label]:
+            parts = [part / size for part in held[m.label]]
             memory.append(charts.Bar(m.label, m.style, parts, significant(sum(parts))))
         ways = [m.per_block(f"bytes_{way}_per_sample") for way in ("up", "down")]
         if any(ways):
@@ -259,36 +256,36 @@ def _timelines(summaries: Sequence[Summary]) -> dict[str, Any]:
     figures, letters = [], set()
     for m in summaries:
         for run in [run for run in m.runs if run.get("timeline")][:1]:
-            spans = [Span(m.name, e["actor"], e["op"], e["start"], e["end"]) for e in run["timeline"]]
+            spans = opening([Span("", e["actor"], e["op"], e["start"], e["end"]) for e in run["timeline"]], 18)
             letters |= {span.name[:1] for span in spans}
             figures.append((f"{m.label}, seed {run['seed']}", charts.gantt(spans, f"First steps of {m.label}")))
     return {"figures": figures, "legend": {letter: kind for letter, kind in KINDS.items() if letter in letters}}
 
 
-def _settings(summaries: Sequence[Summary]) -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
-    """Config entries that all methods share, and per method those that differ."""
-    configs = [(m.label, c) for m in summaries if (c := [*m.runs, *m.failures][0].get("config"))]
-    texts = [(label, {k: json.dumps(v) for k, v in c.items() if k not in ("seed", "method")}) for label, c in configs]
-    common = {k: v for k, v in (texts[0][1] if texts else {}).items() if all(c.get(k) == v for _, c in texts)}
-    return common, [(label, {k: v for k, v in config.items() if k not in common}) for label, config in texts]
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """A config as words, nested entries side by side; what the page says elsewhere is left out."""
+    flat = {k: v for value in config.values() if isinstance(value, Mapping) for k, v in value.items() if k != "name"}
+    flat |= {k: v for k, v in config.items() if not isinstance(v, Mapping | list) and k not in SAID}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
 def render(results: dict[str, Any]) -> str:
     """The page for one results.json as HTML text."""
-    summaries, baseline = summarise(results), results.get("baseline") or "backprop"
+    summaries = summarise(results)
     columns, rows = table(summaries)
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = percent
     return folder.load(environment, "report.html.j2").render(
         results=results,
-        found=findings(summaries, baseline),
+        found=findings(summaries),
         columns=columns,
         rows=rows,
-        figures=_learning(summaries) | _bars(summaries, baseline),
+        figures=_learning(summaries) | _bars(summaries),
         staleness=_staleness(summaries),
         timelines=_timelines(summaries),
-        settings=_settings(summaries),
+        settings=_settings(results.get("config") or {}),
+        options=[(m.label, _settings([*m.runs, *m.failures][0].get("config") or {})) for m in summaries],
     )
 
 

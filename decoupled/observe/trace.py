@@ -52,7 +52,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Flow:
-    """One message: left `source` at `start`, was taken up by the operation of `target` that begins at `end` (s)."""
+    """One message: left `source` at `start` and reached `target` at `end` (seconds).
+
+    The arrow points at the operation that begins at `end`, or at the next one where none begins just then.
+    """
 
     process: str
     source: str
@@ -99,12 +102,19 @@ def spans_of(results: Mapping[str, Any]) -> list[Span]:
     return spans
 
 
+def opening(spans: Sequence[Span], count: int) -> list[Span]:
+    """The operations up to the end of the `count`-th one of the track that is first to get there."""
+    ends = (sorted(s.end for s in spans if s.track == track)[count - 1 : count] for track in {s.track for s in spans})
+    until = min(chain.from_iterable(ends), default=math.inf)
+    return [span for span in spans if span.end <= until]
+
+
 def write_trace(spans: Iterable[Span], flows: Iterable[Flow], path: Path, counters: Iterable[Counter] = ()) -> None:
     """Write spans, flows and counters as Chrome trace-event JSON; open the file at Perfetto or chrome://tracing.
 
     Args:
         spans: the operations; a span that ends before it starts is a `ValueError`.
-        flows: the messages, drawn as arrows from the operation around `start` to the one around `end`.
+        flows: the messages, drawn as arrows from the operation around `start` to the one from `end` on.
         path: the file to write; missing folders are made.
         counters: values of counter tracks, in any order.
     """
@@ -173,8 +183,8 @@ def _arrows(
         before = bisect_left(sender, sent - _NANO, key=lambda span: span.start) - 1
         if before >= 0 and abs(sender[before].end - sent) < _NANO:
             sent -= _NANO  # at its very end an operation no longer encloses the arrow
-        under = bisect_right(receiver, flow.end, key=lambda span: span.start) - 1
-        taken = under >= 0 and flow.end < receiver[under].end
+        last = bisect_right(receiver, flow.end + _NANO, key=lambda span: span.start) - 1
+        taken = last >= 0 and abs(receiver[last].start - flow.end) <= _NANO
         tail = {"ph": "s", "tid": tracks[flow.process, flow.source], "ts": sent * _MICRO}
         head = {"ph": "f", "tid": tracks[flow.process, flow.target], "ts": flow.end * _MICRO}
         events += [common | tail, common | head | ({"bp": "e"} if taken else {})]  # without bp: the next operation
