@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from decoupled.errors import UserError
 
 Weights = list[Tensor]
-_PLAIN_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 class Block:
@@ -39,7 +38,8 @@ class Block:
         version: number of optimizer steps so far.
 
     Raises:
-        UserError: the module draws randomness that cannot be replayed (alpha or feature-alpha dropout).
+        UserError: in `run`, if the module draws random numbers that cannot be replayed (alpha dropout, dropout inside
+            scaled_dot_product_attention, randomised ReLU).
     """
 
     def __init__(self, module: nn.Module, name: str, seed: int = 0, device: torch.device | str = "cpu") -> None:
@@ -49,14 +49,8 @@ class Block:
         named = dict(module.named_parameters())
         self._names, self.parameters = list(named), list(named.values())
         self.weights: Weights = [*self.parameters]
-        self._random = False
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.dropout._DropoutNd):
-                if type(layer) not in _PLAIN_DROPOUT:
-                    raise UserError(
-                        f"{name}: {type(layer).__name__} cannot be replayed in a recompute; use nn.Dropout instead"
-                    )
-                self._random = True
+        has_dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
+        self._random = True if has_dropout else None  # None: not known before the first run
         first = next((m for m in module.modules() if not list(m.children())), None)
         self._overwrites_input = bool(getattr(first, "inplace", False))
 
@@ -66,7 +60,7 @@ class Block:
 
     def random_state(self) -> Tensor | None:
         """State of the generator before a pass, or None when the block draws nothing."""
-        return self.generator.get_state() if self._random else None
+        return None if self._random is False else self.generator.get_state()
 
     def run(
         self, x: Tensor, weights: Weights | None = None, replay: Tensor | None = None, again: bool = False
@@ -91,14 +85,15 @@ class Block:
 
     @contextmanager
     def _randomness(self, replay: Tensor | None) -> Iterator[None]:
-        if not self._random:
+        if self._random is False:
             yield
             return
         after = self.generator.get_state() if replay is not None else None
         if replay is not None:
             self.generator.set_state(replay)
-        with _OwnDropout(self.generator):
+        with _OwnDropout(self.generator, self.name) as mode:
             yield
+        self._random = self._random or mode.drawn
         if after is not None:
             self.generator.set_state(after)
 
@@ -118,23 +113,40 @@ class Block:
 class _OwnDropout(TorchFunctionMode):
     """Draws the masks of dropout layers from one generator (the mode is local to the thread)."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, block: str) -> None:
         super().__init__()
-        self._generator = generator
+        self._generator, self._block, self.drawn = generator, block, False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func in _SHARED_DIMENSIONS:
             return self._dropout(_SHARED_DIMENSIONS[func], *args, **(kwargs or {}))
+        if func in _REFUSED and _REFUSED[func](*args, **(kwargs or {})):
+            raise UserError(
+                f"{self._block}: {getattr(func, '__name__', func)} draws random numbers that cannot be replayed in a "
+                "recompute; use nn.Dropout outside of it instead"
+            )
         return func(*args, **(kwargs or {}))
 
     def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
             return x
+        self.drawn = True
         shape = x.shape[: x.dim() - spatial] + (1,) * spatial
         keep = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=self._generator)
         return x * keep.div_(1 - p) if p < 1 else x * keep
 
 
 _SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+# function -> whether this call draws from the shared generator
+_REFUSED: dict[Callable[..., Any], Callable[..., bool]] = {
+    F.alpha_dropout: lambda x, p=0.5, training=False, inplace=False: training and p > 0,
+    F.feature_alpha_dropout: lambda x, p=0.5, training=False, inplace=False: training and p > 0,
+    F.rrelu: lambda x, lower=0.125, upper=1 / 3, training=False, inplace=False: training,
+    F.multi_head_attention_forward: lambda *a, **rest: (
+        rest.get("dropout_p", a[10] if len(a) > 10 else 0.0) > 0
+        and rest.get("training", a[13] if len(a) > 13 else True)
+    ),
+    F.scaled_dot_product_attention: lambda q, k, v, attn_mask=None, dropout_p=0.0, *more, **rest: dropout_p > 0,
+}
