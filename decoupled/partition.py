@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any, Literal
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled.errors import UserError
+from decoupled.runtime.contract import intra_op_threads
 
 
 def split(
@@ -134,12 +134,13 @@ def unit_parameters(units: Iterable[nn.Module]) -> list[int]:
 def unit_seconds(units: Sequence[nn.Module], sample: Any, repeats: int = 7, warmup: int = 2) -> list[float]:
     """Measure the forward + backward seconds of every unit on a sample batch.
 
-    Works on copies in training mode, so the model's buffers, gradients and mode and the random state stay as they are.
+    Works on copies in training mode, so the model's buffers, gradients and mode and the random state stay as they are,
+    and on one intra-op thread: blocks share the cores, and a busy machine disturbs one thread least.
 
     Args:
         units: applied one after the other; each takes and returns a tensor or a tuple of tensors.
         sample: inputs of the first unit, or a tuple that begins with them, on the model's device.
-        repeats: measured passes; the median of each unit counts, which ignores interruptions.
+        repeats: measured passes; the fastest of each unit counts, which ignores interruptions.
         warmup: passes before, which pay for memory and kernel selection.
 
     Returns:
@@ -164,9 +165,9 @@ def unit_seconds(units: Sequence[nn.Module], sample: Any, repeats: int = 7, warm
         twin.zero_grad(set_to_none=True)
         copies.append(twin.train())
     cuda = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), intra_op_threads(1):
         passes = [_one_pass(copies, x) for _ in range(warmup + repeats)][warmup:]
-    return [statistics.median(times) for times in zip(*passes, strict=True)]
+    return [min(times) for times in zip(*passes, strict=True)]
 
 
 def _one_pass(units: Sequence[nn.Module], x: Tensor) -> list[float]:

@@ -135,8 +135,8 @@ OPTIONS = {
     "greedy_local": {"head": "linear"},
     "chunked_local": {"chunks": 2, "head": "linear"},
     "overlapping_local": {"reach": 2, "head": "linear"},
-    "block_admm": {"beta": 1.0, "eta": 0.5, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
-    "penalty": {"beta": 1.0, "eta": 0.5, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
+    "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
+    "penalty": {"beta": 0.1, "eta": 5.0, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
 }
 KEYS = {
     config.Recipe: "optimizer lr momentum weight_decay schedule batch_size epochs augment",

@@ -34,8 +34,8 @@ from decoupled.source import Repeat
 
 @register("block_admm")
 def block_admm(
-    beta: float = 1.0,
-    eta: float = 0.5,
+    beta: float = 0.1,
+    eta: float = 5.0,
     sigma: float = 0.5,
     rounds: int = 4,
     sweep: bool = False,
@@ -49,8 +49,8 @@ def block_admm(
 
 @register("penalty")
 def penalty(
-    beta: float = 1.0,
-    eta: float = 0.5,
+    beta: float = 0.1,
+    eta: float = 5.0,
     stored: bool = True,
     rounds: int = 1,
     sweep: bool = False,

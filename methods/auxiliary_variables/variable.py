@@ -1,7 +1,7 @@
 """The auxiliary variable of one edge: its value Z, its scaled dual U, and the updates of both.
 
-Online, Z is carried from round to round of one minibatch and then discarded. Stored, Z and U have a row per sample of
-the data set, addressed by sample index; a sample met for the first time starts from the forward value, U from zero.
+Online, Z is carried from round to round of one minibatch and then discarded. Stored, Z has a row per sample of the
+data set, addressed by sample index; a sample met for the first time starts from the forward value.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Variable(Lower):
         self._x: Tensor | None = None  # the block's output
         self._indices: Any = None
         self._pending = 0
-        self._table = _Table()
+        self._rows = Rows()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the variables and duals that outlive an operation."""
-        live = [] if self._stored else [t for t in (self.z, self.u) if t is not None]
-        return sum(t.numel() * t.element_size() for t in [*live, *self._table.tensors()])
+        live = sum(t.numel() * t.element_size() for t in (self.z, self.u) if t is not None)
+        return self._rows.nbytes if self._stored else live
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
         self._pending = 2  # the own objective and the answer
@@ -70,7 +70,7 @@ class Variable(Lower):
                     "stored auxiliary variables are addressed by sample: yield (inputs, targets, indices) batches "
                     "(decoupled.data.Loader does), or choose stored=false"
                 )
-            self.z, self.u = self._table.rows(data.indices) if self._table.knows(data.indices) else (None, None)
+            self.z, self.u = self._rows.get(data.indices) if self._rows.know(data.indices) else None, None
         elif data.round == 0:
             self.z = self.u = None
         return None if self.z is None else (self.z,)
@@ -78,10 +78,9 @@ class Variable(Lower):
     def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
         self._x = y.detach()
         if self.z is None:
-            self.z, self.u = self._x.clone(), torch.zeros_like(self._x)
-            if self._stored:
-                self._table.fill(self._indices, self.z, self.u)
-                self.z, self.u = self._table.rows(self._indices)
+            self.z = self._rows.merge(self._indices, self._x) if self._stored else self._x
+        if self.u is None:
+            self.u = torch.zeros_like(self.z)
         return (self.z,)
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
@@ -101,60 +100,63 @@ class Variable(Lower):
         """After the own objective and the answer, in either order, the round is over: dual step, rows written back."""
         self._pending -= 1
         if self._pending == 0 and self.z is not None and self.u is not None and self._x is not None:
-            self.u = self.u + self._sigma * (self.z - self._x)
+            if self._sigma:
+                self.u = self.u + self._sigma * (self.z - self._x)
             if self._stored:
-                self._table.write(self._indices, self.z, self.u)
+                self._rows.put(self._indices, self.z)
 
     def clear(self) -> None:
         self.z = self.u = self._x = self._indices = None
 
     def state_dict(self) -> dict[str, Any]:
-        return self._table.state_dict()
+        return self._rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._table.load_state_dict(state)
+        self._rows.load_state_dict(state)
 
 
-class _Table:
-    """Z and U per sample, grown to the largest index seen."""
+class Rows:
+    """One row per sample, grown to the largest index seen; rows never written are unknown."""
 
     def __init__(self) -> None:
-        self._z: Tensor | None = None
-        self._u: Tensor | None = None
+        self._values: Tensor | None = None
         self._known = torch.zeros(0, dtype=torch.bool)
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self._z, self._u) if t is not None]
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._values is None else self._values.numel() * self._values.element_size()
 
-    def knows(self, indices: Tensor) -> bool:
-        """Whether every row has been filled."""
+    def know(self, indices: Tensor) -> bool:
+        """Whether every one of these rows has been written."""
         return len(self._known) > int(indices.max()) and bool(self._known[indices].all())
 
-    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._z is not None and self._u is not None
-        return self._z[indices], self._u[indices]
+    def get(self, indices: Tensor) -> Tensor:
+        assert self._values is not None
+        return self._values[indices]
 
-    def fill(self, indices: Tensor, z: Tensor, u: Tensor) -> None:
-        """Write the rows that are not known yet."""
-        size = max(len(self._known), int(indices.max()) + 1)
-        if self._z is None or self._u is None:
-            self._z, self._u = z.new_zeros(0, *z.shape[1:]), u.new_zeros(0, *u.shape[1:])
-        if size > len(self._known):
-            grow = max(size, len(self._known) * 3 // 2) - len(self._known)
-            self._z = torch.cat([self._z, self._z.new_zeros(grow, *z.shape[1:])])
-            self._u = torch.cat([self._u, self._u.new_zeros(grow, *u.shape[1:])])
-            self._known = torch.cat([self._known, self._known.new_zeros(grow)])
-        new = ~self._known[indices]
-        self.write(indices[new], z[new], u[new])
+    def put(self, indices: Tensor, values: Tensor) -> None:
+        missing = int(indices.max()) + 1 - len(self._known)
+        if self._values is None:
+            self._values = values.new_zeros(0, *values.shape[1:])
+        if missing > 0:
+            missing = max(missing, len(self._known) // 2)  # grow by half, so that growing stays cheap
+            self._values = torch.cat([self._values, values.new_zeros(missing, *values.shape[1:])])
+            self._known = torch.cat([self._known, self._known.new_zeros(missing)])
+        self._values[indices] = values
         self._known[indices] = True
 
-    def write(self, indices: Tensor, z: Tensor, u: Tensor) -> None:
-        assert self._z is not None and self._u is not None
-        self._z[indices], self._u[indices] = z, u
+    def merge(self, indices: Tensor, values: Tensor) -> Tensor:
+        """`values`, with the rows that are known replaced by what is stored; the others are stored."""
+        known = torch.tensor([n < len(self._known) and bool(self._known[n]) for n in indices.tolist()])
+        merged = values.clone()
+        if known.any():
+            merged[known] = self.get(indices[known])
+        self.put(indices, merged)
+        return merged
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._z is None else {"z": self._z, "u": self._u, "known": self._known}
+        return {} if self._values is None else {"values": self._values, "known": self._known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self._z, self._u, self._known = state["z"].clone(), state["u"].clone(), state["known"].clone()
+            self._values, self._known = state["values"].clone(), state["known"].clone()

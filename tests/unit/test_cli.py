@@ -143,8 +143,7 @@ def test_python_m_is_the_same_command() -> None:
 def test_interrupt_stops_everything(tmp_path: Path) -> None:
     """Ctrl-C in the middle: exit code 1, one line, finished records kept, no thread left hanging."""
     out = tmp_path / "out"
-    words = ["compare", "methods=[pipedream]", "controls=false", "seeds=1", "epochs=100000", "batch_size=50",
-             "data={name: digits, limit: 200}", "model={name: mlp, width: 16, depth: 3}", "--out", str(out)]  # fmt: skip
+    words = ["compare", "methods=[pipedream]", "controls=false", "seeds=1", *SMALL, "epochs=100000", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-c", _ANNOUNCING, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
