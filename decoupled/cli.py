@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from decoupled.simulate import simulate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_words_first(sys.argv[1:] if arguments is None else arguments))
     try:
         options.run(options)
     except UserError as error:
@@ -58,6 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     return 0
+
+
+def _words_first(arguments: Sequence[str]) -> list[str]:
+    """Move key=value words before the options: argparse takes them in one place only."""
+    words, others = [], []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        value = before in ("--out", "--config", "--blocks")
+        (words if re.match(r"[\w.]+=", word) and not value else others).append(word)
+    return [*others[:1], *words, *others[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -81,8 +81,8 @@ class Lower:
         """Payload of Up, called at every forward; sent unless `offer` has sent one. `y`: (batch, *features)."""
         return (y.detach(),)
 
-    def objective(self, y: Tensor, data: Data | None) -> Tensor:
-        """J_k, a scalar; `y` is a leaf that requires grad."""
+    def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
+        """J_k, a scalar; `y` is a leaf that requires grad. None: there is nothing to learn from this pass yet."""
         raise NotImplementedError(f"{type(self).__name__} has no objective")
 
     def pull(self, payload: tuple[Tensor, ...]) -> Tensor:

@@ -31,7 +31,7 @@ class Facts:
         in_flight: most passes a block holds between forward and backward.
         backward_weights: "forward" (those its forward used), "current", or "none" (nothing is held over an update).
         reads_indices: whether batches must carry sample indices.
-        locks: the locks of backpropagation that it removes, of "forward", "backward", "update".
+        locks: the locks of backpropagation it removes: "forward", "backward", "update"; and where, if not everywhere.
     """
 
     exact: bool

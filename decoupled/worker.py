@@ -225,6 +225,8 @@ class Worker(Actor):
     def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
         y = self.retention.open(n).y.detach().requires_grad_()
         objective = self.lower.objective(y, state.data)
+        if objective is None:
+            return None
         value = float(objective.detach())
         if not abs(value) < float("inf"):
             if self._on_nonfinite == "stop":

@@ -61,7 +61,8 @@ def penalty(
 
 
 def _method(coupling: AuxiliaryVariable, sweep: bool, rounds: int) -> Method:
-    locks = ("backward", "update") + (("forward",) if coupling.stored else ())
+    locks = ("update",) if sweep else ("backward", "update")
+    locks += ("forward",) if coupling.stored else ()
     facts = Facts(exact=False, reach=own, reads_indices=coupling.stored, locks=locks)
     return Method(coupling, rounds_order(sweep), facts, KeepNothing, feed=Repeat(rounds))
 

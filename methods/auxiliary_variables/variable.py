@@ -58,7 +58,7 @@ class Variable(Lower):
     @property
     def held_bytes(self) -> int:
         """Bytes of the variables and duals that outlive an operation."""
-        live = sum(t.numel() * t.element_size() for t in (self.z, self.u) if t is not None)
+        live = sum(t.numel() * t.element_size() for t in (self.z, self.u, self._x) if t is not None)
         return self._rows.nbytes if self._stored else live
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
@@ -83,11 +83,13 @@ class Variable(Lower):
             self.u = torch.zeros_like(self.z)
         return (self.z,)
 
-    def objective(self, y: Tensor, data: Data | None) -> Tensor:
+    def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
         assert self.z is not None and self.u is not None
-        value = (self.z - y + self.u).square().sum() * (self._beta / 2 / y.shape[0])
+        residual = self.z - y + self.u
         self._half_done()
-        return value
+        if not residual.any():  # before the first answer has come down, Z is the block's own output
+            return None
+        return residual.square().sum() * (self._beta / 2 / y.shape[0])
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         if payload is not None:

@@ -41,7 +41,8 @@ def chunked_local(chunks: int = 2, head: str = "linear") -> Method:
     """Consecutive blocks form `chunks` chunks; each is trained by backpropagation from a head at its end."""
     if chunks < 1:
         raise UserError(f"chunked_local needs at least 1 chunk, got {chunks}")
-    facts = Facts(exact=False, reach=lambda k, K: (_chunk_end(k, K, chunks),), locks=ALL_LOCKS)
+    locks = tuple(f"{lock} between chunks" for lock in ALL_LOCKS)
+    facts = Facts(exact=False, reach=lambda k, K: (_chunk_end(k, K, chunks),), locks=locks)
     return Method(Chunked(chunks, head), sync, facts, KeepNothing)
 
 
@@ -50,7 +51,8 @@ def overlapping_local(reach: int = 2, head: str = "linear") -> Method:
     """Every loss reaches `reach` blocks down; a block adds up the gradients it hears."""
     if reach < 1:
         raise UserError(f"overlapping_local needs a reach of at least 1, got {reach}")
-    facts = Facts(exact=False, reach=lambda k, K: objectives(k, K, reach), locks=ALL_LOCKS)
+    locks = tuple(f"{lock} beyond the reach" for lock in ALL_LOCKS)
+    facts = Facts(exact=False, reach=lambda k, K: objectives(k, K, reach), locks=locks)
     return Method(Overlap(reach, head), truncated(reach), facts, KeepNothing)
 
 

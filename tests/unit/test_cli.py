@@ -52,8 +52,8 @@ def test_compare_writes_three_files_and_never_overwrites(tmp_path: Path, capsys:
 
 def test_plain_pytorch_and_backprop_learn_the_same(tmp_path: Path) -> None:
     """The control outside the library sees the same batches, weights and schedule."""
-    out = tmp_path / "out"
-    assert run("compare", "methods=[backprop]", "seeds=1", *SMALL, "--quiet", "--out", str(out)) == 0
+    out = tmp_path / "out=1"  # words and options may come in any order
+    assert run("compare", "methods=[backprop]", "--quiet", "--out", str(out), "seeds=1", *SMALL) == 0
     backprop, plain, _ = json.loads((out / "results.json").read_text())["records"]
     for ours, theirs in zip(backprop["curve"], plain["curve"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
