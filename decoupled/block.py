@@ -33,6 +33,8 @@ class Block:
         name: what errors call it.
         seed: seed of the generator its dropout draws from.
         device: where the module lives and its inputs are moved to.
+        overwrites_input: whether it changes its input in place, so that it must be given a copy; None: if any layer
+            says `inplace`.
 
     Attributes:
         version: number of optimizer steps so far.
@@ -40,9 +42,19 @@ class Block:
     Raises:
         UserError: in `run`, if the module draws random numbers that cannot be replayed (alpha dropout, dropout inside
             scaled_dot_product_attention, randomised ReLU).
+
+    Whether a block draws at all is decided in its first run: a module that begins to call random functions later is
+    not noticed (a dropout layer or function is, even with p = 0).
     """
 
-    def __init__(self, module: nn.Module, name: str, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        overwrites_input: bool | None = None,
+    ) -> None:
         self.module, self.name, self.version = module.to(device), name, 0
         self.device = torch.device(device)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -51,8 +63,9 @@ class Block:
         self.weights: Weights = [*self.parameters]
         has_dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
         self._random = True if has_dropout else None  # None: not known before the first run
-        first = next((m for m in module.modules() if not list(m.children())), None)
-        self._overwrites_input = bool(getattr(first, "inplace", False))
+        if overwrites_input is None:  # a layer may reach the input through views and identities, not only as the first
+            overwrites_input = any(getattr(layer, "inplace", False) for layer in module.modules())
+        self._overwrites_input = overwrites_input
 
     def freeze(self) -> Weights:
         """Copies of the current weights as new leaves, in the order of `parameters`."""
@@ -91,7 +104,7 @@ class Block:
         after = self.generator.get_state() if replay is not None else None
         if replay is not None:
             self.generator.set_state(replay)
-        with _OwnDropout(self.generator, self.name) as mode:
+        with _OwnRandomness(self.generator, self.name) as mode:
             yield
         self._random = self._random or mode.drawn
         if after is not None:
@@ -110,8 +123,8 @@ class Block:
         self.generator.set_state(state["generator"].cpu())
 
 
-class _OwnDropout(TorchFunctionMode):
-    """Draws the masks of dropout layers from one generator (the mode is local to the thread)."""
+class _OwnRandomness(TorchFunctionMode):
+    """Draws dropout masks and other random tensors from one generator (the mode is local to the thread)."""
 
     def __init__(self, generator: torch.Generator, block: str) -> None:
         super().__init__()
@@ -121,7 +134,11 @@ class _OwnDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func in _SHARED_DIMENSIONS:
+            self.drawn = True
             return self._dropout(_SHARED_DIMENSIONS[func], *args, **(kwargs or {}))
+        if func in _DRAWING:
+            self.drawn = True
+            kwargs = {"generator": self._generator} | (kwargs or {})
         if func in _REFUSED and _REFUSED[func](*args, **(kwargs or {})):
             raise UserError(
                 f"{self._block}: {getattr(func, '__name__', func)} draws random numbers that cannot be replayed in a "
@@ -132,13 +149,25 @@ class _OwnDropout(TorchFunctionMode):
     def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
             return x
-        self.drawn = True
         shape = x.shape[: x.dim() - spatial] + (1,) * spatial
         keep = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=self._generator)
         return x * keep.div_(1 - p) if p < 1 else x * keep
 
 
-_SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+# dropout function -> number of last dimensions that share a mask
+_SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {
+    F.dropout: 0,
+    torch.dropout: 0,
+    F.dropout1d: 1,
+    F.dropout2d: 2,
+    F.dropout3d: 3,
+}
+# functions that take a generator
+_DRAWING: set[Callable[..., Any]] = {
+    torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like,
+    torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, Tensor.bernoulli, Tensor.bernoulli_,
+    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.random_, Tensor.multinomial,
+}  # fmt: skip
 # function -> whether this call draws from the shared generator
 _REFUSED: dict[Callable[..., Any], Callable[..., bool]] = {
     F.alpha_dropout: lambda x, p=0.5, training=False, inplace=False: training and p > 0,

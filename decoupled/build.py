@@ -3,14 +3,13 @@
     source --data--> block 0 --up--> block 1 --up--> ... block K-1 <--data-- source
                             <-down--        <-down--
 
-Every port is bounded: upwards by what the order keeps in flight (or the method's `channel`), downwards by the replies
-that can be owed, data by how far the bottom block may be ahead of the top.
+Every port is bounded: upwards by what the order keeps in flight (or the method's `channel`), downwards too
+(one channel per reply of a pass), data by how far the bottom block may be ahead of the top.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from decoupled.block import Block
 from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
-from decoupled.errors import UserError, unknown
+from decoupled.errors import UserError, first_line, unknown
 from decoupled.method import Method
 from decoupled.partition import split
 from decoupled.runtime.contract import Edge, Runtime
@@ -28,7 +27,7 @@ from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
 from decoupled.source import Reader
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
-from decoupled.worker import Worker
+from decoupled.worker import Worker, down_port
 
 Model = nn.Sequential | Sequence[nn.Module]
 RUNTIMES = ("simulated", "threads")
@@ -53,6 +52,8 @@ def cut(model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None)
         if isinstance(model, nn.Sequential) or not isinstance(model, Sequence):
             raise UserError("blocks=None means that `model` is a list with one module per block; say how many blocks")
         blocks = list(range(1, len(model)))
+    if isinstance(model, Sequence) and not model:
+        raise UserError("the model has no blocks: the list is empty")
     parts = split(model, blocks, sample)
     units = [unit for part in parts for unit in part]
     return units, list(itertools.accumulate(len(part) for part in parts))[:-1]
@@ -63,12 +64,12 @@ def chain(units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recip
 
     Args:
         units: the finest pieces of the model. cuts: index of the first unit of every later block.
-        sample: (batch, *features), a batch of inputs; only its shape is used (heads, shapes of the edges).
+        sample: (batch, *features), some inputs, to find the shapes on the edges.
     """
     edges = [0, *cuts, len(units)]
     modules = [nn.Sequential(*units[a:b]) for a, b in itertools.pairwise(edges)]
     K, method = len(modules), recipe.method
-    shapes = output_shapes(modules, sample)
+    shapes, dtypes, overwrites = probe(modules, sample)
     workers = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
@@ -76,10 +77,13 @@ def chain(units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recip
             place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]))
             device = recipe.devices[k % len(recipe.devices)]
             lower, upper = method.coupling.lower(place), method.coupling.upper(place) if k else Bottom()
+            if lower.has_objective and not dtypes[k].is_floating_point:
+                raise UserError(f"block{k} ends in {dtypes[k]}, which no objective can train; move the cut behind it")
             for half in (lower, upper):
                 if half.module is not None:
-                    half.module.to(device=device, dtype=next(module.parameters(), sample).dtype)
-            block = Block(module, f"block{k}", seed=recipe.seed * 1_000_003 + k, device=device)
+                    half.module.to(device=device, dtype=dtypes[k])
+            seed = recipe.seed * 1_000_003 + k
+            block = Block(module, f"block{k}", seed, device, overwrites[k])
             groups = (block.parameters, _parameters(lower.module), _parameters(upper.module))
             steps = Steps(groups, recipe.optimizer, recipe.scheduler)
             retention = method.retention(block, _steps_between(method, k, K))
@@ -112,41 +116,56 @@ def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list
         flight = method.facts.in_flight(below.k, K) if below.lower.awaits == "B" else 0
         edges.append(Edge(below.name, "up", above.name, "up", max(method.channel, flight + 1)))
         if above.upper.replies:
-            replies = max(1, below.lower.replies)
-            edges.append(Edge(above.name, "down", below.name, "down", replies * (flight + 1)))
+            ports = [down_port(part) for part in range(below.lower.replies)]
+            edges += [Edge(above.name, port, below.name, port, flight + 1) for port in ports]
     return readers, edges
 
 
-def output_shapes(modules: Sequence[nn.Module], sample: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Shape of every block's output without the batch dimension; nothing of the modules changes.
+def probe(
+    modules: Sequence[nn.Module], sample: Tensor
+) -> tuple[tuple[tuple[int, ...], ...], list[torch.dtype], list[bool]]:
+    """Run the blocks once in evaluation mode; neither they nor the sample change.
+
+    Returns:
+        For every block: shape of its output without the batch dimension, dtype of its output, and whether it changes
+        its input in place.
 
     Raises:
         UserError: a block cannot take its predecessor's output, or the input.
     """
-    shapes, x = [], sample
+    shapes, dtypes, overwrites, x = [], [], [], sample
     for k, module in enumerate(modules):
         modes = {m: m.training for m in module.modules()}
         module.eval()
         try:
             reference = next(itertools.chain(module.parameters(), module.buffers()), None)
+            given = x.to("cpu" if reference is None else reference.device, copy=True)
             with torch.no_grad():
-                x = module(x if reference is None else x.to(reference.device))
+                y = module(given)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"block{k} does not take an input of shape {tuple(x.shape)}: {error}") from error
+            raise UserError(
+                f"block{k} does not take an input of shape {tuple(x.shape)} ({first_line(error)}); check the model "
+                "against the batches"
+            ) from error
         finally:
             for m, mode in modes.items():
                 m.training = mode
-        if not isinstance(x, Tensor):
-            raise UserError(f"block{k} returns {type(x).__name__}; a block maps one tensor to one tensor")
-        shapes.append(tuple(x.shape[1:]))
-    return tuple(shapes)
+        if not isinstance(y, Tensor):
+            raise UserError(f"block{k} returns {type(y).__name__}; a block maps one tensor to one tensor")
+        shapes.append(tuple(y.shape[1:]))
+        dtypes.append(y.dtype)
+        overwrites.append(given._version > 0)
+        x = y
+    return tuple(shapes), dtypes, overwrites
 
 
 def make_runtime(runtime: str | Runtime, blocks: int) -> Runtime:
-    """A runtime by name, with intra-op threads = cores / blocks; a Runtime is returned as it is."""
+    """A runtime by name, with torch's intra-op threads divided by the blocks; a Runtime is returned as it is."""
     if isinstance(runtime, Runtime):
         return runtime
-    intra_op = max(1, cores() // blocks)  # the same on every runtime: it decides the order of additions in a sum
+    intra_op = max(
+        1, torch.get_num_threads() // blocks
+    )  # the same on every runtime: it decides the order of additions in a sum
     if runtime == "simulated":
         return Simulated(intra_op=intra_op)
     if runtime == "threads":
@@ -154,18 +173,19 @@ def make_runtime(runtime: str | Runtime, blocks: int) -> Runtime:
     raise unknown("runtime", runtime, RUNTIMES)
 
 
-def make_devices(devices: Sequence[Any] | None) -> list[torch.device]:
+def make_devices(devices: Sequence[Any] | str | None) -> list[torch.device]:
     """One device per block in turn; default: all visible GPUs, else the CPU."""
     if devices:
-        return [torch.device(device) for device in devices]
+        names = [devices] if isinstance(devices, str | torch.device) else list(devices)
+        try:
+            return [torch.empty(0, device=name).device for name in names]
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise UserError(
+                f"devices={devices!r} cannot be used ({first_line(error)}); name devices there are"
+            ) from None
     if torch.cuda.is_available():
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [torch.device("cpu")]
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _steps_between(method: Method, k: int, K: int) -> bool:

@@ -39,9 +39,12 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the path of a checkpoint written by `decoupled train --out DIR`")
     try:
-        return torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)
     except Exception as error:
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); use another one") from error
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise UserError(f"{path} is not a checkpoint of this library; give one written by `decoupled train --out DIR`")
+    return state
 
 
 def worker_state(worker: Worker) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rich.table import Table
 from decoupled import __version__, checkpoint, registry
 from decoupled.compare import compare, fresh_directory
 from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read
-from decoupled.errors import OperationError, StallError, UserError
+from decoupled.errors import OperationError, StallError, UserError, first_line
 from decoupled.experiment import Setting, label, make_trainer
 from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
@@ -32,6 +32,10 @@ from decoupled.observe.report import write_report
 from decoupled.observe.trace import timeline_table
 from decoupled.runtime.simulated import Timing
 from decoupled.simulate import simulate
+
+
+class RunError(RuntimeError):
+    """A run ended, but not as it should."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(cause, UserError):
             print(f"decoupled: {cause}", file=sys.stderr)
             return 2
-        print(f"decoupled: {error}", file=sys.stderr)
+        print(f"decoupled: {first_line(error)}", file=sys.stderr)
         return 1
-    except StallError as error:
+    except (StallError, RunError) as error:
         print(f"decoupled: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -125,8 +129,8 @@ def _compare(options: argparse.Namespace) -> None:
         _print_results(results)
     print(f"report: {out / 'report.html'}")
     print(f"trace:  {out / 'trace.json'} (open it at ui.perfetto.dev)")
-    if all(record["status"] != "ok" for record in results["records"]):
-        raise StallError(f"every method failed; the errors are in {out / 'results.json'}")
+    if failed := sorted({record["label"] for record in results["records"] if record["status"] != "ok"}):
+        raise RunError(f"{', '.join(failed)} failed; the errors are in {out / 'results.json'}")
 
 
 def _print_results(results: dict[str, Any]) -> None:
@@ -164,7 +168,7 @@ def _train(options: argparse.Namespace) -> None:
     registry.make(config.method)
     state = checkpoint.load(config.resume) if config.resume else None
     setting = Setting.prepare(config)
-    if state is not None:
+    if state is not None and len(state["cuts"]) == len(setting.cuts):
         setting.cuts = list(state["cuts"])
     if options.out is not None:
         fresh_directory(options.out)

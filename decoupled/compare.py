@@ -43,7 +43,10 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
     Raises:
         UserError: nothing to compare, an unknown name, or `out` holds files.
     """
-    specs: list[Spec] = list(config.methods) or list(registry.methods())
+    given = config.methods if isinstance(config.methods, list) else [config.methods]
+    specs: list[Spec] = list(given) or list(registry.methods())
+    if config.baseline not in map(label, specs):
+        specs.insert(0, config.baseline)  # no table without it
     if config.seeds < 1:
         raise UserError(f"seeds must be at least 1, got {config.seeds}")
     for spec in specs:
@@ -74,15 +77,18 @@ def fresh_directory(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; nothing was overwritten: choose another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {out} ({error.strerror}); choose another --out") from None
 
 
 def _one(setting: Setting, spec: Spec, seed: int, reporter: Reporter, recorders: list[Recorder]) -> dict[str, Any]:
     reporter.start(f"{label(spec)} seed {seed}")
     began = time.perf_counter()
     try:
-        if spec in CONTROLS:
-            record = run_control(setting, str(spec), seed, reporter.advance)
+        if isinstance(spec, str) and spec in CONTROLS:
+            record = run_control(setting, spec, seed, reporter.advance)
         else:
             record, recorder = run_method(setting, spec, seed, reporter.advance)
             if seed == 0:
@@ -116,6 +122,8 @@ def _results(config: CompareConfig, setting: Setting, records: list[dict[str, An
     pace = {
         r["seed"]: r["samples_per_second"] for r in records if r["label"] == config.baseline and r["status"] == "ok"
     }
+    if config.runtime == "simulated":  # one thread did all the work: its pace says nothing
+        pace = {}
     for record in records:
         base, own = pace.get(record["seed"]), record["samples_per_second"]
         record["speedup_over_backprop"] = own / base if base and own else None

@@ -59,7 +59,7 @@ class CompareConfig(Task):
     """`decoupled compare`."""
 
     suite: str = "quick"  # a file of benchmarks/suites, or a path
-    methods: list[Any] = field(default_factory=list)  # names or mappings; empty: all registered
+    methods: Any = field(default_factory=list)  # names or mappings, or one of them; empty: all registered
     controls: bool = True  # plain PyTorch, and earlier blocks frozen at initialisation
     baseline: str = MISSING  # the method that speed-ups are relative to
     seeds: int = 3  # runs per method, seeds 0, 1, ...

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Wrong input; the message is one line and ends with the remedy."""
 
 
+class WrongType(UserError, TypeError):
+    """Wrong input of a wrong type."""
+
+
 class OperationError(RuntimeError):
     """An operation of an actor failed; `__cause__` is the original exception with its traceback.
 
@@ -42,6 +46,11 @@ class StallError(RuntimeError):
 
 class Stopped(BaseException):
     """Raised inside an actor's thread to unwind it after another actor failed; never reaches the user."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

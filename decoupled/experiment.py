@@ -21,10 +21,9 @@ from torch.nn import functional as F
 
 from decoupled import data as datasets
 from decoupled import models, registry
-from decoupled.build import cores
 from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
-from decoupled.errors import UserError, unknown
+from decoupled.errors import UserError, first_line, unknown
 from decoupled.evaluation import evaluate
 from decoupled.observe.recorder import Recorder
 from decoupled.partition import split
@@ -32,7 +31,7 @@ from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.trainer import Trainer
 
 Advance = Callable[[int], None]
-CONTROLS = ("plain_pytorch", "frozen_below")
+CONTROLS = {"plain_pytorch": "plain PyTorch, {threads} threads", "frozen_below": "only the last block"}
 
 
 @dataclass
@@ -79,7 +78,7 @@ def optimizer_for(recipe: Recipe) -> MakeOptimizer:
     Raises:
         UserError: unknown name, or an impossible value.
     """
-    if recipe.lr <= 0 or recipe.epochs < 1 or recipe.batch_size < 1:
+    if not recipe.lr > 0 or recipe.epochs < 1 or recipe.batch_size < 1:
         raise UserError(
             f"lr must be positive, epochs and batch_size at least 1; got {recipe.lr}, {recipe.epochs}, "
             f"{recipe.batch_size}"
@@ -91,6 +90,10 @@ def optimizer_for(recipe: Recipe) -> MakeOptimizer:
     }
     if recipe.optimizer not in makers:
         raise unknown("optimizer", recipe.optimizer, makers)
+    try:
+        makers[recipe.optimizer]([nn.Parameter(torch.zeros(1))])
+    except ValueError as error:
+        raise UserError(f"optimizer {recipe.optimizer}: {first_line(error)}") from None
     return makers[recipe.optimizer]
 
 
@@ -159,7 +162,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
 
 
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:
-    """Train once outside the library: plain PyTorch on all cores, or only the last block (the rest as initialised)."""
+    """Train once outside the library: plain PyTorch, or only its last block (the rest stays as initialised)."""
     units, recipe, loader = setting.units(seed), setting.task.recipe, setting.loader(seed)
     frozen = units[: setting.cuts[-1]] if control == "frozen_below" and setting.cuts else []
     trained = nn.Sequential(*units[len(frozen) :])
@@ -189,7 +192,10 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
     final = evaluate(list(network), setting.held_out("test"), F.cross_entropy)
     record = {
         "method": control,
-        "label": {"plain_pytorch": f"plain PyTorch, {cores()} threads", "frozen_below": "only the last block"}[control],
+        "label": {
+            "plain_pytorch": f"plain PyTorch, {torch.get_num_threads()} threads",
+            "frozen_below": "only the last block",
+        }[control],
         "family": "control",
         "kind": "control",
         "config": {},
@@ -213,7 +219,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": platform.machine(),
-        "threads": cores(),
+        "threads": torch.get_num_threads(),
         "device": device,
         "platform": platform.system(),
     }

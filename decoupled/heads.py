@@ -2,7 +2,7 @@
 
 They are small, one per block, not shared, and dropped when the network is used.
 
-    linear   mean over space (N, C, H, W) -> (N, C), or flatten; then one linear layer
+    linear   mean over space (N, C, *space) -> (N, C), or (N, F) as it is; then one linear layer
     mlp      average-pool to at most 2 x 2, flatten; then linear - ReLU - linear (after Belilovsky et al. 2020)
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from decoupled.errors import unknown
+from decoupled.errors import UserError, unknown
 
 Shape = tuple[int, ...]
 
@@ -53,8 +53,13 @@ def build(kind: str, shape: Shape, output: Shape) -> nn.Module:
         output: the network's output without the batch dimension; its last entry is the number of classes.
 
     Raises:
-        UserError: unknown kind.
+        UserError: unknown kind, or the network's output is not (batch, classes).
     """
     if kind not in KINDS:
         raise unknown("head", kind, KINDS)
+    if len(output) != 1 or not shape:
+        raise UserError(
+            "an auxiliary head maps (batch, features) or (batch, channels, *space) to (batch, classes); here the block "
+            f"ends in shape {shape} and the network in {output} per sample: use a method without heads"
+        )
     return KINDS[kind](shape, output[-1])

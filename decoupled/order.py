@@ -208,9 +208,7 @@ def versions(operations: Iterable[Op], batch: int) -> tuple[int, int]:
 def _profile(order: Order, k: int, K: int) -> tuple[int, int]:
     """(most passes in flight, delay) read off the first few thousand operations."""
     late = 6 * K + 64
-    held = most = 0
-    for op in itertools.takewhile(lambda op: op.batch <= late, order.operations(k, K)):
-        held += {"F": 1, "B": -1, "W": -1}.get(op.kind, 0)
-        most = max(most, held)
-    forward, backward = versions(order.operations(k, K), late)
-    return most, backward - forward
+    ops = list(itertools.takewhile(lambda op: op.batch <= late, order.operations(k, K)))
+    held = itertools.accumulate({"F": 1, "B": -1, "W": -1}.get(op.kind, 0) for op in ops)
+    forward, backward = versions(ops, max(op.batch for op in ops if op.kind in "BW"))
+    return max(held), backward - forward

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from decoupled.errors import UserError
+from decoupled.errors import UserError, WrongType, first_line
 from decoupled.runtime.contract import intra_op_threads
 
 
@@ -152,18 +152,17 @@ def unit_seconds(units: Sequence[nn.Module], sample: Any, repeats: int = 7, warm
     """
     x = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
     if not isinstance(x, Tensor):
-        raise TypeError(f"the sample must be a tensor of inputs or (inputs, ...), got {type(sample).__name__}")
+        raise WrongType(f"the sample must be a tensor of inputs or (inputs, ...), got {type(sample).__name__}")
     copies = []
     for index, unit in enumerate(units):
         try:
             twin = copy.deepcopy(unit)
         except Exception as error:
-            raise UserError(
-                f"unit {index} ({type(unit).__name__}) cannot be copied to measure it ({error}); "
-                f"use by='parameters' or give the cuts"
-            ) from error
+            where = f"unit {index} ({type(unit).__name__}) cannot be copied to measure it"
+            raise UserError(f"{where} ({error}); use by='parameters' or give the cuts") from error
         twin.zero_grad(set_to_none=True)
         copies.append(twin.train())
+    x = x.to(next((p.device for unit in copies for p in unit.parameters()), x.device))
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), intra_op_threads(1):
         passes = [_one_pass(copies, x) for _ in range(warmup + repeats)][warmup:]
@@ -178,10 +177,14 @@ def _one_pass(units: Sequence[nn.Module], x: Tensor) -> list[float]:
     for index, unit in enumerate(units):
         _wait(x.device)
         start = perf_counter()
-        output = unit(inputs)
+        try:
+            output = unit(inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            where = f"unit {index} ({type(unit).__name__}) does not take an input of shape {tuple(x.shape)}"
+            raise UserError(f"{where} or what became of it ({first_line(error)}); check model and batches") from error
         tensors = _tensors(output)
         if not tensors:
-            raise TypeError(f"unit {index} ({type(unit).__name__}) returned {type(output).__name__}, expected a tensor")
+            raise WrongType(f"unit {index} ({type(unit).__name__}) returned {type(output).__name__}, expected a tensor")
         roots = [t for t in tensors if t.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
@@ -219,11 +222,11 @@ def _units(model: object) -> tuple[list[nn.Module], list[str]]:
     elif isinstance(model, (list, tuple, nn.ModuleList)):
         items = [("", unit) for unit in model]
     else:
-        raise TypeError(f"cannot cut a {type(model).__name__}; give an nn.Sequential or a list of nn.Module")
+        raise WrongType(f"cannot cut a {type(model).__name__}; give an nn.Sequential or a list of nn.Module")
     units, names = [], []
     for index, (name, unit) in enumerate(items):
         if not isinstance(unit, nn.Module):
-            raise TypeError(f"unit {index} of the model is a {type(unit).__name__}; every unit must be an nn.Module")
+            raise WrongType(f"unit {index} of the model is a {type(unit).__name__}; every unit must be an nn.Module")
         if any(isinstance(p, nn.UninitializedParameter) for p in unit.parameters()):
             raise UserError(f"unit {index} has lazy parameters; run one batch through the model before cutting it")
         units.append(unit)
@@ -245,10 +248,10 @@ def _check_count(blocks: int, units: int) -> None:
 def _check_cuts(blocks: object, units: int) -> list[int]:
     """Return explicit cut indices as a list after checking them."""
     if isinstance(blocks, (str, bytes)) or not isinstance(blocks, Iterable):
-        raise TypeError(f"blocks must be an integer or a list of cut indices, got {blocks!r}")
+        raise WrongType(f"blocks must be an integer or a list of cut indices, got {blocks!r}")
     at = list(blocks)
     if not all(isinstance(cut, int) and not isinstance(cut, bool) for cut in at):
-        raise TypeError(f"cut indices must be integers, got {at}")
+        raise WrongType(f"cut indices must be integers, got {at}")
     for cut in at:
         if not 0 < cut < units:
             raise UserError(f"cut {cut} lies outside the model of {units} units; cuts go from 1 to {units - 1}")

@@ -6,6 +6,7 @@ what has arrived. Both answer `options()` (what may come next, best first) and a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -79,25 +80,27 @@ class FreePlan:
     def __init__(self, credit: int) -> None:
         if credit < 1:
             raise UserError(f"a free order needs a credit of at least 1, got {credit}")
-        self._credit, self._open, self._owed, self._ended = credit, 0, False, False
+        self._credit, self._open, self._owed = credit, 0, False
+        self._taken, self._end = 0, math.inf  # the end may be announced before the last passes have come
 
     @property
     def finished(self) -> bool:
-        return self._ended and not self._open and not self._owed
+        return self._taken >= self._end and not self._open and not self._owed
 
     def options(self) -> tuple[Op, ...]:
         if self._owed:
             return (S,)
         back = (Op("B", ANY),) if self._open else ()
-        fore = (Op("F", ANY),) if self._open < self._credit and not self._ended else ()
+        fore = (Op("F", ANY),) if self._open < self._credit and self._taken < self._end else ()
         return back + fore
 
     def done(self, op: Op) -> None:
         self._open += {"F": 1, "B": -1}.get(op.kind, 0)
+        self._taken += op.kind == "F"
         self._owed = op.kind == "B"
 
     def end(self, batches: int) -> None:
-        self._ended = True
+        self._end = batches
 
 
 def walk(plan: FixedPlan | FreePlan) -> Iterator[Op]:

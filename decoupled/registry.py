@@ -128,11 +128,11 @@ def _entry(name: str) -> _Entry:
 def _all() -> dict[str, _Entry]:
     global _found
     if not _found:
-        _found = True
         package = importlib.import_module("decoupled.methods")
         for module in pkgutil.iter_modules(package.__path__):
             if module.ispkg:
                 importlib.import_module(f"decoupled.methods.{module.name}.method")
         for point in entry_points(group=GROUP):
             point.load()
+        _found = True  # only now: what failed is an error the next time too
     return _registry

@@ -42,6 +42,12 @@ class Tape:
             to_weights: return one gradient per weight (None where unused), else an empty list.
             again: the graph is needed once more.
         """
+        if to_input and not self.x.requires_grad:  # integers have no gradient
+            to_x, grads = (
+                torch.zeros_like(self.x),
+                self.vjp(cotangent, to_input=False, to_weights=to_weights, again=again),
+            )
+            return to_x, grads[1]
         sinks = [self.x] if to_input else []
         sinks += [w for w in self.weights if w.requires_grad] if to_weights else []
         if not sinks or not self.y.requires_grad:
@@ -140,15 +146,25 @@ class Retention(ABC):
         for frozen, _ in self._frozen.values():
             weights.update(w.untyped_storage().data_ptr() for w in frozen)
 
-        def pack(t: Tensor) -> Tensor:
+        def pack(t: Tensor) -> tuple[Tensor, int]:
             pointer = t.untyped_storage().data_ptr()  # several views of one tensor count once
             seen[pointer] = max(seen.get(pointer, 0), t.numel() * t.element_size())
-            return t if t.is_leaf else t.detach()  # returning a non-leaf itself would make a reference cycle
+            return (t if t.is_leaf else t.detach()), t._version  # a non-leaf itself would make a reference cycle
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unchanged):
             tape = run()
+        pack(tape.y)
+        weights.update(buffer.untyped_storage().data_ptr() for buffer in self._block.module.buffers())
         self._saved[shape] = sum(size for pointer, size in seen.items() if pointer not in weights)
         return tape, self._saved[shape]
+
+
+def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
+    """The check of torch's own saved tensors, which hooks switch off."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise ProtocolError("a tensor saved for the backward was modified by an inplace operation")
+    return tensor
 
 
 class KeepGraph(Retention):

@@ -20,7 +20,7 @@ from decoupled.method import Method
 from decoupled.plan import ANY, Op
 from decoupled.runtime.contract import Actor, Graph, Observer, Outcome, Want
 from decoupled.runtime.simulated import Simulated, Timing
-from decoupled.worker import needed
+from decoupled.worker import down_port, needed
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def simulate(
         raise UserError(f"blocks and batches must be at least 1, got {blocks} and {batches}")
     point = method if isinstance(method, Method) else registry.make(method)
     timing = timing or Timing()
+    if outside := [k for k in timing.slow or {} if not 0 <= k < blocks]:
+        raise UserError(f"slow names blocks {outside}, but there are {blocks}: 0 to {blocks - 1}")
     if point.retention.recomputes:
         timing = replace(timing, recompute=True)
     shapes = ((1,),) * blocks
@@ -86,7 +88,8 @@ def simulate(
     readers, edges = wiring(actors, point)
     ticker = _Ticker([reader.name for reader in readers], batches * point.feed.count)
     cost = timing.cost()
-    runtime = Simulated(cost=lambda actor, op: cost(actor, op) * point.feed.share, latency=timing.delay())
+    share = point.feed.share
+    runtime = Simulated(cost=lambda a, op: cost(a, op) * (1 if op == "S" else share), latency=timing.delay())
     times = runtime.run(Graph([ticker, *actors], edges), observers)
     alone = Timing(timing.forward, timing.backward, timing.step, slow=timing.slow).cost()
     serial = batches * sum(alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S") for a in actors)
@@ -130,7 +133,7 @@ class _Planned(Actor):
         self.upper: Upper = method.coupling.upper(place) if place.k else Bottom()
         self.needs_data = self.lower.needs_data or self.upper.needs_data
         self._plan = method.order.plan(place.k, place.K)
-        self._forward: dict[int, tuple[int, int]] = {}  # pass -> (version at F, replies to come)
+        self._forward: dict[int, list[int]] = {}  # pass -> version at F, Down messages to come, Down messages sent
         self._data: set[int] = set()
         self._own: set[int] = set()
         self._early: set[int] = set()
@@ -170,17 +173,19 @@ class _Planned(Actor):
             self._early.add(n)
             return [("up", Message(n))]
         if kind == "F":
-            self._forward[n] = (self.version, self.lower.replies)
+            self._forward[n] = [self.version, self.lower.replies, 0]
             self.most = max(self.most, len(self._forward))
             return [] if n in self._early else [("up", Message(n))]
         if kind == "A":
             return []
-        version, replies = self._forward[n]
-        self._forward[n] = (version, replies - len(messages))
+        state = self._forward[n]
+        state[1] -= len(messages)
+        answers = kind in "BI" and self.upper.replies
+        state[2] += answers
         self._own.add(n)
         if kind in "BW":
-            self.staleness[self.version - version] += 1
+            self.staleness[self.version - state[0]] += 1
             del self._forward[n]
             for seen in (self._own, self._data, self._early):
                 seen.discard(n)
-        return [("down", Message(n))] if kind in "BI" and self.upper.replies else []
+        return [(down_port(state[2] - 1), Message(n))] if answers else []

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from decoupled.errors import UserError
+from decoupled.errors import UserError, first_line
 from decoupled.messages import Data, End, Message
 from decoupled.runtime.contract import Actor, Outcome, Want
 
@@ -143,6 +143,8 @@ class Source(Actor):
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) != len(targets):
             raise UserError(f"batch {self.batch}: {len(inputs)} inputs but {len(targets)} targets; give one per sample")
+        if not len(inputs):
+            raise UserError(f"batch {self.batch} has no samples; leave empty batches out")
         if self._classes is None or targets.is_floating_point() or targets.numel() == 0:
             return
         low, high = int(targets.min()), int(targets.max())
@@ -167,6 +169,13 @@ def unpack(item: object) -> tuple[Tensor, Tensor, Tensor | None]:
             f"a batch must be (inputs, targets) or (inputs, targets, indices), got {type(item).__name__}"
             + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
         )
-    inputs, targets = torch.as_tensor(item[0]), torch.as_tensor(item[1])
-    indices = None if len(item) == 2 or item[2] is None else torch.as_tensor(item[2]).long()
+    try:
+        inputs, targets = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        indices = None if len(item) == 2 or item[2] is None else torch.as_tensor(item[2]).long()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"inputs, targets and indices must each be one tensor or array ({first_line(error)})"
+        ) from error
+    if not inputs.dim() or not targets.dim():
+        raise UserError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} need a batch dimension")
     return inputs, targets, indices

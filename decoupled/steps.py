@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from decoupled.errors import UserError
+
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 
@@ -37,6 +39,11 @@ class Steps:
         trainable = [[p for p in group if isinstance(p, nn.Parameter) and p.requires_grad] for group in groups]
         self.block_parameters, self.lower_parameters, self.upper_parameters = trainable
         self.optimizers = [optimizer(group) for group in trainable if group]
+        for made in self.optimizers:
+            if not isinstance(made, Optimizer):
+                raise UserError(
+                    f"optimizer must return a torch Optimizer for the parameters, got {type(made).__name__}"
+                )
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler else []
         self.owed = False
 
@@ -64,11 +71,14 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "kinds": [type(o).__name__ for o in self.optimizers],
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (kinds := [type(o).__name__ for o in self.optimizers]) != state["kinds"]:
+            raise ValueError(f"optimizers {kinds}, saved were {state['kinds']}")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):

@@ -70,8 +70,9 @@ class Case:
         """Freshly initialised blocks, float64."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            units = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(self.widths)]
-        units[-1] = units[-1][:1]
+            units = [nn.Sequential(nn.Linear(a, b)) for a, b in itertools.pairwise(self.widths)]
+        for unit in units[:-1]:
+            unit.append(nn.Tanh())
         return [nn.Sequential(*units[a:b]).double() for a, b in itertools.pairwise([0, *self.cuts, len(units)])]
 
     def batches(self) -> list[Batch]:
@@ -106,14 +107,11 @@ def train(
 ) -> Run:
     """Train a case with a method and record every block's weights after each of its updates.
 
-    Args:
-        case: what to train; `blocks` and `batches` replace its own.
-        method, optimizer, runtime, loss, options: as in `Trainer`.
-        epochs: how often.
+    `blocks` and `batches` replace those of the case; everything else is as in `Trainer`.
     """
     blocks = case.blocks() if blocks is None else blocks
     weights = [[flat(block)] for block in blocks]
-    owner = {id(next(block.parameters())): k for k, block in enumerate(blocks) if any(True for _ in block.parameters())}
+    owner = {id(next(block.parameters())): k for k, block in enumerate(blocks) if _has_weights(block)}
 
     def recording(parameters: list[nn.Parameter]) -> Optimizer:
         made = optimizer(parameters)
@@ -184,10 +182,9 @@ def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS
     weights it had ``facts.delay(k, K)`` updates ago, never older than the epoch; the backward goes through those, or
     through today's (`backward_weights`). A minibatch is one update: micro-batches only re-associate a mean.
     """
-    facts, K, blocks = point(method).facts, case.K, case.blocks()
-    feed = point(method).feed
+    facts, feed, K, blocks = point(method).facts, point(method).feed, case.K, case.blocks()
     heads = [*_heads(case, method)[:-1], nn.Identity()]
-    optimizers = [optimizer(list(m.parameters())) for m in [*blocks, *heads] if any(True for _ in m.parameters())]
+    optimizers = [optimizer(list(m.parameters())) for m in [*blocks, *heads] if m is not None and _has_weights(m)]
     history = [[_leaves(block)] for block in blocks]
     repeated = [b for b in case.batches() for _ in range(feed.rounds if isinstance(feed, Repeat) else 1)]
     for _ in range(epochs):
@@ -246,6 +243,10 @@ def _heads(case: Case, method: Spec) -> list[nn.Module | None]:
     return [copy.deepcopy(worker.lower.module) for worker in frozen.trainer.workers]
 
 
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
 def _leaves(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
@@ -267,8 +268,10 @@ class Tap(Observer):
         self.messages.append((edge, message))
 
 
-def cases(blocks: tuple[int, int] = (1, 5), batches: tuple[int, int] = (1, 8)) -> SearchStrategy[Case]:
-    """Cases with `blocks` and `batches` between the two numbers given, and any depth, widths, cuts and batch sizes."""
+def cases(
+    blocks: tuple[int, int] = (1, 5), batches: tuple[int, int] = (1, 8), size: tuple[int, int] = (1, 5)
+) -> SearchStrategy[Case]:
+    """Cases of any depth, widths and cuts; least and most `blocks`, `batches`, and `size` of all but the last batch."""
     from hypothesis import strategies as st
 
     @st.composite
@@ -277,8 +280,8 @@ def cases(blocks: tuple[int, int] = (1, 5), batches: tuple[int, int] = (1, 8)) -
         units = draw(st.integers(K, K + 2))
         widths = draw(st.lists(st.integers(2, 5), min_size=units + 1, max_size=units + 1))
         cuts = sorted(draw(st.permutations(range(1, units)))[: K - 1])
-        size, count = draw(st.integers(1, 5)), draw(st.integers(*batches))
-        sizes = [size] * (count - 1) + [draw(st.integers(1, size))]
+        full, count = draw(st.integers(*size)), draw(st.integers(*batches))
+        sizes = [full] * (count - 1) + [draw(st.integers(1, full))]
         return Case(tuple(widths), tuple(cuts), tuple(sizes), draw(st.integers(0, 99)))
 
     return case()

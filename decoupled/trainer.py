@@ -10,6 +10,7 @@ Every epoch ends drained: all passes are answered, nothing is in flight, and the
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from decoupled import registry
 from decoupled.build import Model, Recipe, chain, cut, make_devices, make_runtime, wiring
 from decoupled.checkpoint import load_worker_state, rng_state, set_rng_state, worker_state
 from decoupled.coupling import Loss
-from decoupled.errors import UserError, unknown
+from decoupled.errors import UserError, first_line, unknown
 from decoupled.evaluation import evaluate
 from decoupled.method import Method
 from decoupled.runtime.contract import Graph, Observer, Runtime
@@ -40,14 +41,16 @@ class Trainer:
     Args:
         model: nn.Sequential, or a list of nn.Module, one per block (then `blocks` is None). Trained in place.
         method: a name, or a mapping with ``name`` and options, e.g. ``{"name": "overlapping_local", "reach": 2}``.
-        blocks: number of blocks (balanced by measured time on the first batch), or a list of cut indices.
+        blocks: number of blocks (balanced by measured time on the first batch; pass `trainer.cuts` to repeat a run
+            exactly), or a list of cut indices.
         loss: (output, target) -> scalar, mean over the batch.
         optimizer: parameters -> Optimizer; called once for every block and every coupling half with parameters.
         scheduler: optimizer -> LRScheduler, ticks once per optimizer step of its own block; or None.
         runtime: "threads", "simulated", or a Runtime.
         devices: one per block in turn; default: all visible GPUs, else the CPU.
         seed: of everything the library draws: auxiliary heads, dropout.
-        on_nonfinite: a NaN or infinite loss stops the run ("stop") or drops the batch ("skip").
+        on_nonfinite: a NaN or infinite loss stops the run ("stop") or drops the batch ("skip"; the running statistics
+            of BatchNorm have seen its inputs all the same).
         observers: look on at operations and messages (traces).
         on_batch: called with the number of samples after every minibatch fed (progress bars).
 
@@ -86,6 +89,11 @@ class Trainer:
     ) -> None:
         if on_nonfinite not in POLICIES:
             raise unknown("on_nonfinite policy", on_nonfinite, POLICIES)
+        for name, function in (("loss", loss), ("optimizer", optimizer), ("scheduler", scheduler or optimizer)):
+            if not callable(function):
+                raise UserError(
+                    f"{name} must be a function, got {type(function).__name__}; see the docstring of Trainer"
+                )
         point = method if isinstance(method, Method) else registry.make(method)
         self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite)
         self._given, self._blocks = model, blocks
@@ -134,15 +142,17 @@ class Trainer:
             epochs: how often.
 
         Returns:
-            One record per epoch: epoch, loss (mean training loss of the network), samples, seconds, and
-            samples_per_second.
+            One record per epoch: epoch, loss (mean objective of the last block on what it was given: the training loss
+            of the network, or for auxiliary variables the loss on the variable), samples, seconds, samples_per_second.
 
         Raises:
-            UserError: no batches, or batches of a wrong form.
+            UserError: no batches, or batches of a wrong form, or epochs < 0.
             OperationError: an operation failed; names block, batch and operation.
         """
         if self._closed:
             raise UserError("this trainer is closed; make a new one, or keep it open with `with`")
+        if epochs < 0:
+            raise UserError(f"epochs must be at least 0, got {epochs}")
         return [self._run_epoch(batches) for _ in range(epochs)]
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -165,15 +175,16 @@ class Trainer:
         """
         if not self._workers or self._sample is None:
             raise UserError("there is no state yet: call fit (or load_state_dict) first")
-        return {
+        state = {
             "format": 1,
             "method": self.method.name,
             "cuts": self.cuts,
             "sample": {"shape": list(self._sample[0]), "dtype": self._sample[1]},
             "position": {"epoch": self._epoch, "batch": self._batch, "key": self._key},
-            "rng": rng_state(),
+            "rng": self._resume_rng or rng_state(),
             "blocks": [worker_state(worker) for worker in self._workers],
         }
+        return copy.deepcopy(state)  # training on must not change what was saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; the model, method and optimizers must be built as they were.
@@ -181,6 +192,8 @@ class Trainer:
         Raises:
             UserError: the state is of another method or number of blocks.
         """
+        if not {"method", "blocks", "cuts", "sample", "position", "rng"} <= set(state):
+            raise UserError("this is not the state of a trainer: give what `state_dict` returned")
         if state["method"] != self.method.name:
             raise UserError(f"the state is of method {state['method']!r}, this trainer runs {self.method.name!r}")
         if len(state["blocks"]) != len(self._cuts) + 1:
@@ -188,8 +201,14 @@ class Trainer:
         shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
         self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
         self._build(torch.zeros(2, *shape, dtype=dtype))
-        for worker, saved in zip(self._workers, state["blocks"], strict=True):
-            load_worker_state(worker, saved)
+        for worker, saved in zip(self._workers, copy.deepcopy(state["blocks"]), strict=True):
+            try:
+                load_worker_state(worker, saved)
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise UserError(
+                    f"the state does not fit {worker.name} ({first_line(error)}); build model, method and optimizer as "
+                    "they were"
+                ) from error
         self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
 
     def close(self) -> None:
@@ -248,7 +267,9 @@ class Trainer:
         self._sample = (tuple(sample.shape[1:]), str(sample.dtype).removeprefix("torch."))
         self._workers = chain(self._units, self._cuts, sample[:2], self._recipe)
         output = self._workers[-1].place.shapes[-1]
-        self._classes = output[0] if self._recipe.loss is nn.functional.cross_entropy and output else None
+        loss = self._recipe.loss
+        classifies = loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+        self._classes = output[0] if classifies and output else None
 
 
 def _statistics(worker: Worker) -> BlockStatistics:

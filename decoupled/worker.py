@@ -10,14 +10,15 @@ What an operation waits for follows from its kind and from what the halves decla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from decoupled.block import Block
 from decoupled.correction import Correction
 from decoupled.coupling import Lower, Place, Upper
-from decoupled.errors import NonFiniteError, OperationError
+from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Message, Up
 from decoupled.order import Order
 from decoupled.plan import ANY, Op
@@ -43,9 +44,14 @@ def needed(
         data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
         return data + (("up",) if kind == "F" and upper.waits_up else ())
     if kind == "A":
-        return ("down",) if lower.awaits == "A" else ()
+        return (down_port(0),) if lower.awaits == "A" else ()
     own_first = kind == "I" and lower.has_objective and not own_taken
-    return ("down",) if lower.awaits == "B" and replies and not own_first else ()
+    return (down_port(lower.replies - replies),) if lower.awaits == "B" and replies and not own_first else ()
+
+
+def down_port(part: int) -> str:
+    """The port of the Down with this number within its pass: each has a channel, so that none can overtake another."""
+    return f"down{part}" if part else "down"
 
 
 @dataclass(slots=True)
@@ -53,6 +59,7 @@ class _Pass:
     """What a worker knows of one pass between its first operation and its backward."""
 
     replies: int  # Down messages still to come
+    sent: int = 0  # Down messages sent
     data: Data | None = None
     batch: int = 0
     round: int = 0
@@ -101,14 +108,17 @@ class Worker(Actor):
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
         self._passes: dict[int, _Pass] = {}
+        self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
 
     def begin(self, start: int) -> None:
         """Get ready for a run whose first pass has key `start`; passes of a broken run are forgotten."""
         self._start, self._plan = start, self.order.plan(self.k, self.K)
         self._passes.clear()
+        self._dropped = False
         self.retention.clear()
         self.lower.clear()
         self.steps.clear()
+        self.counters.take_loss()
         self.block.module.train()
 
     def wants(self) -> Sequence[Want]:
@@ -166,7 +176,8 @@ class Worker(Actor):
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
             state.void = state.void or message.void
             if isinstance(message, Data):
-                state.data = message
+                targets = None if message.targets is None else message.targets.to(self.block.device)
+                state.data = replace(message, targets=targets)
         return state
 
     def _emit(self, n: int, state: _Pass) -> Sends:
@@ -179,7 +190,7 @@ class Worker(Actor):
         if state.void:
             return [] if state.offered else self._up(n, state, ())
         payload = next((message.payload for message in messages if isinstance(message, Up)), ())
-        x = self.upper.receive(payload, state.data).to(self.block.device, non_blocking=True)
+        x = self.upper.receive(payload, state.data).to(self.block.device)
         y = self.retention.keep(n, x.detach().requires_grad_(self.upper.replies and x.is_floating_point()))
         self.counters.samples += x.shape[0]
         payload = self.lower.emit(y, state.data)
@@ -201,7 +212,8 @@ class Worker(Actor):
             if to_weights:
                 self.steps.accumulate(self.block.parameters, grads)
         if to_weights:
-            self.counters.version(n, state.version, self.block.version)
+            if not state.void:
+                self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
         return self._down(n, state, gradient) if to_input else []
@@ -215,23 +227,29 @@ class Worker(Actor):
             assert isinstance(message, Down)
             state.replies, state.hops = state.replies - 1, message.hops + 1
             if message.void:
+                self._dropped = self._dropped or not state.void
                 state.void = True
                 continue
-            gradient = self.lower.pull(message.payload).to(self.block.device, non_blocking=True)
+            gradient = self.lower.pull(message.payload).to(self.block.device)
             for correction in self._corrections:
                 gradient = correction.cotangent(gradient)
             state.total = gradient if state.total is None else state.total + gradient
 
     def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
         y = self.retention.open(n).y.detach().requires_grad_()
-        objective = self.lower.objective(y, state.data)
+        with torch.enable_grad():
+            objective = self.lower.objective(y, state.data)
         if objective is None:
             return None
+        if objective.dim() or not objective.requires_grad:
+            raise UserError(
+                f"the loss must be one number made of the output, got shape {tuple(objective.shape)}; use a mean"
+            )
         value = float(objective.detach())
         if not abs(value) < float("inf"):
             if self._on_nonfinite == "stop":
                 raise NonFiniteError(f"the loss is {value}; lower the learning rate, or train with on_nonfinite='skip'")
-            state.void = True
+            state.void = self._dropped = True
             self.counters.skipped += 1
             return None
         share = 1.0 if state.data is None else state.data.share
@@ -241,6 +259,9 @@ class Worker(Actor):
         return y.grad
 
     def _step(self) -> Sends:
+        if self._dropped:  # a minibatch of several passes is dropped whole
+            self._dropped = False
+            self.steps.clear()
         if self.steps.owed:
             self.steps.step()
             self.block.version += 1
@@ -264,4 +285,5 @@ class Worker(Actor):
             payload=payload, void=gradient is None, hops=state.hops,
         )  # fmt: skip
         self.counters.bytes_down += message.nbytes
-        return [("down", message)]
+        state.sent += 1
+        return [(down_port(state.sent - 1), message)]

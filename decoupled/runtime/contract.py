@@ -122,6 +122,11 @@ class Mailbox:
         for want in wants:
             if not want.ports:
                 return want, ()
+            queue = self._queues[want.ports[0]]
+            if not queue:
+                continue
+            if len(want.ports) == 1 and (want.key is None or queue[0].key == want.key):
+                return want, (queue.popleft(),)
             key = self._common_key(want)
             if key is not None:
                 return want, tuple(self._remove(port, key) for port in want.ports)

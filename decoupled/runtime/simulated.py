@@ -9,13 +9,16 @@ equal times are handled in the order they were made, so a run is a pure function
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from decoupled.errors import StallError
+import numpy as np
+
+from decoupled.errors import StallError, UserError
 from decoupled.messages import Message
 from decoupled.runtime.contract import (
     Actor,
@@ -27,6 +30,7 @@ from decoupled.runtime.contract import (
     Observer,
     Runtime,
     Timings,
+    Want,
     intra_op_threads,
 )
 
@@ -54,20 +58,32 @@ class Timing:
     seed: int = 0
     slow: dict[int, float] | None = None
 
+    def __post_init__(self) -> None:
+        durations = np.atleast_1d(np.concatenate([np.ravel(x) for x in (self.forward, self.backward, self.step)]))
+        if min(durations.min(), self.latency, self.jitter, *(self.slow or {0: 0.0}).values()) < 0:
+            raise UserError("forward, backward, step, latency, jitter and slow must not be negative")
+
     def cost(self) -> Cost:
         """The duration of an operation: F, B (or its halves I and W), S; the source and bookkeeping cost nothing."""
         spread, slow = self._spread("cost"), self.slow or {}
 
-        def cost(actor: str, operation: str) -> float:
+        @functools.cache  # one entry per block and kind
+        def steady(actor: str, kind: str) -> float | None:
             if not actor.startswith("block"):
-                return 0.0
+                return None
             k = int(actor[5:])
-            return self._base(k, operation[0]) * slow.get(k, 1.0) * spread()
+            return self._base(k, kind) * slow.get(k, 1.0)
+
+        def cost(actor: str, operation: str) -> float:
+            seconds = steady(actor, operation[0])
+            return 0.0 if seconds is None else seconds * spread()
 
         return cost
 
     def delay(self) -> Latency:
         """The time a message between blocks is under way (from the source: none)."""
+        if not self.latency:
+            return lambda edge, message: 0.0
         spread = self._spread("latency")
         return lambda edge, message: self.latency * spread() if edge.source.startswith("block") else 0.0
 
@@ -84,17 +100,29 @@ class Timing:
         return lambda: 1.0 + self.jitter * draw.random()
 
 
+class _Link:
+    """One edge in the simulation."""
+
+    __slots__ = ("edge", "last", "reserved", "target")
+
+    def __init__(self, edge: Edge, target: _State, reserved: list[int]) -> None:
+        self.edge, self.target = edge, target
+        self.last = 0.0  # latest arrival so far
+        self.reserved = reserved  # [messages under way to the port]: counted against its capacity, shared by its edges
+
+
 class _State:
     """One actor in the simulation."""
 
-    __slots__ = ("actor", "busy", "done", "mail", "outbox", "reserved", "routes", "senders")
+    __slots__ = ("actor", "busy", "done", "mail", "name", "outbox", "routes", "seconds", "senders", "wants")
 
-    def __init__(self, actor: Actor, graph: Graph) -> None:
-        ports = graph.ports(actor.name)
-        self.actor, self.mail, self.routes = actor, Mailbox(ports), graph.routes(actor.name)
-        self.reserved = dict.fromkeys(ports, 0)  # under way to a port: counted against its capacity
-        self.senders: deque[str] = deque()  # actors that wait for room here
-        self.outbox: deque[tuple[Edge, Message]] = deque()
+    def __init__(self, actor: Actor, ports: dict[str, int]) -> None:
+        self.actor, self.name, self.mail = actor, actor.name, Mailbox(ports)
+        self.routes: dict[str, list[_Link]] = {}
+        self.senders: deque[_State] = deque()  # actors that wait for room here
+        self.outbox: deque[tuple[_Link, Message]] = deque()
+        self.wants: Sequence[Want] | None = None  # what it waits for; nothing but `handle` changes it
+        self.seconds = 0.0  # in operations
         self.busy = self.done = False
 
 
@@ -127,41 +155,56 @@ class Simulated(Runtime):
 
 class _Simulation:
     def __init__(self, graph: Graph, observers: Sequence[Observer], cost: Cost, latency: Latency, fifo: bool) -> None:
-        self._states = {actor.name: _State(actor, graph) for actor in graph.actors}
+        ports: dict[str, dict[str, int]] = {actor.name: {} for actor in graph.actors}
+        for edge in graph.edges:
+            ports[edge.target][edge.port] = ports[edge.target].get(edge.port, 0) + edge.capacity
+        self._states = {actor.name: _State(actor, ports[actor.name]) for actor in graph.actors}
+        reserved: dict[tuple[str, str], list[int]] = {}
+        for edge in graph.edges:
+            link = _Link(edge, self._states[edge.target], reserved.setdefault((edge.target, edge.port), [0]))
+            self._states[edge.source].routes.setdefault(edge.out, []).append(link)
         self._observers, self._cost, self._latency, self._fifo = observers, cost, latency, fifo
-        self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
+        self._later: list[tuple[float, int, Callable[..., None], tuple]] = []
+        self._soon: deque[tuple[Callable[..., None], tuple]] = deque()  # events at the present time
         self._number = 0
         self._now = 0.0
-        self._last_arrival: dict[Edge, float] = {}
-        self.busy = dict.fromkeys(self._states, 0.0)
 
     def run(self) -> Timings:
-        for name in self._states:
-            self._start(name)
-        while self._events:
-            self._now, _, event, args = heapq.heappop(self._events)
+        for state in self._states.values():
+            self._start(state)
+        later, soon = self._later, self._soon
+        while later or soon:
+            # Events made earlier for the present time come before those made at the present time.
+            if soon and not (later and later[0][0] <= self._now):
+                event, args = soon.popleft()
+            else:
+                self._now, _, event, args = heapq.heappop(later)
             event(*args)
         unfinished = [s for s in self._states.values() if not s.done]
         if unfinished:
             waits = "; ".join(
-                f"{s.actor.name} waits for "
-                + (f"room on {s.outbox[0][0]}" if s.outbox else f"{[(w.ports, w.key) for w in s.actor.wants()]}")
+                f"{s.name} waits for "
+                + (f"room on {s.outbox[0][0].edge}" if s.outbox else f"{[(w.ports, w.key) for w in s.actor.wants()]}")
                 + f" (holds {s.mail.waiting()})"
                 for s in unfinished
             )
             raise StallError(f"every actor waits and nothing moves: {waits}")
-        wait = {name: self._now - busy for name, busy in self.busy.items()}
-        return Timings(self.busy, wait, self._now)
+        busy = {name: state.seconds for name, state in self._states.items()}
+        return Timings(busy, {name: self._now - seconds for name, seconds in busy.items()}, self._now)
 
     def _at(self, time: float, event: Callable[..., None], *args: object) -> None:
+        if time <= self._now:
+            self._soon.append((event, args))
+            return
         self._number += 1
-        heapq.heappush(self._events, (time, self._number, event, args))
+        heapq.heappush(self._later, (time, self._number, event, args))
 
-    def _start(self, name: str) -> None:
+    def _start(self, state: _State) -> None:
         """Begin operations of an idle actor until one takes time or nothing is there to begin with."""
-        state = self._states[name]
-        while not state.busy and not state.outbox and not state.done:
-            wants = state.actor.wants()
+        while not (state.busy or state.outbox or state.done):
+            wants = state.wants
+            if wants is None:
+                wants = state.wants = state.actor.wants()
             if not wants:
                 state.done = True
                 return
@@ -171,54 +214,54 @@ class _Simulation:
             want, messages = found
             if messages and state.senders:
                 self._wake(state)
-            outcome = state.actor.handle(want, messages)
-            cost = self._cost(name, outcome.operation) if outcome.operation is not None else 0.0
-            if outcome.operation is not None and self._observers:
+            state.wants = None
+            operation, sends = state.actor.handle(want, messages)
+            cost = 0.0
+            if operation is not None:
+                cost = self._cost(state.name, operation)
                 for observer in self._observers:
-                    observer.operation(name, outcome.operation, self._now, self._now + cost)
-            self.busy[name] += cost
+                    observer.operation(state.name, operation, self._now, self._now + cost)
             routes = state.routes
-            state.outbox.extend((edge, message) for out, message in outcome.sends for edge in routes.get(out, ()))
+            state.outbox.extend((link, message) for out, message in sends for link in routes.get(out, ()))
             if cost > 0:
+                state.seconds += cost
                 state.busy = True
-                self._at(self._now + cost, self._finish, name)
-            else:
+                self._at(self._now + cost, self._finish, state)
+            elif state.outbox:
                 self._send(state)
 
-    def _finish(self, name: str) -> None:
-        self._states[name].busy = False
-        self._send(self._states[name])
-        self._start(name)
+    def _finish(self, state: _State) -> None:
+        state.busy = False
+        if state.outbox:
+            self._send(state)
+        self._start(state)
 
     def _send(self, state: _State) -> None:
         """Send what waits in the outbox, as far as there is room."""
         while state.outbox:
-            edge, message = state.outbox[0]
-            target = self._states[edge.target]
-            if target.mail.room(edge.port) - target.reserved[edge.port] < 1:
-                target.senders.append(state.actor.name)
+            link, message = state.outbox[0]
+            if link.target.mail.room(link.edge.port) - link.reserved[0] < 1:
+                link.target.senders.append(state)
                 return
             state.outbox.popleft()
-            arrival = self._now + self._latency(edge, message)
+            arrival = self._now + self._latency(link.edge, message)
             if self._fifo:
-                arrival = self._last_arrival[edge] = max(arrival, self._last_arrival.get(edge, 0.0))
-            target.reserved[edge.port] += 1
-            self._at(arrival, self._arrive, edge, message, self._now)
+                arrival = link.last = max(arrival, link.last)
+            link.reserved[0] += 1
+            self._at(arrival, self._arrive, link, message, self._now)
 
-    def _arrive(self, edge: Edge, message: Message, sent: float) -> None:
-        state = self._states[edge.target]
-        state.reserved[edge.port] -= 1
-        state.mail.put(edge.port, message)
+    def _arrive(self, link: _Link, message: Message, sent: float) -> None:
+        link.reserved[0] -= 1
+        link.target.mail.put(link.edge.port, message)
         for observer in self._observers:
-            observer.delivery(edge, message, sent, self._now)
-        self._start(edge.target)
+            observer.delivery(link.edge, message, sent, self._now)
+        self._start(link.target)
 
     def _wake(self, state: _State) -> None:
         while state.senders:
             self._at(self._now, self._resume, state.senders.popleft())
 
-    def _resume(self, name: str) -> None:
-        state = self._states[name]
+    def _resume(self, state: _State) -> None:
         if state.outbox and not state.busy:
             self._send(state)
-            self._start(name)
+            self._start(state)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -55,8 +55,7 @@ class Threads(Runtime):
             run.fail(interrupt)
             raise
         finally:
-            for future in futures:
-                future.exception()  # every worker has left the run before anyone touches its state
+            _wait_for(futures)  # every worker has left the run before anyone touches its state
         if run.failure is not None:
             raise run.failure
         return Timings(run.busy, run.wait, time.perf_counter() - start)
@@ -74,6 +73,16 @@ class Threads(Runtime):
         return self._pools[name]
 
 
+def _wait_for(futures: Sequence[Future[None]]) -> None:
+    """Wait for all, however often Ctrl-C is pressed: a worker stops after its present operation."""
+    while True:
+        try:
+            wait(futures)
+            return
+        except KeyboardInterrupt:
+            continue
+
+
 class _Box:
     """A mailbox with its lock."""
 
@@ -89,6 +98,7 @@ class _Run:
         self._routes = {actor.name: graph.routes(actor.name) for actor in graph.actors}
         self._observers, self._patience = observers, patience
         self._waiting: dict[str, str] = {}
+        self._moves = dict.fromkeys(self._boxes, 0)  # messages taken and put so far, by actor
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
         self.busy = dict.fromkeys(self._boxes, 0.0)
@@ -140,6 +150,7 @@ class _Run:
                     if found[1]:
                         box.changed.notify_all()
                     self._waiting.pop(name, None)
+                    self._moves[name] += 1
                     return found
                 self._wait(box, name, f"{[(w.ports, w.key) for w in wants]}; waiting there: {box.mail.waiting()}")
 
@@ -151,6 +162,7 @@ class _Run:
                     raise Stopped
                 self._wait(box, edge.source, f"room on {edge}")
             self._waiting.pop(edge.source, None)
+            self._moves[edge.source] += 1
             box.mail.put(edge.port, message)
             box.changed.notify_all()
         for observer in self._observers:
@@ -158,7 +170,10 @@ class _Run:
 
     def _wait(self, box: _Box, name: str, what: str) -> None:
         self._waiting[name] = what
-        before = dict(self._waiting)
-        if not box.changed.wait(self._patience) and len(before) == len(self._boxes) and before == self._waiting:
-            waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(before.items()))
-            raise StallError(f"every actor waits and nothing moves: {waits}")
+        for _ in range(2):  # twice: after the whole process was paused, the first wait may end before anyone could move
+            before = list(self._moves.values())
+            moved = box.changed.wait(self._patience) or before != list(self._moves.values())
+            if moved or len(self._waiting) < len(self._boxes):
+                return
+        waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(self._waiting.items()))
+        raise StallError(f"every actor waits and nothing moves: {waits}")
