@@ -1,0 +1,295 @@
+"""Auxiliary variables: the equations written out once more, the acceptance tests of the notes, and what is stored."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decoupled.messages import Data, Up
+from decoupled.methods.auxiliary_variables.variable import Variable, nonnegative_step, proximal_step
+from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, train
+
+CASE = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2, 3), sizes=(6, 6, 5))
+K = CASE.K
+DEFAULTS = {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient", "stored": False}
+UNSTABLE = pytest.mark.filterwarnings("ignore:block_admm")
+
+
+# --- the equations, written out once more -------------------------------------------------------------------------
+
+
+class Reference:
+    """Z_k, U_k and the blocks, updated in plain loops from the equations at the top of the method's file.
+
+    X_k = f_k(Z_{k-1});  J_k = beta/2 sum ||Z_k - X_k + U_k||^2 / B, no step while it is exactly 0
+    p_k = B dJ_{k+1}/dZ_k;  Z_k <- step(Z_k, X_k, U_k, p_k);  U_k <- U_k + sigma (Z_k - X_k)
+    """
+
+    def __init__(self, case, optimizer, **options):
+        self.o = {**DEFAULTS, **options}
+        self.blocks = case.blocks()
+        self.K = len(self.blocks)
+        self.optimizers = [optimizer(list(block.parameters())) for block in self.blocks]
+        self.weights = [[flat(block)] for block in self.blocks]
+        self.rows: list[dict[int, Tensor]] = [{} for _ in self.blocks]  # stored Z, by sample
+
+    def fit(self, batches):
+        for x, y, indices in batches:
+            Z, U = self.unknown(), self.unknown()
+            for _ in range(self.o["rounds"]):
+                if self.o["stored"]:
+                    Z, U = self.unknown(), self.unknown()
+                self.round(x, y, [int(i) for i in indices], Z, U)
+        return self.weights
+
+    def unknown(self) -> list[Any]:
+        return [None] * (self.K - 1)
+
+    def round(self, x, y, indices, Z, U):
+        inputs, X, below = [], [], x
+        for k, block in enumerate(self.blocks):
+            inputs.append(below.detach().requires_grad_())
+            X.append(block(inputs[k]))
+            if k < self.K - 1:
+                self.begin(k, X[k].detach(), indices, Z, U)
+                below = Z[k]
+        p: list[Any] = [None] * self.K
+        moved = []
+        for k in reversed(range(self.K)):
+            if self.o["sweep"]:
+                self.move(k, X, Z, U, p)
+            J = self.objective(k, X[k], y, Z, U)
+            if J is not None:
+                gradients = torch.autograd.grad(J, [inputs[k], *self.blocks[k].parameters()])
+                p[k - 1] = len(x) * gradients[0] if k else None
+                for parameter, gradient in zip(self.blocks[k].parameters(), gradients[1:], strict=True):
+                    parameter.grad = gradient
+                moved.append(k)
+        for k in range(self.K - 1):
+            if not self.o["sweep"]:
+                self.move(k, X, Z, U, p)
+            U[k] = U[k] + self.o["sigma"] * (Z[k] - X[k].detach())
+            if self.o["stored"]:
+                self.rows[k] |= dict(zip(indices, Z[k], strict=True))
+        for k in moved:
+            self.optimizers[k].step()
+            self.weights[k].append(flat(self.blocks[k]))
+
+    def begin(self, k, X, indices, Z, U):
+        """A variable starts at the forward value, a dual at 0; a stored one goes on where its samples were left."""
+        if Z[k] is None:
+            Z[k] = torch.stack([self.rows[k].get(i, row) for i, row in zip(indices, X, strict=True)])
+            U[k] = torch.zeros_like(X)
+
+    def objective(self, k, X, y, Z, U):
+        if k == self.K - 1:
+            return F.cross_entropy(X, y)
+        residual = Z[k] - X + U[k]
+        return self.o["beta"] / 2 * (residual**2).sum() / len(X) if residual.abs().max() > 0 else None
+
+    def move(self, k, X, Z, U, p):
+        if k == self.K - 1 or p[k] is None:
+            return
+        beta, eta, x = self.o["beta"], self.o["eta"], X[k].detach()
+        if self.o["step"] == "gradient":
+            Z[k] = Z[k] - eta * (beta * (Z[k] - x + U[k]) + p[k])
+        else:  # where the derivative of the quadratic with its proximal term is 0
+            Z[k] = (beta * x - beta * U[k] - p[k] + Z[k] / eta) / (beta + 1 / eta)
+            if self.o["step"] == "nonnegative":
+                Z[k] = torch.where(Z[k] > 0, Z[k], torch.zeros_like(Z[k]))
+
+
+admm = st.fixed_dictionaries(
+    {
+        "beta": st.floats(0.05, 2), "eta": st.floats(0.1, 5), "sigma": st.floats(0, 1), "rounds": st.integers(1, 6),
+        "sweep": st.booleans(), "step": st.sampled_from(["gradient", "proximal", "nonnegative"]),
+    }
+)  # fmt: skip
+penalty = st.fixed_dictionaries(
+    {
+        "beta": st.floats(0.05, 2), "eta": st.floats(0.1, 5), "rounds": st.integers(1, 3), "stored": st.booleans(),
+        "sweep": st.booleans(), "step": st.sampled_from(["gradient", "proximal", "nonnegative"]),
+    }
+)  # fmt: skip
+
+
+@UNSTABLE
+@settings(max_examples=25)
+@given(case=cases(batches=(1, 4)), options=admm, optimizer=st.sampled_from(sorted(OPTIMIZERS)))
+def test_block_admm_follows_its_equations(case, options, optimizer):
+    run = train(case, {"name": "block_admm", **options}, optimizer=OPTIMIZERS[optimizer], epochs=2)
+    expected = Reference(case, OPTIMIZERS[optimizer], **options).fit(case.batches() * 2)
+    compare(run.weights, expected, tolerance=1e-9)
+
+
+@settings(max_examples=25)
+@given(case=cases(batches=(1, 4)), options=penalty, optimizer=st.sampled_from(sorted(OPTIMIZERS)), data=st.data())
+def test_penalty_follows_its_equations_in_any_order_of_samples(case, options, optimizer, data):
+    """Stored variables are found by sample number: later visits come in other batches, some with new samples."""
+    x, y, _ = (torch.cat(parts) for parts in zip(*case.batches(), strict=True))
+    batches = []
+    for _ in range(data.draw(st.integers(2, 6))):
+        count = data.draw(st.integers(1, len(x)))
+        indices = torch.tensor(data.draw(st.permutations(range(len(x))))[:count])
+        batches.append((x[indices], y[indices], indices))
+    run = train(case, {"name": "penalty", **options}, optimizer=OPTIMIZERS[optimizer], batches=batches)
+    expected = Reference(case, OPTIMIZERS[optimizer], sigma=0.0, **options).fit(batches)
+    compare(run.weights, expected, tolerance=1e-9)
+
+
+# --- acceptance tests (notes/auxiliary_variables_and_admm.md, 5) --------------------------------------------------
+
+
+def backpropagation(case):
+    """Of every block on the first batch: input, output, per-sample gradient at the output, gradient of the weights."""
+    blocks, h, inputs, outputs = case.blocks(), case.batches()[0][0], [], []
+    for block in blocks:
+        inputs.append(h.detach())
+        h = block(h)
+        h.retain_grad()
+        outputs.append(h)
+    F.cross_entropy(h, case.batches()[0][1]).backward()
+    per_sample = [len(h) * y.grad for y in outputs]
+    return (
+        inputs,
+        [y.detach() for y in outputs],
+        per_sample,
+        [torch.cat([p.grad.flatten() for p in b.parameters()]) for b in blocks],
+    )
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 7.0])
+def test_with_the_true_multiplier_local_gradients_are_those_of_backpropagation(beta):
+    """1: Z = forward value and multiplier = gradient at the interface, here in scaled form U = -p / beta."""
+    inputs, outputs, per_sample, expected = backpropagation(CASE)
+    for k, block in enumerate(CASE.blocks()[:-1]):
+        half = Variable(beta, 1.0, 0.0, stored=False, step="gradient")
+        half.offer(Data(0, batch=0))
+        half.z, half.u = outputs[k], -per_sample[k] / beta
+        J = half.objective(block(inputs[k]), None)
+        assert J is not None
+        found = torch.cat([g.flatten() for g in torch.autograd.grad(J, list(block.parameters()))])
+        torch.testing.assert_close(found, expected[k], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_a_sweep_from_the_forward_values_is_backpropagation_times_a_power(c, beta, stored):
+    """2: right to left with eta = c / beta, the gradient of block k is c**(K-1-k) times that of backpropagation."""
+    *_, expected = backpropagation(CASE)
+    spec = {"name": "penalty", "sweep": True, "beta": beta, "eta": c / beta, "stored": stored}
+    weights = train(CASE, spec, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0)).weights
+    for k in range(K):
+        found = weights[k][0] - weights[k][1]
+        torch.testing.assert_close(found, c ** (K - 1 - k) * expected[k], rtol=1e-9, atol=1e-12)
+
+
+scalars = st.tuples(*[st.floats(-3, 3)] * 4, st.floats(0.05, 3), st.floats(0.05, 3))
+
+
+@settings(max_examples=60)
+@given(scalars)
+@pytest.mark.parametrize(("step", "low"), [(proximal_step, -60.0), (nonnegative_step, 0.0)])
+def test_closed_forms_beat_a_fine_grid(step, low, case):
+    """3: no point of a grid of 20001 is better than the closed form, and the closed form is allowed."""
+    z, x, u, p, beta, eta = case
+    found = step(*(torch.tensor(float(v), dtype=torch.float64) for v in (z, x, u, p)), beta, eta)
+
+    def objective(v):
+        return beta / 2 * (v - x + u) ** 2 + p * v + (v - z) ** 2 / (2 * eta)
+
+    grid = torch.linspace(low, 60, 20001, dtype=torch.float64)
+    assert found >= low
+    assert objective(found) <= objective(grid).min() + 1e-12
+    assert torch.isclose(found, grid[objective(grid).argmin()], atol=60 / 10000)
+
+
+@pytest.mark.parametrize("spec", [{"name": "block_admm", "rounds": 1}, {"name": "penalty", "stored": False}], ids=str)
+def test_one_jacobi_round_moves_nothing_below_the_top(spec):
+    """4: the loss has not come down yet, so blocks below do not step: no decay, no momentum, nothing."""
+    run = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], epochs=3)
+    assert [len(weights) - 1 for weights in run.weights] == [0] * (K - 1) + [9]
+    assert [s.updates for s in run.trainer.statistics()] == [0] * (K - 1) + [9]
+
+
+@pytest.mark.parametrize("rounds", range(1, 7))
+def test_the_loss_comes_down_by_one_block_per_round(rounds):
+    run = train(CASE, {"name": "block_admm", "rounds": rounds})
+    batches = len(CASE.sizes)
+    assert [s.updates for s in run.trainer.statistics()] == [batches * max(0, rounds - (K - 1 - k)) for k in range(K)]
+
+
+@pytest.mark.parametrize("visits", range(1, 6))
+def test_stored_variables_bring_it_down_by_one_block_per_visit(visits):
+    run = train(CASE, "penalty", epochs=visits)
+    batches = len(CASE.sizes)
+    assert [s.updates for s in run.trainer.statistics()] == [batches * max(0, visits - (K - 1 - k)) for k in range(K)]
+
+
+@pytest.mark.parametrize("spec", ["block_admm", "penalty", {"name": "penalty", "sweep": True}], ids=str)
+def test_memory_of_a_block_does_not_depend_on_how_many_lie_above(spec):
+    """5: one graph per block and nothing that grows with K - k."""
+    held = []
+    for blocks in (2, 3, 6):
+        case = Case(widths=(4,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(6, 6))
+        statistics = train(case, spec, epochs=2).trainer.statistics()
+        held.append(statistics[0].peak_held_bytes)
+        assert {s.peak_in_flight for s in statistics} == {1}
+        assert len({s.peak_held_bytes for s in statistics[1:-1]}) <= 1
+    assert held[0] == held[1] == held[2]
+
+
+@pytest.mark.parametrize("spec", ["block_admm", "penalty"], ids=str)
+def test_no_graph_crosses_and_the_variable_is_sent_before_the_block_has_run(spec):
+    """5: what goes up in a later round is Z, a plain tensor, and not today's output."""
+    tap = Tap()
+    run = train(CASE, spec, epochs=K + 1, observers=[tap])
+    ups = [m for e, m in tap.messages if isinstance(m, Up) and e.source == "block0"]
+    assert all(m.payload[0].grad_fn is None and not m.payload[0].requires_grad for m in ups)
+    operations = [op for actor, op, *_ in tap.operations if actor == "block0"]
+    assert operations[:4] == ["E0", "F0", "B0", "S"]
+    last = ups[-1]
+    x = CASE.batches()[last.batch % len(CASE.sizes)][0]
+    assert not torch.allclose(run.trainer.model[0](x), last.payload[0], atol=1e-6)
+
+
+# --- what is stored and what is kept in range ---------------------------------------------------------------------
+
+
+def test_nonnegative_variables_stay_so():
+    """For outputs behind a ReLU."""
+    blocks = [nn.Sequential(nn.Linear(4, 5), nn.ReLU()).double(), nn.Linear(5, 3).double()]
+    for step, negative in (("gradient", True), ("nonnegative", False)):
+        tap = Tap()
+        spec = {"name": "penalty", "step": step, "eta": 50.0, "beta": 0.01}
+        train(CASE, spec, blocks=blocks, batches=CASE.batches() * 3, observers=[tap])
+        assert any((m.payload[0] < 0).any() for _, m in tap.messages if isinstance(m, Up)) == negative
+
+
+def test_online_variables_end_with_their_minibatch():
+    """The same minibatch twice: the second time starts from the forward value again."""
+    tap = Tap()
+    run = train(replace(CASE, sizes=(6,)), "block_admm", epochs=2, observers=[tap], optimizer=OPTIMIZERS["sgd"])
+    first_of_second = next(m for e, m in tap.messages if isinstance(m, Up) and e.source == "block0" and m.key == 4)
+    assert first_of_second.round == 0
+    state = run.trainer.workers[0].lower.state_dict()
+    assert not any(isinstance(v, torch.Tensor) and v.numel() for v in state.values())
+
+
+def test_stored_rows_cost_one_row_per_sample_and_edge():
+    """Up to the room that the table grows by ahead."""
+    run = train(CASE, "penalty", epochs=2)
+    for k, worker in enumerate(run.trainer.workers[:-1]):
+        needed = sum(CASE.sizes) * CASE.widths[CASE.cuts[k]] * 8
+        assert needed <= worker.lower.held_bytes <= 1.5 * needed
+
+
+def test_an_unstable_dual_step_is_warned_of():
+    with pytest.warns(UserWarning, match=r"sigma 0.9 > eta\*beta 0.5 is known to be unstable"):
+        train(CASE, {"name": "block_admm", "sigma": 0.9})

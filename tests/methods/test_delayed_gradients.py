@@ -1,0 +1,143 @@
+"""Delayed gradients: which weights each gradient belongs to, and which methods are the same one (B1-B5, B8, B9)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from decoupled import OperationError
+from decoupled.retention import KeepGraph
+from decoupled.testing import OPTIMIZERS, Case, cases, compare, point, train
+
+CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (4,))
+K = CASE.K
+
+
+def golden(name, k, blocks):
+    """Updates between forward and backward (notes/methods.md, 1.2)."""
+    return max(0, 2 * (blocks - 1 - k) - 1) if name == "fdg" else blocks - 1 - k
+
+
+def with_gradients(spec, **options):
+    """A run, and every gradient that a block's optimizer has been given: [block][update], one vector each."""
+    blocks = CASE.blocks()
+    gradients = [[] for _ in blocks]
+
+    def optimizer(parameters):
+        made = options.get("optimizer", OPTIMIZERS["sgd"])(parameters)
+        k = next(k for k, block in enumerate(blocks) if next(block.parameters()) is parameters[0])
+        made.register_step_pre_hook(lambda *_: gradients[k].append(torch.cat([p.grad.flatten() for p in parameters])))
+        return made
+
+    return train(CASE, spec, blocks=blocks, **{**options, "optimizer": optimizer}), gradients
+
+
+def gradient_at(weights, x, y):
+    """The gradient of the whole network's loss at these weights (one vector per block), by plain autograd."""
+    leaves, state = [w.clone().requires_grad_() for w in weights], {}
+    for k, (block, vector) in enumerate(zip(CASE.blocks(), leaves, strict=True)):
+        shapes = {name: p.shape for name, p in block.named_parameters()}
+        parts = vector.split([shape.numel() for shape in shapes.values()])
+        state |= {f"{k}.{name}": part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    output = functional_call(nn.Sequential(*CASE.blocks()), state, (x,))
+    return torch.autograd.grad(F.cross_entropy(output, y), leaves)
+
+
+@pytest.mark.parametrize("name", ["ddg", "pipedream"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_late_gradients_are_exact_for_the_weights_their_batch_has_met(name, optimizer):
+    """g_k of batch m is the gradient at (w_0[m-K+1], ..., w_{K-1}[m]), one moment of the lock-step (B1, B2)."""
+    run, gradients = with_gradients(name, optimizer=optimizer)
+    for m, (x, y, _) in enumerate(CASE.batches()):
+        met = [run.weights[j][max(0, m - (K - 1 - j))] for j in range(K)]
+        for k, expected in enumerate(gradient_at(met, x, y)):
+            torch.testing.assert_close(gradients[k][m], expected, rtol=0, atol=1e-12)
+
+
+def test_the_gradients_of_fdg_are_exact_for_later_weights_and_shrink_at_every_hop():
+    run, gradients = with_gradients({"name": "fdg", "beta": 0.5})
+    for m, (x, y, _) in enumerate(CASE.batches()):
+        met = [run.weights[j][max(0, m - golden("fdg", j, K))] for j in range(K)]
+        for k, expected in enumerate(gradient_at(met, x, y)):
+            torch.testing.assert_close(gradients[k][m], 0.5 ** (K - 1 - k) * expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.7, 1.0])
+def test_shrinking_is_a_power_of_beta_at_frozen_weights(beta):
+    """B9; and with beta = 1 nothing of it is left (A2)."""
+    frozen = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}
+    _, shrunk = with_gradients({"name": "fdg", "beta": beta}, **frozen)
+    _, plain = with_gradients("backprop", **frozen)
+    for k in range(K):
+        for mine, theirs in zip(shrunk[k], plain[k], strict=True):
+            torch.testing.assert_close(mine, beta ** (K - 1 - k) * theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@settings(max_examples=10)
+@given(case=cases(batches=(1, 10)))
+def test_ddg_and_pipedream_are_one_algorithm(optimizer, case):
+    """B3: described by different people in different words; the same per-block trajectories, bit for bit."""
+    ddg, pipedream = (train(case, name, optimizer=optimizer, epochs=2) for name in ("ddg", "pipedream"))
+    compare(ddg.weights, pipedream.weights, tolerance=0.0)
+
+
+@pytest.mark.parametrize("name", ["ddg", "pipedream", "fdg"])
+@settings(max_examples=8)
+@given(case=cases(batches=(4, 8)))
+def test_recomputing_with_stashed_weights_is_keeping_the_graph(name, case):
+    """B4: S0 and S1 agree to the last bit."""
+    kept, recomputed = (train(case, {"name": name, "recompute": again}, epochs=2) for again in (False, True))
+    compare(kept.weights, recomputed.weights, tolerance=0.0)
+
+
+def test_replaying_with_todays_weights_is_something_else_below_the_top():
+    """B4: S2 is not S0 once the weights move; the first update of every block, and the top's input-free one, agree."""
+    replay, ddg = (train(CASE, name).weights for name in ("features_replay", "ddg"))
+    assert all(torch.equal(replay[K - 1][v], ddg[K - 1][v]) for v in range(2))
+    for k in range(K - 1):
+        assert not torch.equal(replay[k][2], ddg[k][2])
+
+
+class Naive(KeepGraph):
+    """What the published code of DDG and FDG does: keep the graph, change the weights under it (stash policy S3)."""
+
+    def __init__(self, block, steps_between):
+        super().__init__(block, steps_between=False)
+
+
+@pytest.mark.parametrize("name", ["ddg", "pipedream", "fdg"])
+@pytest.mark.parametrize("batches", [2, 12])
+def test_weights_changed_under_a_live_graph_raise(name, batches):
+    """B5: never a wrong gradient, not even for the first batch of its shape."""
+    case = replace(CASE, sizes=tuple(range(4, 4 + batches)))
+    naive = replace(point(name), retention=Naive)
+    with pytest.raises(OperationError, match="modified by an inplace operation") as caught:
+        train(case, naive)
+    assert caught.value.operation.startswith("B1")
+    train(case, replace(naive, order=point("backprop").order))  # without a step between it is fine
+
+
+@pytest.mark.parametrize("blocks", range(2, 7))
+@pytest.mark.parametrize("name", ["ddg", "pipedream", "features_replay", "fdg"])
+def test_versions_of_a_run_are_the_golden_ones(name, blocks):
+    """B8: (weights at the forward, weights at the backward) of every batch, as the workers have recorded them."""
+    case = Case(widths=(3,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(2,) * 22)
+    for k, block in enumerate(train(case, name).trainer.statistics()):
+        late = golden(name, k, blocks)
+        assert block.versions == [(n, max(0, n - late), n) for n in range(22)]
+        assert block.staleness == {d: 1 for d in range(late)} | {late: 22 - late}
+
+
+@given(st.integers(2, 6))
+@settings(max_examples=5)
+def test_every_epoch_starts_from_a_drained_pipeline(blocks):
+    case = Case(widths=(3,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(2,) * 4)
+    for k, block in enumerate(train(case, "pipedream", epochs=3).trainer.statistics()):
+        late = blocks - 1 - k
+        assert block.versions == [(n, n - min(n % 4, late), n) for n in range(12)]

@@ -1,0 +1,166 @@
+"""Local parallelism: the extremes of each variant, an oracle in the naive form, and the number of losses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.nn import functional as F
+
+from decoupled.errors import UserError
+from decoupled.messages import Down
+from decoupled.methods.local_parallelism.method import _chunk_end
+from decoupled.runtime.simulated import Simulated
+from decoupled.testing import OPTIMIZERS, Case, cases, compare, flat, train
+
+CASE = Case(widths=(4, 5, 3, 4, 5, 6, 3), cuts=(1, 2, 4, 5), sizes=(6, 6, 6, 6, 5))
+K = CASE.K
+
+
+def overlapping(reach):
+    return {"name": "overlapping_local", "reach": reach}
+
+
+def chunked(chunks):
+    return {"name": "chunked_local", "chunks": chunks}
+
+
+def same(first, second, case, **options):
+    one, other = (train(case, spec, optimizer=OPTIMIZERS["momentum"], epochs=2, **options) for spec in (first, second))
+    compare(one.weights, other.weights, tolerance=0.0)
+
+
+@settings(max_examples=10)
+@given(case=cases())
+def test_overlapping_with_reach_1_is_greedy(case):
+    same(overlapping(1), "greedy_local", case)
+
+
+@settings(max_examples=10)
+@given(case=cases())
+def test_overlapping_with_the_reach_of_the_network_is_backpropagation(case):
+    """A6: one loss, at the top, that reaches everybody; more reach than blocks changes nothing."""
+    same(overlapping(case.K), "backprop", case)
+    same(overlapping(case.K + 3), "backprop", case)
+
+
+@settings(max_examples=10)
+@given(case=cases())
+def test_one_chunk_is_backpropagation_and_a_chunk_per_block_is_greedy(case):
+    same(chunked(1), "backprop", case)
+    same(chunked(case.K), "greedy_local", case)
+    same(chunked(case.K + 2), "greedy_local", case)
+
+
+def test_overlapping_two_blocks_is_backpropagation():
+    case = Case(widths=(4, 5, 6, 3), cuts=(2,), sizes=(6, 6, 4))
+    same("overlapping_local", "backprop", case)
+
+
+@pytest.mark.parametrize("reach", [2, 3, 4])
+def test_overlapping_equals_the_naive_form_with_one_graph_per_loss(reach):
+    """For every loss: cut the input of its lowest block, run `reach` blocks and a head, and sum all losses (oracle).
+
+    Inner blocks run once per loss that hears them, which costs more but cannot be wrong.
+    """
+    run = train(CASE, overlapping(reach), epochs=2)
+    blocks, heads = CASE.blocks(), fresh_heads(overlapping(reach))
+    parameters = [list(m.parameters()) for m in [*blocks, *(head for head in heads if head is not None)]]
+    optimizers = [OPTIMIZERS["sgd"](group) for group in parameters]
+    weights = [[flat(block)] for block in blocks]
+    for x, y, _ in CASE.batches() * 2:
+        total = torch.zeros((), dtype=torch.float64)
+        for lowest in range(K - reach + 1):
+            h = x
+            for k in range(lowest + reach):
+                h = blocks[k](h.detach() if k == lowest else h)
+            head = heads[lowest + reach - 1]
+            total = total + F.cross_entropy(h if head is None else head(h), y)
+        total.backward()
+        for made in optimizers:
+            made.step()
+            made.zero_grad()
+        for versions, block in zip(weights, blocks, strict=True):
+            versions.append(flat(block))
+    compare(run.weights, weights)
+
+
+def fresh_heads(spec):
+    one = Case(CASE.widths, CASE.cuts, CASE.sizes[:1], CASE.seed)
+    run = train(one, spec, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    return [worker.lower.module for worker in run.trainer.workers]
+
+
+@pytest.mark.parametrize(
+    ("spec", "where"),
+    [
+        ("greedy_local", [0, 1, 2, 3, 4]),
+        (overlapping(1), [0, 1, 2, 3, 4]),
+        (overlapping(2), [1, 2, 3, 4]),
+        (overlapping(4), [3, 4]),
+        (overlapping(9), [4]),
+        (chunked(1), [4]),
+        (chunked(2), [1, 4]),
+        (chunked(3), [0, 2, 4]),
+        (chunked(5), [0, 1, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_where_the_losses_are(spec, where):
+    """Greedy L losses, overlapping L - reach + 1, chunked one per chunk; below the top each has a head."""
+    run = train(CASE, spec)
+    assert [w.k for w in run.trainer.workers if w.lower.has_objective] == where
+    assert [w.k for w in run.trainer.workers if w.lower.module is not None] == [k for k in where if k < K - 1]
+    heads = [s.auxiliary_parameters for s in run.trainer.statistics()]
+    widths = [CASE.widths[cut] for cut in (*CASE.cuts, len(CASE.widths) - 1)]
+    assert heads == [widths[k] * 3 + 3 if k in where and k < K - 1 else 0 for k in range(K)]
+
+
+@pytest.mark.parametrize("blocks", range(1, 9))
+@pytest.mark.parametrize("chunks", range(1, 10))
+def test_chunks_are_runs_of_nearly_equal_length(blocks, chunks):
+    ends = [_chunk_end(k, blocks, chunks) for k in range(blocks)]
+    assert all(k <= end for k, end in enumerate(ends))
+    assert ends == sorted(ends)
+    assert ends[-1] == blocks - 1
+    lengths = [ends.count(end) for end in sorted(set(ends))]
+    assert len(lengths) == min(chunks, blocks)
+    assert max(lengths) - min(lengths) <= 1
+    assert all(ends[k] == end for end in set(ends) for k in [end])
+
+
+@pytest.mark.parametrize("spec", ["greedy_local", overlapping(2), overlapping(3), chunked(2)], ids=str)
+def test_the_last_block_gets_the_gradient_of_backpropagation(spec):
+    """In all variants (for the same input, hence the first update)."""
+    mine, theirs = (train(CASE, name).weights[K - 1][1] for name in (spec, "backprop"))
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("late", ["block1", "block2"])
+def test_gradients_that_overtake_each_other_are_told_apart(late):
+    """Which gradient travels on is decided by where it comes from, never by which one came first."""
+
+    def latency(edge, message):
+        return 100.0 if isinstance(message, Down) and message.hops == 1 and edge.target == late else 0.1
+
+    shuffled = train(CASE, overlapping(3), runtime=Simulated(latency=latency, fifo=False))
+    compare(shuffled.weights, train(CASE, overlapping(3)).weights)
+
+
+def test_heads_are_chosen_by_name():
+    small, large = (train(CASE, {"name": "greedy_local", "head": head}) for head in ("linear", "mlp"))
+    counts = [[s.auxiliary_parameters for s in run.trainer.statistics()] for run in (small, large)]
+    assert all(a < b for a, b in zip(*(row[:-1] for row in counts), strict=True))
+    with pytest.raises(UserError, match=r"unknown head 'linaer'\. Did you mean 'linear'\?"):
+        train(CASE, {"name": "greedy_local", "head": "linaer"})
+
+
+def test_heads_are_drawn_from_the_seed_of_the_trainer():
+    first, again, other = (fresh(seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def fresh(seed):
+    torch.manual_seed(seed + 17)  # the user's own generator plays no part
+    run = train(CASE, "greedy_local", seed=seed, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    heads = [worker.lower.module for worker in run.trainer.workers]
+    return [flat(head) for head in heads if head is not None]

@@ -1,0 +1,227 @@
+"""Blocks: frozen weights, replayed randomness, running statistics, and layers that must not be trusted."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled.block import Block
+from decoupled.errors import UserError
+
+X = torch.linspace(-2, 2, 60).reshape(10, 6)
+
+
+def block(*layers, seed=0) -> Any:
+    torch.manual_seed(3)
+    return Block(nn.Sequential(*layers), "block7", seed=seed)
+
+
+class Functional(nn.Module):
+    """Calls a function instead of being a layer of its kind."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_a_block_is_its_module():
+    one = block(nn.Linear(6, 4), nn.Tanh())
+    assert torch.equal(one.run(X), one.module(X))
+    assert [tuple(p.shape) for p in one.parameters] == [(4, 6), (4,)]
+    assert all(mine is theirs for mine, theirs in zip(one.weights, one.module.parameters(), strict=True))
+    assert one.version == 0
+
+
+def test_frozen_weights_are_copies_that_the_module_does_not_touch():
+    one = block(nn.Linear(6, 4), nn.Tanh())
+    frozen, before = one.freeze(), one.run(X)
+    with torch.no_grad():
+        for p in one.module.parameters():
+            p.add_(1.0)
+    assert torch.equal(one.run(X, frozen), before)
+    assert not torch.equal(one.run(X), before)
+    assert all(w.is_leaf and w.requires_grad for w in frozen)
+    grads = torch.autograd.grad(one.run(X, frozen).sum(), frozen)
+    assert all(p.grad is None for p in one.module.parameters())
+    assert [g.shape for g in grads] == [p.shape for p in one.parameters]
+
+
+def test_parameters_that_are_not_trained_stay_so_when_frozen():
+    one = block(nn.Linear(6, 4), nn.Linear(4, 2))
+    one.module[0].weight.requires_grad_(False)
+    assert [w.requires_grad for w in one.freeze()] == [False, True, True, True]
+
+
+def test_a_parameter_used_twice_in_a_block_is_one_weight():
+    shared = nn.Linear(6, 6)
+    one = block(shared, nn.Tanh(), shared)
+    assert len(one.parameters) == 2
+    frozen = one.freeze()
+    before = one.run(X)
+    with torch.no_grad():
+        shared.weight.mul_(2.0)
+    assert torch.equal(one.run(X, frozen), before)
+
+
+# --- running statistics -------------------------------------------------------------------------------------------
+
+
+def test_running_statistics_move_in_the_forward_only():
+    one = block(nn.BatchNorm1d(6))
+    fresh = [b.clone() for b in one.module.buffers()]
+    first = one.run(X)
+    moved = [b.clone() for b in one.module.buffers()]
+    assert not any(torch.equal(a, b) for a, b in zip(fresh, moved, strict=True))
+    again = one.run(X, one.freeze(), again=True)
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(moved, one.module.buffers(), strict=True))
+    one.run(X, one.freeze())  # other weights, but a new pass: counts
+    assert one.module[0].num_batches_tracked == 2
+
+
+# --- randomness ---------------------------------------------------------------------------------------------------
+
+RANDOM = {
+    "Dropout": (nn.Dropout(0.5), X),
+    "Dropout1d": (nn.Dropout1d(0.5), X.reshape(5, 6, 2)),
+    "Dropout2d": (nn.Dropout2d(0.5), X.reshape(5, 6, 2, 1)),
+    "Dropout3d": (nn.Dropout3d(0.5), X.reshape(5, 6, 2, 1, 1)),
+    "F.dropout": (Functional(lambda x: F.dropout(x, 0.5)), X),
+    "F.dropout, in a deeper module": (nn.Sequential(nn.Identity(), Functional(lambda x: F.dropout(x, p=0.5))), X),
+    "torch.nn.functional.dropout2d": (Functional(lambda x: F.dropout2d(x, training=True)), X.reshape(5, 6, 2, 1)),
+}
+random_layers = pytest.mark.parametrize(("layer", "x"), RANDOM.values(), ids=RANDOM)
+
+
+@random_layers
+def test_a_replay_draws_the_same_numbers_and_loses_none(layer, x):
+    one, plain = block(layer), block(layer)
+    state = one.random_state()
+    first = one.run(x)
+    later = one.random_state()
+    assert torch.equal(one.run(x, replay=state, again=True), first)
+    assert torch.equal(one.random_state(), later)  # the replay has not moved the generator
+    assert torch.equal(plain.run(x), first)
+    assert torch.equal(plain.run(x), one.run(x))
+    assert not torch.equal(one.run(x), one.run(x))
+
+
+@random_layers
+def test_random_numbers_come_from_the_seed_of_the_block(layer, x):
+    def drawn(seed, noise):
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        one = Block(nn.Sequential(layer), "b", seed=seed)
+        outputs = torch.stack([one.run(x) for _ in range(5)])
+        assert torch.equal(torch.get_rng_state(), before)  # the generator shared by all threads is not used
+        return outputs
+
+    assert torch.equal(drawn(1, 0), drawn(1, 5))
+    assert not torch.equal(drawn(1, 0), drawn(2, 0))
+
+
+@random_layers
+def test_dropout_is_distributed_as_in_torch(layer, x):
+    """Kept values are scaled by 1/(1-p); channels fall together exactly where torch drops channels."""
+    one = block(layer)
+    x = torch.ones_like(x)
+    outputs = torch.stack([one.run(x) for _ in range(200)])
+    assert set(outputs.unique().tolist()) == {0.0, 2.0}
+    assert abs(float(outputs.mean()) - 1) < 0.1
+    whole_channels = "ropout1d" in str(layer) or x.dim() > 2
+    if whole_channels:
+        assert torch.equal(outputs.flatten(3).amin(-1), outputs.flatten(3).amax(-1))
+
+
+@pytest.mark.parametrize("name", [name for name in RANDOM if name.startswith("Dropout")])
+def test_dropout_layers_are_off_in_evaluation(name):
+    layer, x = RANDOM[name]
+    one = block(layer)
+    one.module.eval()
+    assert torch.equal(one.run(x), x)
+
+
+def test_threads_do_not_disturb_each_other():
+    """The mode that redirects dropout is local to its thread."""
+    expected = [Block(nn.Dropout(0.5), "b", seed=s).run(X) for s in range(4)]
+    blocks = [Block(nn.Dropout(0.5), "b", seed=s) for s in range(4)]
+    found, ready = [X] * 4, threading.Barrier(4)
+
+    def work(s):
+        ready.wait(30)
+        found[s] = blocks[s].run(X)
+
+    workers = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.AlphaDropout(0.5), X),
+        (nn.FeatureAlphaDropout(0.5), X.reshape(5, 6, 2)),
+        (nn.RReLU(), X),
+        (nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True), X.reshape(5, 2, 6)),
+        (Functional(lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)), X.reshape(5, 2, 6)),
+        (Functional(lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.1)), X.reshape(5, 2, 6)),
+    ],
+    ids=["AlphaDropout", "FeatureAlphaDropout", "RReLU", "attention", "sdpa", "sdpa, positional"],
+)
+def test_randomness_that_cannot_be_replayed_is_refused(layer, x):
+    with pytest.raises(UserError, match=r"block7: .* cannot be replayed"):
+        block(layer).run(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.AlphaDropout(0.0),
+        nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
+        Functional(lambda x: F.scaled_dot_product_attention(x, x, x)),
+    ],
+    ids=["AlphaDropout(0)", "attention", "sdpa"],
+)
+def test_and_accepted_where_it_draws_nothing(layer):
+    assert block(layer).run(X.reshape(5, 2, 6)).shape == (5, 2, 6)
+
+
+# --- in place -----------------------------------------------------------------------------------------------------
+
+IN_PLACE = {
+    "first": [nn.ReLU(inplace=True)],
+    "nested": [nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)))],
+    "behind a view": [nn.Flatten(), nn.ReLU(inplace=True)],
+    "behind an identity": [nn.Identity(), nn.ReLU(inplace=True)],
+    "behind a dropout of 0": [nn.Dropout(0.0), nn.Hardtanh(inplace=True)],
+}
+
+
+@pytest.mark.parametrize("layers", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_block_never_overwrites_its_input(layers):
+    """The input is somebody else's: the user's data, or the output that the block below still needs."""
+    x = X.clone()
+    block(*layers).run(x)
+    assert torch.equal(x, X)
+
+
+# --- state --------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_weights_buffers_version_and_generator():
+    one, other = (block(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), seed=s) for s in (1, 2))
+    one.run(X)
+    one.version = 5
+    other.load_state_dict(one.state_dict())
+    assert other.version == 5
+    assert torch.equal(one.run(X), other.run(X))
+    assert all(torch.equal(a, b) for a, b in zip(one.module.buffers(), other.module.buffers(), strict=True))

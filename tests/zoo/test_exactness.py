@@ -1,0 +1,117 @@
+"""Oracle 1, exactness: methods that declare it equal an autograd loop on the same minibatches (A1-A5 of the notes)."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled.messages import Data, Up
+from decoupled.order import sync
+from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepNothing
+from decoupled.source import Repeat, Split
+from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, label, point, train, variants
+
+EXACT = [spec for spec in variants() if point(spec).facts.exact]
+GLOBAL = [spec for spec in variants() if all(set(point(spec).facts.reach(k, 4)) == {3} for k in range(4))]
+CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6, 6, 6, 6, 6, 6, 6, 5))
+
+
+def plain(case, optimizer, epochs=1, repeat=1):
+    """The loop that everybody writes, and every block's weights after each step."""
+    blocks = case.blocks()
+    network = nn.Sequential(*blocks)
+    made = optimizer(list(network.parameters()))
+    weights = [[flat(block)] for block in blocks]
+    for _ in range(epochs):
+        for x, y, _ in [batch for batch in case.batches() for _ in range(repeat)]:
+            made.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            made.step()
+            for versions, block in zip(weights, blocks, strict=True):
+                versions.append(flat(block))
+    return weights
+
+
+def test_the_zoo_has_exact_and_inexact_methods():
+    assert 0 < len(EXACT) < len(variants())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("spec", EXACT, ids=label)
+@settings(max_examples=10)
+@given(case=cases())
+def test_exact_methods_equal_plain_autograd(spec, optimizer, case):
+    found = train(case, spec, optimizer=optimizer, epochs=2)
+    compare(found.weights, plain(case, optimizer, epochs=2))
+
+
+@pytest.mark.parametrize("spec", [s for s in variants() if not point(s).facts.exact], ids=label)
+def test_methods_that_are_not_declared_exact_differ(spec):
+    """The claim is as strong as it can be: nothing exact goes undeclared."""
+    repeat = getattr(point(spec).feed, "rounds", 1)
+    with pytest.raises(AssertionError, match=r"differs by|updates instead of"):
+        compare(train(CASE, spec).weights, plain(CASE, OPTIMIZERS["sgd"], repeat=repeat))
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+@settings(max_examples=5)
+@given(case=cases(blocks=(1, 1)))
+def test_one_block_is_backpropagation_bit_for_bit(spec, case):
+    feed = point(spec).feed
+    expected = plain(case, OPTIMIZERS["momentum"], repeat=feed.rounds if isinstance(feed, Repeat) else 1)
+    found = train(case, spec, optimizer=OPTIMIZERS["momentum"])
+    compare(found.weights, expected, tolerance=1e-12 if isinstance(feed, Split) else 0.0)
+
+
+@pytest.mark.parametrize("retention", [KeepGraph, KeepInput, KeepInputAndWeights, KeepNothing])
+@pytest.mark.parametrize("spec", [s for s in GLOBAL if not isinstance(point(s).feed, Split)], ids=label)
+def test_any_method_with_one_loss_is_exact_in_the_sync_order(spec, retention):
+    """Delay, and nothing else, is what makes a global method inexact: whatever it keeps (A3)."""
+    locked = replace(point(spec), order=sync, retention=retention, corrections=())
+    compare(train(CASE, locked, epochs=2).weights, plain(CASE, OPTIMIZERS["sgd"], epochs=2))
+
+
+@pytest.mark.parametrize("spec", GLOBAL, ids=label)
+def test_frozen_weights_give_the_gradients_of_backpropagation(spec):
+    """At learning rate 0 no delay and no stash policy matters (A2)."""
+    seen = [[] for _ in CASE.cuts] + [[]]
+
+    def recording(parameters):
+        made = torch.optim.SGD(parameters, lr=0.0)
+        k = next(k for k, block in enumerate(blocks) if next(block.parameters()) is parameters[0])
+        made.register_step_pre_hook(lambda *_: seen[k].append([p.grad.clone() for p in parameters]))
+        return made
+
+    blocks = CASE.blocks()
+    train(CASE, replace(point(spec), corrections=()), optimizer=recording, blocks=blocks, epochs=2)
+    network = nn.Sequential(*CASE.blocks())
+    for n, (x, y, _) in enumerate(CASE.batches() * 2):
+        network.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        expected = [[p.grad for p in block.parameters()] for block in network]
+        torch.testing.assert_close([grads[n] for grads in seen], expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_the_top_block_follows_plain_autograd_on_the_inputs_it_receives(spec):
+    """Whatever happens below, the top block is never late and never inexact (A4)."""
+    tap, blocks, top = Tap(), CASE.blocks(), CASE.K - 1
+    found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], observers=[tap], blocks=blocks)
+    heard: list[Any] = [m for e, m in tap.messages if e.target == f"block{top}"]
+    inputs = {m.key: m.payload[0] for m in heard if isinstance(m, Up) and not m.void}
+    block = CASE.blocks()[top]
+    made = OPTIMIZERS["momentum"](list(block.parameters()))
+    expected = [flat(block)]
+    data: list[Any] = [m for m in heard if isinstance(m, Data) and not m.void]
+    for message in data:
+        (F.cross_entropy(block(inputs[message.key]), message.targets) * message.share).backward()
+        whole = message.round == message.rounds - 1
+        if whole or not isinstance(point(spec).feed, Split):
+            made.step()
+            made.zero_grad()
+            expected.append(flat(block))
+    compare([found.weights[top]], [expected], tolerance=0.0)

@@ -1,0 +1,159 @@
+"""Oracle 2, facts: staleness, passes in flight, messages and bytes are what the method declares, at any speed."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoupled.messages import Boundary, Data, Down, Up
+from decoupled.runtime.contract import Edge
+from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.testing import OPTIMIZERS, Case, Tap, cases, has_reference, label, point, timings, train, variants
+
+CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (5,))
+
+
+def fixed(specs):
+    return [spec for spec in specs if point(spec).order.rule is not None]
+
+
+def payload_shapes(case):
+    """Features that leave each block."""
+    return [case.widths[cut] for cut in (*case.cuts, len(case.widths) - 1)]
+
+
+def real_messages(tap, kind) -> list[tuple[Edge, Any]]:
+    return [(edge, m) for edge, m in tap.messages if isinstance(m, kind) and not m.void]
+
+
+def drawn(data, **bounds):
+    """A case, and a runtime of any speeds for it."""
+    case = data.draw(cases(**bounds))
+    return case, Simulated(data.draw(timings(case.K)))
+
+
+@pytest.mark.parametrize("spec", fixed(variants()), ids=label)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_staleness_and_passes_in_flight_are_as_declared_at_any_speed(spec, data):
+    case, runtime = drawn(data, batches=(12, 14), size=(5, 6))
+    facts, K = point(spec).facts, case.K
+    blocks = train(case, spec, runtime=runtime).trainer.statistics()
+    for k, block in enumerate(blocks):
+        late = [backward - forward for _, forward, backward in block.versions]
+        settled = [backward - forward for _, forward, backward in block.versions if forward]
+        assert set(settled) == ({facts.delay(k, K)} if block.updates > facts.delay(k, K) + 1 else set())
+        assert max(late) <= facts.delay(k, K)
+        assert block.peak_in_flight == facts.in_flight(k, K)
+
+
+@pytest.mark.parametrize("spec", fixed(variants()), ids=label)
+def test_the_order_promises_the_same_delay_and_room(spec):
+    """What is declared, what is measured and what the order says of itself (it sizes the channels) are one thing."""
+    method = point(spec)
+    for K in range(1, 7):
+        for k in range(K):
+            assert method.order.delay(k, K) == method.facts.delay(k, K)
+            assert method.order.in_flight(k, K) == method.facts.in_flight(k, K)
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_messages_and_bytes_follow_from_the_shapes(spec, data):
+    case, runtime = drawn(data, batches=(3, 4), size=(1, 6))
+    method, K, tap = point(spec), case.K, Tap()
+    blocks = train(case, spec, runtime=runtime, observers=[tap]).trainer.statistics()
+    repeat, features = getattr(method.feed, "rounds", 1), payload_shapes(case)
+    up, down = (sent(tap, kind, K) for kind in (Up, Down))
+    for k, block in enumerate(blocks):
+        assert block.samples == repeat * sum(case.sizes)
+        assert block.bytes_up == sum(m.nbytes for m in up[k])
+        assert block.bytes_down == sum(m.nbytes for m in down[k])
+        assert rows(up[k]) == (repeat * sum(case.sizes) if k < K - 1 else 0)
+        if has_reference(method, K):
+            assert rows(down[k]) == answers(method, k, K) * sum(case.sizes)
+        for message in up[k]:
+            assert [t.shape[1:] for t in message.payload] == [(features[k],)] * len(method.coupling.up)
+        for message in down[k]:
+            assert [t.shape[1:] for t in message.payload] == [(features[k - 1],)] * len(method.coupling.down)
+
+
+def sent(tap, kind, K):
+    """The messages of one kind, by the block that sent them."""
+    return [[m for edge, m in real_messages(tap, kind) if edge.source == f"block{k}"] for k in range(K)]
+
+
+def rows(messages):
+    """Samples in the messages; each tensor of a payload has one row per sample, 8 bytes per number."""
+    for message in messages:
+        assert message.nbytes == sum(8 * t.shape[1] * len(message.indices) for t in message.payload)
+    return sum(len(message.indices) for message in messages)
+
+
+def answers(method, k, K):
+    """Gradients that block k sends down per pass: one per objective that it hands on."""
+    return len([j for j in method.facts.reach(k - 1, K) if j >= k]) if k else 0
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_only_plain_data_crosses_a_block(spec):
+    """No tensor received has a graph or asks for one; labels travel with the number of their batch (E6)."""
+    tap = Tap()
+    train(CASE, spec, observers=[tap])
+    batches = CASE.batches()
+    ups = real_messages(tap, Up)
+    assert len(ups) >= (CASE.K - 1) * len(CASE.sizes)
+    for _, message in real_messages(tap, Boundary):
+        assert not any(t.requires_grad or t.grad_fn is not None for t in message.payload)
+    for _, message in real_messages(tap, Data):
+        x, y, indices = batches[message.batch]
+        rows = message.indices - indices[0]
+        assert message.inputs is None or message.inputs.equal(x[rows])
+        assert message.targets is None or message.targets.equal(y[rows])
+    for _, message in ups:
+        assert message.indices.min() >= batches[message.batch][2][0]
+        assert message.indices.max() <= batches[message.batch][2][-1]
+        assert len(message.payload[0]) == len(message.indices)
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+@pytest.mark.parametrize("slow", [0, CASE.K - 1], ids=["slow bottom", "slow top"])
+def test_nobody_floods_a_slow_neighbour(spec, slow):
+    """What a block may be ahead of the next one is bounded by the method, never by the length of the data."""
+    tap, method, K = Tap(), point(spec), CASE.K
+    train(CASE, spec, runtime=Simulated(Timing(slow={slow: 1000.0})), observers=[tap], batches=CASE.batches() * 2)
+    done = [0] * K
+    for actor, operation, *_ in sorted(tap.operations, key=lambda row: row[2]):
+        k = int(actor.removeprefix("block"))
+        done[k] += operation[0] == "F"
+        if k < K - 1:
+            room = max(method.channel, method.facts.in_flight(k, K) + 1)
+            assert done[k] - done[k + 1] <= room + 1  # waiting on the edge, and one in the hand
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_no_step_and_no_tick_without_a_gradient_and_none_left_behind(spec):
+    """Warm-up decays nothing (F4); a finished epoch leaves all blocks equally far (F5)."""
+    steps = []
+
+    def optimizer(parameters):
+        made = OPTIMIZERS["momentum"](parameters)
+        made.register_step_pre_hook(lambda *_: steps.append(all(p.grad is not None for p in parameters)))
+        return made
+
+    def scheduler(made):
+        return torch.optim.lr_scheduler.StepLR(made, step_size=3, gamma=0.5)
+
+    run = train(CASE, spec, optimizer=optimizer, scheduler=scheduler, epochs=2)
+    assert steps
+    assert all(steps)
+    updates = [block.updates for block in run.trainer.statistics()]
+    if has_reference(point(spec), CASE.K):
+        assert set(updates) == {2 * len(CASE.sizes)}
+    for worker, count in zip(run.trainer.workers, updates, strict=True):
+        assert {s.last_epoch for s in worker.steps.schedulers} == {count}
+        for made in worker.steps.optimizers:
+            assert made.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5 ** (count // 3))

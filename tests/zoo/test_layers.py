@@ -1,0 +1,84 @@
+"""Layers with state or randomness: BatchNorm counts every pass once, in the forward; dropout repeats in a recompute."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled.messages import Data
+from decoupled.retention import KeepGraph, KeepInputAndWeights
+from decoupled.testing import OPTIMIZERS, Case, compare, label, point, train, variants
+
+CASE = Case(widths=(4, 5, 3), cuts=(), sizes=(12, 12, 12, 12, 12, 10))
+
+
+def network():
+    """Three blocks with normalisation and dropout in each of the lower two; the first layer sees the raw data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        blocks = [
+            nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Dropout(0.3), nn.Tanh()),
+            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5)),
+            nn.Sequential(nn.Linear(6, 3)),
+        ]
+    return [block.double() for block in blocks]
+
+
+def fit(method, blocks, **options):
+    return train(CASE, method, blocks=blocks, optimizer=OPTIMIZERS["momentum"], epochs=2, **options)
+
+
+@pytest.mark.parametrize("runtime", ["simulated", "threads"])
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_running_statistics_move_once_per_pass_in_the_forward(spec, runtime):
+    """The first layer sees nothing but data, so its statistics are known beforehand, whatever the method does (D3)."""
+    expected = nn.BatchNorm1d(4).double()
+    for x, y, _ in CASE.batches() * 2:
+        for one in point(spec).feed.passes(Data(0, batch=0, inputs=x, targets=y)):
+            expected(one.inputs)
+    blocks = network()
+    fit(spec, blocks, runtime=runtime)
+    for found in (blocks[0][0], blocks[1][1]):
+        assert found.num_batches_tracked == expected.num_batches_tracked
+    torch.testing.assert_close(blocks[0][0].running_mean, expected.running_mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(blocks[0][0].running_var, expected.running_var, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_evaluation_changes_nothing_and_restores_the_mode(spec):
+    blocks = network()
+    run = fit(spec, blocks)
+    state = {k: v.clone() for k, v in nn.Sequential(*blocks).state_dict().items()}
+    first, second = (run.trainer.evaluate(CASE.batches()) for _ in range(2))
+    assert first == second
+    assert all(torch.equal(v, state[k]) for k, v in nn.Sequential(*blocks).state_dict().items())
+    assert all(module.training for block in blocks for module in block.modules())
+
+
+FROZEN = [spec for spec in variants() if point(spec).facts.backward_weights != "current"]
+
+
+@pytest.mark.parametrize("spec", FROZEN, ids=label)
+def test_recomputing_with_the_same_weights_is_keeping_the_graph_bit_for_bit(spec):
+    """Same masks, same batch statistics, same weights: S0 == S1 with dropout and BatchNorm in the net (B4, F8)."""
+    runs = []
+    for retention in (KeepGraph, KeepInputAndWeights):
+        blocks = network()
+        run = fit(replace(point(spec), retention=retention), blocks)
+        runs.append((run.weights, {k: v.clone() for k, v in nn.Sequential(*blocks).state_dict().items()}))
+    (kept, kept_state), (recomputed, recomputed_state) = runs
+    compare(kept, recomputed, tolerance=0.0)
+    assert all(torch.equal(v, recomputed_state[k]) for k, v in kept_state.items())
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_dropout_is_drawn_from_the_seed_alone(spec):
+    """Same seed, same masks, whatever the global generator has been used for; another seed, other masks."""
+    runs = []
+    for seed, noise in ((1, 0), (1, 17), (2, 0)):
+        torch.manual_seed(noise)
+        runs.append(fit(spec, network(), seed=seed).weights)
+    compare(runs[0], runs[1], tolerance=0.0)
+    with pytest.raises(AssertionError, match="differs by"):
+        compare(runs[0], runs[2])
