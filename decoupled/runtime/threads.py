@@ -19,6 +19,7 @@ import torch
 
 from decoupled.errors import StallError, Stopped
 from decoupled.messages import Message
+from decoupled.runtime import memory
 from decoupled.runtime.contract import Actor, Edge, Graph, Mailbox, Observer, Runtime, Timings, Want, intra_op_threads
 
 
@@ -28,13 +29,16 @@ class Threads(Runtime):
     Args:
         intra_op: torch intra-op threads per worker; default: leave as it is.
         patience: seconds a mailbox waits before it looks whether the whole run has stalled.
+        keep_memory: let the process keep the memory it frees (until `close`), see `decoupled.runtime.memory`.
     """
 
-    def __init__(self, intra_op: int | None = None, patience: float = 20.0) -> None:
-        self._intra_op, self._patience = intra_op, patience
+    def __init__(self, intra_op: int | None = None, patience: float = 20.0, keep_memory: bool = True) -> None:
+        self._intra_op, self._patience, self._keep_memory = intra_op, patience, keep_memory
         self._pools: dict[str, ThreadPoolExecutor] = {}
 
     def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
+        if self._keep_memory:
+            memory.keep()
         run = _Run(graph, observers, self._patience)
         with intra_op_threads(self._intra_op):
             return self._run(run, graph)
@@ -64,6 +68,8 @@ class Threads(Runtime):
         for pool in self._pools.values():
             pool.shutdown(wait=True)
         self._pools.clear()
+        if self._keep_memory:
+            memory.release()
 
     def _pool(self, name: str) -> ThreadPoolExecutor:
         if name not in self._pools:

@@ -225,6 +225,17 @@ def test_the_loss_comes_down_by_one_block_per_round(rounds):
     assert [s.updates for s in run.trainer.statistics()] == [batches * max(0, rounds - (K - 1 - k)) for k in range(K)]
 
 
+@pytest.mark.parametrize("rounds", range(1, 7))
+@pytest.mark.parametrize("sweep", [False, True])
+def test_labels_come_down_by_one_block_per_round(rounds, sweep):
+    """Inner objectives read no labels: those of the last minibatch change a block bit for bit, or not at all."""
+    spec = {"name": "block_admm", "rounds": rounds, "sweep": sweep}
+    *others, (x, y, indices) = CASE.batches()
+    base, other = (train(CASE, spec, batches=[*others, (x, labels, indices)]).weights for labels in (y, (y + 1) % 3))
+    moved = [k for k in range(K) if not torch.equal(base[k][-1], other[k][-1])]
+    assert moved == [k for k in range(K) if sweep or rounds >= K - k]
+
+
 @pytest.mark.parametrize("visits", range(1, 6))
 def test_stored_variables_bring_it_down_by_one_block_per_visit(visits):
     run = train(CASE, "penalty", epochs=visits)

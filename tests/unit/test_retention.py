@@ -236,6 +236,20 @@ def test_clear_forgets_everything_but_the_peaks(policy):
     kept.keep(0, batch(0))
 
 
+@pytest.mark.parametrize("policy", [KeepGraph, KeepInputAndWeights])
+def test_closing_the_last_pass_of_a_version_lets_go_of_its_weights(policy):
+    block, kept = make(policy)
+    for n in range(2):
+        kept.keep(n, batch(n))
+    gone = [weakref.ref(w) for w in kept.open(0).weights]
+    step(block)
+    kept.keep(2, batch(2))
+    kept.close(0)
+    assert all(ref() is not None for ref in gone)  # pass 1 still needs them
+    kept.close(1)
+    assert all(ref() is None for ref in gone)
+
+
 @lasting
 def test_closing_lets_go_of_the_tensors(policy):
     """Nothing else keeps a closed pass alive: no reference cycle through hooks."""

@@ -451,7 +451,7 @@ def test_an_epoch_that_was_broken_off_leaves_nothing_in_the_next_one():
     """Its losses, gradients and passes are gone: at learning rate 0 the next loss is as if it were the first."""
 
     def broken():
-        yield from CASE.batches()
+        yield from CASE.batches() * 6
         raise RuntimeError("the loader")
 
     for runtime in RUNTIMES:
@@ -459,6 +459,7 @@ def test_an_epoch_that_was_broken_off_leaves_nothing_in_the_next_one():
             (first,) = one.fit(CASE.batches()[:2])
             with pytest.raises(RuntimeError, match="the loader"):
                 one.fit(broken())
+            assert one.statistics()[2].samples > first["samples"]
             (second,) = one.fit(CASE.batches()[:2])
             assert second["loss"] == first["loss"]
 

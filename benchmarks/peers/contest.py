@@ -1,0 +1,153 @@
+"""The contestants of the speed benchmark, and rounds in which each of them runs once, one at a time."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from decoupled import split
+from decoupled.benchmarks.peers import balance, data_parallel, library, pipelining, plain
+from decoupled.benchmarks.peers.host import Build, Host
+from decoupled.benchmarks.peers.noise import QUIET, busy_seconds, wait_quiet
+from decoupled.benchmarks.peers.setting import Setting
+
+WARMUP = 2  # batches before every measured run, not measured
+# glibc gives freed memory back to the system and has to ask for it again in the next batch; these settings keep it.
+KEEP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contestants that share processes: `runs` maps the names of `build`'s runs to the contestants' names.
+
+    `share` is the part of the round's batches they train: less where a batch costs the same whatever comes before it.
+    """
+
+    build: Build
+    runs: dict[str, str]
+    ranks: int = 1
+    share: float = 1.0
+    environment: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contestant in one round: per batch, wall and processor seconds and new pages; cores others used meanwhile."""
+
+    seconds: float
+    processor: float
+    faults: float
+    others: float
+
+
+def _one(name: str, build: Build, environment: dict[str, str] | None = None, **options: Any) -> Group:
+    return Group(build, {"run": name}, environment=environment or {}, options=options)
+
+
+def groups() -> list[Group]:
+    """All contestants, the plain loop first."""
+    schedules = {name: f"pipelining {name}" for name in pipelining.names()}
+    return [
+        _one("plain", plain.build),
+        _one("plain, memory kept", plain.build, KEEP),
+        _one("plain, 2 threads", plain.build, threads=2),
+        _one("1 block", library.build, method="backprop", blocks=1),
+        _one("greedy_local", library.build, method="greedy_local", blocks=2),
+        _one("pipedream", library.build, method="pipedream", blocks=2),
+        Group(data_parallel.build, {"run": "DDP"}, ranks=2),
+        Group(pipelining.build, schedules, ranks=2, share=0.5),
+    ]
+
+
+def names(chosen: Sequence[Group]) -> list[str]:
+    """The contestants of these groups."""
+    return [name for group in chosen for name in group.runs.values()]
+
+
+def find_cut(setting: Setting, tries: int = 5) -> int:
+    """The cut that `decoupled.split` finds most often by measured time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    inputs, _ = next(setting.batches(1))
+    cuts = [len(split(setting.units(), 2, inputs)[0]) for _ in range(tries)]
+    torch.set_num_threads(before)
+    return statistics.mode(cuts)
+
+
+def hold_rounds(
+    setting: Setting, chosen: Sequence[Group], rounds: int, batches: int, patience: float, say: Callable[[str], None]
+) -> Iterator[dict[str, Measurement]]:
+    """Yield one round after the other: contestant -> measurement, the order rotated between rounds."""
+    with _hosts(setting, chosen) as hosts:
+        entries = [
+            (name, hosts[i], run, max(1, round(batches * group.share)))
+            for i, group in enumerate(chosen)
+            for run, name in group.runs.items()
+        ]
+        for name, host, run, _ in entries:
+            say(f"warm-up: {name}")
+            host.run(run, WARMUP)
+        for number in range(rounds):
+            first = number * max(1, len(entries) // rounds) % len(entries)
+            results = {}
+            for name, host, run, count in itertools.chain(entries[first:], entries[:first]):
+                results[name] = _measure(host, run, count, patience)
+                say(f"round {number + 1}/{rounds}: {name:22} {_text(results[name])}")
+            yield results
+
+
+def weigh_blocks(setting: Setting, rounds: int, batches: int, patience: float) -> dict[str, list[float]]:
+    """Seconds per batch of the whole network and of each block alone, one entry per round; see `balance`."""
+    group = Group(balance.build, {name: name for name in balance.NAMES}, environment=KEEP)
+    found: dict[str, list[float]] = {name: [] for name in balance.NAMES}
+    for results in hold_rounds(setting, [group], rounds, batches, patience, lambda line: None):
+        for name, measurement in results.items():
+            found[name].append(measurement.seconds)
+    return found
+
+
+@contextmanager
+def _hosts(setting: Setting, chosen: Sequence[Group]) -> Iterator[list[Host]]:
+    """The groups' processes, ended whatever happens."""
+    with ExitStack() as stack:
+        hosts = []
+        for group in chosen:
+            hosts.append(Host(group.build, setting, group.ranks, group.environment, **group.options))
+            stack.callback(hosts[-1].close)
+        for host in hosts:
+            host.ready()
+        yield hosts
+
+
+def _measure(host: Host, run: str, batches: int, patience: float) -> Measurement:
+    """One measured run after a warm-up; with patience, the least disturbed of those that fit into the time."""
+    deadline = time.monotonic() + patience
+    best: Measurement | None = None
+    while True:
+        wait_quiet(deadline)
+        host.run(run, WARMUP)
+        before = busy_seconds()
+        sample = host.run(run, batches)
+        others = (busy_seconds() - before - sample.processor) / sample.seconds
+        if best is None or others < best.others:
+            best = Measurement(sample.seconds / batches, sample.processor / batches, sample.faults / batches, others)
+        if not others > QUIET or time.monotonic() > deadline:
+            return best
+
+
+def _text(m: Measurement) -> str:
+    return (
+        f"{m.seconds * 1e3:7.1f} ms per batch, {m.processor * 1e3:7.1f} ms processor, others {abs(m.others):.2f} cores"
+    )

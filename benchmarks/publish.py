@@ -1,0 +1,111 @@
+"""Carry measured results into the documents: `python -m decoupled.benchmarks.publish DIR` after `decoupled compare`.
+
+    benchmarks/results/<suite>.md     the table, with command, machine and date
+    README.md                         the same table between the marks <!-- quick --> and <!-- /quick -->
+    methods/<family>/<method>.md      the method's own row between <!-- results --> and <!-- /results -->
+
+`speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = (
+    "| method | test accuracy, % | speed-up over backprop | utilisation | held, MiB | KiB/sample up / down | late |\n"
+    "|---|--:|--:|--:|--:|--:|--:|"
+)
+
+
+def main() -> None:
+    """Publish one comparison, and speed.md if it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="written by `decoupled compare`")
+    results = json.loads((parser.parse_args().directory / "results.json").read_text(encoding="utf-8"))
+    rows = {name: row(records) for name, records in by_label(results).items()}
+    suite, where = results["suite"], provenance(results)
+    table = "\n".join([HEADER, *rows.values()])
+    path = ROOT / "benchmarks" / "results" / f"{suite}.md"
+    path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
+    fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
+    for card in (ROOT / "methods").glob("*/*.md"):
+        if card.stem in rows:
+            text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
+            fill(card, "results", f"{text}{HEADER}\n{rows[card.stem]}\n\n{where}")
+    speed = ROOT / "benchmarks" / "results" / "speed.md"
+    if speed.is_file():
+        fill(ROOT / "README.md", "speed", re.sub(r"\A# .*\n+", "", speed.read_text(encoding="utf-8")).strip())
+
+
+def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The records of every contestant, in the order of the first run."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in results["records"]:
+        groups.setdefault(record["label"], []).append(record)
+    return groups
+
+
+def row(records: list[dict[str, Any]]) -> str:
+    """One line of the table: means over seeds, the range of the accuracy in brackets."""
+    good = [record for record in records if record["status"] == "ok"]
+    name = records[0]["label"]
+    if not good:
+        return f"| {name} | failed | | | | | |"
+    accuracy = [100 * r["test_accuracy"] for r in good]
+    speed = [r["speedup_over_backprop"] for r in good if r["speedup_over_backprop"]]
+    cells = [
+        f"{fmean(accuracy):.1f} ({min(accuracy):.1f}..{max(accuracy):.1f})",
+        f"{fmean(speed):.2f} ({min(speed):.2f}..{max(speed):.2f})" if speed else "",
+    ]
+    if good[0]["kind"] == "control":
+        return f"| {name} | {' | '.join(cells)} | | | | |"
+    late = [stale for r in good for histogram in r["staleness"] for stale in expand(histogram)]
+    cells += [
+        f"{fmean(fmean(r['utilisation']) for r in good):.2f}",
+        f"{fmean(sum(r['peak_held_bytes']) for r in good) / 2**20:.1f}",
+        " / ".join(f"{fmean(sum(r[f'bytes_{way}_per_sample']) for r in good) / 1024:.1f}" for way in ("up", "down")),
+        f"{fmean(late):.2f}, at most {max(late)}",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def expand(histogram: dict[str, int]) -> list[int]:
+    """A histogram as a list of values."""
+    return [int(value) for value, count in histogram.items() for _ in range(count)]
+
+
+def provenance(results: dict[str, Any]) -> str:
+    """Command, task, machine and date in one paragraph."""
+    machine, records = results["environment"], results["records"]
+    seeds = len({record["seed"] for record in records})
+    recipe = results["config"]["recipe"]
+    return (
+        f"`{results['command']}`: {results['data']}, {results['model']}, {results['blocks']} blocks (cut at "
+        f"{results['cuts']}), runtime {results['runtime']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}, "
+        f"{recipe['optimizer']} lr {recipe['lr']} {recipe['schedule']}, the same for all; {seeds} seed(s), "
+        f"mean (min..max). {machine['device']} ({machine['cpu']}), {machine['threads']} threads, torch "
+        f"{machine['torch']}, Python {machine['python']}, {results['created'][:10]}."
+    )
+
+
+def fill(path: Path, mark: str, text: str) -> None:
+    """Put `text` between <!-- mark --> and <!-- /mark --> (added after a lone mark)."""
+    content = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if begin not in content:
+        return
+    if end not in content:
+        content = content.replace(begin, f"{begin}\n{end}")
+    pattern = re.escape(begin) + r".*?" + re.escape(end)
+    filled = re.sub(pattern, lambda _: f"{begin}\n{text}\n{end}", content, flags=re.DOTALL)
+    path.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
