@@ -44,7 +44,7 @@ def block_admm(
     """Stochastic block-ADMM, online: forward-initialised variables and duals, `rounds` rounds per minibatch."""
     if sigma > eta * beta:
         warnings.warn(f"block_admm: sigma {sigma} > eta*beta {eta * beta} is known to be unstable", stacklevel=2)
-    return _method(AuxiliaryVariable(beta, eta, sigma, False, step), sweep, rounds)
+    return _method(AuxiliaryVariable(beta, eta, sigma, False, step, None if sweep else rounds), sweep, rounds)
 
 
 @register("penalty")
@@ -57,7 +57,8 @@ def penalty(
     step: str = "gradient",
 ) -> Method:
     """Layer-parallel penalty method: variables stored per sample, or forward-initialised per minibatch."""
-    return _method(AuxiliaryVariable(beta, eta, 0.0, stored, step), sweep, rounds)
+    depth = None if stored or sweep else rounds
+    return _method(AuxiliaryVariable(beta, eta, 0.0, stored, step, depth), sweep, rounds)
 
 
 def _method(coupling: AuxiliaryVariable, sweep: bool, rounds: int) -> Method:
@@ -69,13 +70,14 @@ def _method(coupling: AuxiliaryVariable, sweep: bool, rounds: int) -> Method:
 
 @dataclass(frozen=True)
 class AuxiliaryVariable(Coupling):
-    """Z up, the gradient of the upper objective down."""
+    """Z up, the gradient of the upper objective down; `depth` blocks hear the top in a minibatch (None: all)."""
 
     beta: float
     eta: float
     sigma: float
     stored: bool
     step: str = "gradient"
+    depth: int | None = None
     up = ("auxiliary variable",)
     down = ("gradient",)
 
@@ -89,6 +91,12 @@ class AuxiliaryVariable(Coupling):
             raise unknown("step of the auxiliary variable", self.step, STEPS)
 
     def lower(self, place: Place) -> Lower:
+        if place.k == 0 and self.depth is not None and self.depth < place.K:
+            warnings.warn(
+                f"{self.depth} rounds reach the upper {self.depth} of {place.K} blocks, those below learn nothing; "
+                f"use rounds={place.K} or more, or sweep=true",
+                stacklevel=2,
+            )
         if place.top:
             return Top(place)
         return Variable(self.beta, self.eta, self.sigma, self.stored, self.step)

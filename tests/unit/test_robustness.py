@@ -193,3 +193,13 @@ def test_fit_under_no_grad_trains_all_the_same() -> None:
     with torch.no_grad():
         inside = fit(network(torch.tanh, torch.tanh), "pipedream")
     assert torch.equal(inside, fit(network(torch.tanh, torch.tanh), "pipedream", "threads"))
+
+
+def test_too_few_rounds_are_said_aloud() -> None:
+    """Blocks that no answer reaches within a minibatch stayed as they were, silently."""
+    data = batches()
+    units = network(torch.tanh, torch.tanh)
+    before = units[1].weight.detach().clone()  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="1 rounds reach the upper 1 of 2 blocks"):
+        fit(units, {"name": "block_admm", "rounds": 1}, data=data)
+    assert torch.equal(units[1].weight, before)  # type: ignore[arg-type]
