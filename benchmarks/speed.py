@@ -296,7 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are ended
     start = time.monotonic()
-    record = run(options, lambda line: print(f"[{time.monotonic() - start:4.0f} s] {line}", flush=True))
+    try:
+        record = run(options, lambda line: print(f"[{time.monotonic() - start:4.0f} s] {line}", flush=True))
+    except KeyboardInterrupt:
+        print("interrupted; nothing written", file=sys.stderr)
+        return 130
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = markdown(record)

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,14 +121,22 @@ def weigh_blocks(setting: Setting, rounds: int, batches: int, patience: float) -
 @contextmanager
 def _hosts(setting: Setting, chosen: Sequence[Group]) -> Iterator[list[Host]]:
     """The groups' processes, ended whatever happens."""
-    with ExitStack() as stack:
-        hosts = []
+    hosts: list[Host] = []
+    try:
         for group in chosen:
             hosts.append(Host(group.build, setting, group.ranks, group.environment, **group.options))
-            stack.callback(hosts[-1].close)
         for host in hosts:
             host.ready()
         yield hosts
+    except BaseException:
+        for host in hosts:
+            host.kill()
+        raise
+    finally:
+        for host in hosts:
+            host.dismiss()
+        for host in hosts:
+            host.close()
 
 
 def _measure(host: Host, run: str, batches: int, patience: float) -> Measurement:

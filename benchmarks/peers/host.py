@@ -30,6 +30,7 @@ from torch import multiprocessing
 from decoupled.benchmarks.peers.setting import Run, Setting
 
 Build = Callable[..., dict[str, Run]]
+_POLITE = 5.0  # seconds a process has to leave by itself
 
 
 class HostError(RuntimeError):
@@ -108,16 +109,26 @@ class Host:
             sum(sample.faults for sample in samples),
         )
 
-    def close(self) -> None:
-        """End the processes; idempotent."""
+    def dismiss(self) -> None:
+        """Ask the processes to leave; `close` waits for them."""
         for pipe in self._pipes:
             with suppress(OSError):  # it has gone already
                 pipe.send(None)
-        for end in (lambda process: None, lambda process: process.terminate(), lambda process: process.kill()):
-            for process in self._processes:
-                if process.is_alive():
-                    end(process)
-                    process.join(5)
+
+    def kill(self) -> None:
+        """End the processes at once."""
+        for process in self._processes:
+            process.kill()
+
+    def close(self) -> None:
+        """End the processes: politely, then by force; idempotent."""
+        self.dismiss()
+        deadline = time.monotonic() + _POLITE
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self.kill()
+        for process in self._processes:
+            process.join()
         for pipe in self._pipes:
             pipe.close()
         self._pipes.clear()
@@ -171,10 +182,11 @@ def _serve(
         pipe.send(("ready", None))
         while (command := pipe.recv()) is not None:
             pipe.send(("done", _measure(runs[command[0]], command[1], together=ranks > 1)))
-    except EOFError:  # the parent has gone
+    except (EOFError, ConnectionError):  # the parent has gone
         return
     except Exception:
-        pipe.send(("failed", traceback.format_exc()))
+        with suppress(ConnectionError):
+            pipe.send(("failed", traceback.format_exc()))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
