@@ -40,7 +40,9 @@ def main() -> None:
             fill(card, "results", f"{text}{HEADER}\n{rows[card.stem]}\n\n{where}")
     speed = ROOT / "benchmarks" / "results" / "speed.md"
     if speed.is_file():
-        fill(ROOT / "README.md", "speed", re.sub(r"\A# .*\n+", "", speed.read_text(encoding="utf-8")).strip())
+        figures = speed.read_text(encoding="utf-8").split("\n## ")[0]
+        text = re.sub(r"\A# .*\n+", "", figures).strip()
+        fill(ROOT / "README.md", "speed", f"{text}\n\nMore in [speed.md](benchmarks/results/speed.md).")
 
 
 def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
