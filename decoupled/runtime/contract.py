@@ -161,7 +161,13 @@ class Observer:
         """`actor` carried out `operation`."""
 
     def delivery(self, edge: Edge, message: Message, sent: float, arrived: float) -> None:
-        """`message` crossed `edge`."""
+        """`message` crossed `edge`; it waits at its port from `arrived` on."""
+
+    def taken(self, actor: str, port: str, message: Message, time: float) -> None:
+        """`actor` took `message` from its `port`."""
+
+    def wait(self, actor: str, what: str, start: float, end: float) -> None:
+        """`actor` waited for `what`: "messages" or "room"."""
 
 
 class Timings(NamedTuple):

@@ -120,14 +120,14 @@ class _Run:
                 began = clock()
                 outcome = actor.handle(want, messages)
                 ended = clock()
-                if outcome.operation is not None:
-                    for observer in self._observers:
-                        observer.operation(name, outcome.operation, began, ended)
                 for out, message in outcome.sends:
                     for edge in self._routes[name].get(out, ()):
                         self._put(edge, message)
+                left = clock()
                 self.busy[name] += ended - began
-                self.wait[name] += (began - start) + (clock() - ended)
+                self.wait[name] += (began - start) + (left - ended)
+                for observer in self._observers:
+                    self._report(observer, name, want, messages, outcome.operation, (start, began, ended, left))
             self._waiting[name] = "nothing: it has finished"
         except Stopped:
             pass
@@ -135,6 +135,18 @@ class _Run:
             self.fail(error)
             if actor.in_caller:
                 raise
+
+    def _report(
+        self, observer: Observer, name: str, want: Want, messages: tuple[Message, ...], operation: str | None,
+        times: tuple[float, float, float, float],
+    ) -> None:  # fmt: skip
+        start, began, ended, left = times
+        observer.wait(name, "messages", start, began)
+        for port, message in zip(want.ports, messages, strict=True):
+            observer.taken(name, port, message, began)
+        if operation is not None:
+            observer.operation(name, operation, began, ended)
+        observer.wait(name, "room", ended, left)
 
     def fail(self, error: BaseException) -> None:
         """Record the first failure and wake everybody."""

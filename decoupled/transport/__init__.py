@@ -1,0 +1,1 @@
+"""Transports: how the messages of one edge get from one process to another."""
