@@ -20,6 +20,10 @@ class Lost(RuntimeError):
     """The other process of an edge has gone without saying goodbye."""
 
 
+class NeverOpened(RuntimeError):
+    """The other process of an edge did not open it in time."""
+
+
 class Closed(Exception):
     """This end was closed (by `close`, possibly from another thread), or the other end said goodbye."""
 

@@ -1,0 +1,266 @@
+"""Messages as bytes and back: a description in JSON and the raw bytes of the tensors. Nothing is ever unpickled.
+
+    Up(key=(1, "a"), version=3, payload=(t,), ...)
+      -> meta    {"kind": "Up", "fields": {"key": {"t": [1, "a"]}, "version": 3,
+                                           "payload": {"t": [{"x": ["float32", [64, 10]]}]}, ...}}
+      -> pieces  [the bytes of t]
+
+A value is None, a bool, int, float or str, or tagged: {"t": tuple}, {"f": frozenset}, {"x": [dtype, shape, strides]}
+for the next tensor (strides only where they are not the usual ones; gaps in memory are closed before sending). A
+tensor is sent from, and arrives in, CPU memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from decoupled.errors import ProtocolError
+from decoupled.messages import Data, Down, End, Message, Up
+from decoupled.transport.frame import META_LIMIT, PAYLOAD_LIMIT, TENSORS_LIMIT
+
+Bytes = NDArray[np.uint8]
+_Kind = TypeVar("_Kind", bound=type[Message])
+
+_NAMES: dict[torch.dtype, str] = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.complex32, torch.complex64, torch.complex128),
+    )
+}
+_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+_DIMENSIONS = 64
+
+_kinds: dict[str, type[Message]] = {}
+
+
+def register(kind: _Kind) -> _Kind:
+    """Let messages of this frozen dataclass cross processes; usable as a decorator. Sender and receiver must do it."""
+    if _kinds.setdefault(kind.__name__, kind) is not kind:
+        raise ProtocolError(f"another message kind is already registered as {kind.__name__!r}; rename one of the two")
+    if not dataclasses.is_dataclass(kind):
+        raise ProtocolError(f"message kind {kind.__name__!r} is not a dataclass; decorate it")
+    return kind
+
+
+for _kind in (Message, End, Data, Up, Down):
+    register(_kind)
+
+
+class Encoded(NamedTuple):
+    """A message as bytes; each piece is the memory of one tensor, shared where possible."""
+
+    meta: bytes
+    pieces: list[Bytes]
+
+
+def encode(message: Message, edge: str) -> Encoded:
+    """Describe `message` and lay out its tensors; `edge` is for errors.
+
+    Raises:
+        ProtocolError: it holds something that cannot be sent.
+    """
+    kind = type(message)
+    if _kinds.get(kind.__name__) is not kind:
+        raise ProtocolError(f"edge {edge}: messages of kind {kind.__name__!r} are unknown; codec.register them")
+    pieces: list[Bytes] = []
+    try:
+        fields = {field.name: _pack(getattr(message, field.name), pieces) for field in dataclasses.fields(message)}
+        meta = json.dumps({"kind": kind.__name__, "fields": fields}, separators=(",", ":")).encode()
+    except (ValueError, RecursionError, ProtocolError) as error:
+        raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
+    size = sum(piece.nbytes for piece in pieces)
+    if len(meta) > META_LIMIT or len(pieces) > TENSORS_LIMIT or size > PAYLOAD_LIMIT:
+        raise ProtocolError(
+            f"edge {edge}: a message {kind.__name__} is too large: {len(meta)} bytes of description "
+            f"(limit {META_LIMIT}), {len(pieces)} tensors (limit {TENSORS_LIMIT}), {size} bytes of tensors "
+            f"(limit {PAYLOAD_LIMIT})"
+        )
+    return Encoded(meta, pieces)
+
+
+class Draft:
+    """A message whose tensors have not arrived yet.
+
+    Args:
+        meta: the description.
+        tensors, size: how many tensors and bytes of them the header announced.
+        edge: for errors.
+
+    Attributes:
+        pieces: fresh memory for the bytes of each tensor, to be filled.
+
+    Raises:
+        ProtocolError: the description is not one of a message, or disagrees with the header; nothing was allocated.
+    """
+
+    def __init__(self, meta: bytes, tensors: int, size: int, edge: str) -> None:
+        self._edge = edge
+        specs: list[_Spec] = []
+        try:
+            description = json.loads(meta)
+            self._kind = _kinds[description["kind"]]
+            fields = {name: _unpack(value, specs) for name, value in description["fields"].items()}
+        except ProtocolError as error:
+            raise ProtocolError(f"edge {edge}: {error}") from None
+        except (ValueError, TypeError, KeyError, LookupError, AttributeError, RecursionError) as error:
+            raise ProtocolError(
+                f"edge {edge}: what arrived does not describe a known message: {type(error).__name__}: {error}"
+            ) from None
+        if set(fields) != {field.name for field in dataclasses.fields(self._kind)}:
+            raise ProtocolError(f"edge {edge}: a {self._kind.__name__} arrived with the fields {', '.join(fields)}")
+        if len(specs) != tensors or sum(spec.nbytes for spec in specs) != size:
+            raise ProtocolError(
+                f"edge {edge}: a message describes {len(specs)} tensors of {sum(spec.nbytes for spec in specs)} bytes, "
+                f"its header announced {tensors} of {size}"
+            )
+        self._fields = fields
+        try:
+            self._tensors = [torch.empty_strided(s.shape, s.strides, dtype=s.dtype) for s in specs]
+        except RuntimeError as error:
+            raise ProtocolError(f"edge {edge}: no memory for tensors of {size} bytes: {error}") from None
+        self.pieces = [_bytes(tensor) for tensor in self._tensors]
+
+    def message(self) -> Message:
+        """The message, once the pieces are filled."""
+        fields = {name: _fill(value, self._tensors) for name, value in self._fields.items()}
+        try:
+            return self._kind(**fields)
+        except Exception as error:  # a message kind may refuse anything
+            raise ProtocolError(
+                f"edge {self._edge}: a {self._kind.__name__} arrived that is not one: {error}"
+            ) from error
+
+
+class _Spec(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Slot(NamedTuple):
+    number: int  # of the tensor that belongs here
+
+
+def _pack(value: Any, pieces: list[Bytes]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is tuple:
+        return {"t": [_pack(item, pieces) for item in value]}
+    if type(value) is frozenset:
+        return {"f": [_pack(item, pieces) for item in value]}
+    if isinstance(value, Tensor):
+        return {"x": _lay_out(value, pieces)}
+    raise ProtocolError(
+        f"it holds a {type(value).__name__}; messages hold tensors, None, bool, int, float, str, tuple and frozenset"
+    )
+
+
+def _unpack(value: Any, specs: list[_Spec]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is dict and len(value) == 1:
+        ((tag, inner),) = value.items()
+        if tag == "t" and type(inner) is list:
+            return tuple(_unpack(item, specs) for item in inner)
+        if tag == "f" and type(inner) is list:
+            return frozenset(_unpack(item, specs) for item in inner)
+        if tag == "x" and type(inner) is list:
+            specs.append(_spec(*inner))
+            return _Slot(len(specs) - 1)
+    raise ProtocolError(f"unknown value in a message: {str(value)[:80]}")
+
+
+def _fill(value: Any, tensors: list[Tensor]) -> Any:
+    if type(value) is _Slot:
+        return tensors[value.number]
+    if type(value) in (tuple, frozenset):
+        return type(value)(_fill(item, tensors) for item in value)
+    return value
+
+
+def _lay_out(tensor: Tensor, pieces: list[Bytes]) -> list[Any]:
+    """Add the bytes of `tensor` to `pieces`; returns its description."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise ProtocolError(f"a tensor is not dense memory, but of {tensor.layout} on {tensor.device}")
+    if tensor.dtype not in _NAMES:
+        raise ProtocolError(f"no tensors of {tensor.dtype}; known: {', '.join(_BY_NAME)}")
+    if tensor.dim() > _DIMENSIONS:
+        raise ProtocolError(f"a tensor has {tensor.dim()} dimensions; the limit is {_DIMENSIONS}")
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if not _is_dense(tensor.shape, tensor.stride()):
+        tensor = tensor.contiguous()
+    pieces.append(_bytes(tensor))
+    description: list[Any] = [_NAMES[tensor.dtype], list(tensor.shape)]
+    if tensor.stride() != _usual_strides(tensor.shape):
+        description.append(list(tensor.stride()))
+    return description
+
+
+def _spec(dtype: Any, shape: Any, strides: Any = None) -> _Spec:
+    """A checked description of a tensor: nothing absurd passes."""
+    if type(dtype) is not str or dtype not in _BY_NAME:
+        raise ProtocolError(f"unknown dtype {str(dtype)[:40]!r}")
+    for numbers in (shape, shape if strides is None else strides):
+        if type(numbers) is not list or len(numbers) > _DIMENSIONS:
+            raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
+        if any(type(n) is not int or not 0 <= n <= PAYLOAD_LIMIT for n in numbers):
+            raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
+    shape = tuple(shape)
+    strides = _usual_strides(shape) if strides is None else tuple(strides)
+    spec = _Spec(_BY_NAME[dtype], shape, strides)
+    if spec.nbytes > PAYLOAD_LIMIT or any(n > PAYLOAD_LIMIT for n in strides):
+        raise ProtocolError(f"a tensor announces {spec.nbytes} bytes, more than the limit of {PAYLOAD_LIMIT}")
+    if len(shape) != len(strides) or not _is_dense(shape, strides):
+        raise ProtocolError(f"strides {strides} do not fit the shape {shape}")
+    return spec
+
+
+def _usual_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, size = [], 1
+    for length in reversed(shape):
+        strides.append(size)
+        size *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
+    """Dimensions from the one with the largest strides to the one with the smallest."""
+    return sorted(range(len(shape)), key=lambda d: (-strides[d], -shape[d]))
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps (strides of dimensions of length 1 are free)."""
+    size = 1
+    for d in reversed(_memory_order(shape, strides)):
+        if shape[d] > 1 and 0 not in shape:
+            if strides[d] != size:
+                return False
+            size *= shape[d]
+    return True
+
+
+def _bytes(tensor: Tensor) -> Bytes:
+    """The memory of a dense tensor as flat bytes."""
+    if not tensor.numel():
+        return np.empty(0, np.uint8)
+    flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8).numpy()

@@ -1,0 +1,117 @@
+"""Gloo: the large tensors of one edge between hosts, in a group of two ranks of its own.
+
+    source (rank 0)   send(pieces)   --Gloo-->   target (rank 1)   receive(pieces)
+
+What Gloo is like (tests/contracts/test_gloo.py has the probes): a message longer than its buffer aborts the process, so
+sizes are agreed before; nothing completes unless somebody waits; a wait that times out closes all connections of the
+group, the one way to wake a thread that waits - `abort` does just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from decoupled.transport.bulk import Bulk, Complete
+from decoupled.transport.codec import Bytes
+from decoupled.transport.handshake import Conversation
+
+_Gloo: Any = dist.ProcessGroupGloo  # the stubs know little of it
+_FOREVER = timedelta(days=365)
+_NEVER_USED = 1  # tag of the receive that `abort` lets time out; payloads have tag 0
+
+
+class _Rendezvous(dist.Store):  # pyright: ignore[reportPrivateImportUsage]
+    """Where the two ranks find each other's addresses: each tells the other over the link."""
+
+    def __init__(self, talk: Conversation) -> None:
+        super().__init__()
+        self._talk = talk
+        self._values: dict[str, bytes] = {}
+        self._other_is_done = False
+
+    def set(self, key: str, value: str | bytes) -> None:
+        value = value.encode() if isinstance(value, str) else bytes(value)
+        self._values[key] = value
+        self._talk.say(key=key, value=value.hex())
+
+    def get(self, key: str) -> bytes:
+        while key not in self._values:
+            self._hear()
+        return self._values[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+    def finish(self) -> None:
+        """Both ranks are connected."""
+        self._talk.say(done=True)
+        while not self._other_is_done:
+            self._hear()
+
+    def _hear(self) -> None:
+        words = self._talk.hear()
+        if "key" in words:
+            self._values[words["key"]] = bytes.fromhex(words["value"])
+        else:
+            self._other_is_done = True
+
+
+class Pair(Bulk):
+    """One end of a directed pair.
+
+    Args:
+        talk: the opened link's conversation; carries the rendezvous.
+        rank: 0 for the source, 1 for the target.
+        hostname: the address of this host that the other one can reach.
+
+    Raises:
+        OSError: the other rank could not be reached before the conversation's deadline.
+    """
+
+    ahead = 4  # so that the line is not idle while the two ends agree on the next transfer
+
+    def __init__(self, talk: Conversation, rank: int, hostname: str) -> None:
+        options = _Gloo._Options()
+        options._devices = [_Gloo.create_device(hostname=hostname)]
+        options._timeout = timedelta(seconds=talk.remaining())  # of connecting; every later wait names its own
+        options._threads = 1
+        self._store = _Rendezvous(talk)
+        self._other = 1 - rank
+        try:
+            self._group = _Gloo(self._store, rank, 2, options)
+        except RuntimeError as error:
+            raise ConnectionError(f"Gloo: {error}") from error
+        self._store.finish()
+
+    def send(self, pieces: Sequence[Bytes], announce: Callable[[int], None], wait: Callable[[], None]) -> Complete:
+        """Begin to send `pieces`."""
+        return self._complete([self._group.send([torch.from_numpy(piece)], self._other, 0) for piece in pieces])
+
+    def receive(
+        self, pieces: Sequence[Bytes], next_part: Callable[[], int], release: Callable[[int], None]
+    ) -> Complete:
+        """Begin to fill `pieces`, which have exactly the sizes that are being sent."""
+        return self._complete([self._group.recv([torch.from_numpy(piece)], self._other, 0) for piece in pieces])
+
+    def abort(self) -> None:
+        """Close the connection and wake whoever waits on it, on both ends."""
+        with suppress(RuntimeError):
+            self._group.recv([torch.empty(1)], self._other, _NEVER_USED).wait(timedelta(milliseconds=1))
+
+    @staticmethod
+    def _complete(works: Sequence[Any]) -> Complete:
+        def complete() -> None:
+            try:
+                for work in works:
+                    work.wait(_FOREVER)
+            except RuntimeError as error:
+                raise ConnectionResetError(f"Gloo: {error}") from error
+
+        return complete

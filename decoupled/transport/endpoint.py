@@ -1,0 +1,315 @@
+"""An endpoint: the one place of a process where edges to and from other processes are opened.
+
+    source process                                      target process
+    endpoint.connect(edge, address) -> Outlet   ---->   endpoint.accept(edge) -> Inlet
+
+    same host    a Unix socket for headers and small tensors, shared memory for large ones
+    other host   TCP for headers and small tensors, Gloo for large ones; messages leave from a thread
+
+The thread of the listeners hands every caller to a thread of its own that hears it out (handshake.py); the end it opens
+for those that prove the token waits for `accept`. So `connect` never waits for the other process to call `accept`, and
+the order in which processes open their edges does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from decoupled.errors import ProtocolError, UserError, unknown
+from decoupled.runtime.contract import Edge
+from decoupled.transport import place, shared_memory
+from decoupled.transport.bulk import Bulk, Stream
+from decoupled.transport.collective import Pair
+from decoupled.transport.contract import Closed, Inlet, NeverOpened, Outlet
+from decoupled.transport.ends import LINGER, LinkInlet, LinkOutlet, QueuedOutlet
+from decoupled.transport.handshake import BULKS, Conversation, Wish, ask, hear_out
+from decoupled.transport.link import Link
+
+_RING = 1 << 23  # bytes
+_HEARING = 5.0  # seconds a caller has to prove the token
+_CALLERS = 256  # that may be heard at once
+_End = TypeVar("_End", LinkOutlet, LinkInlet)
+
+
+@dataclass(frozen=True)
+class Address:
+    """How other processes reach an endpoint: `local` is a Unix socket of `host` (a leading @: without a file)."""
+
+    host: str
+    local: str
+    hostname: str
+    port: int
+
+
+class Endpoint:
+    """Opens edges; one per process is enough.
+
+    Args:
+        token: a secret that all processes of a run share.
+        hostname, interface: the name, address or network interface under which other hosts reach this one.
+        ring_bytes: shared memory per edge; larger messages stream through it.
+
+    Raises:
+        UserError: no token, or an interface or name that this host does not have.
+    """
+
+    def __init__(
+        self,
+        token: bytes,
+        hostname: str | None = None,
+        interface: str | None = None,
+        ring_bytes: int = _RING,
+    ) -> None:
+        if not token:
+            raise UserError("an endpoint needs a token that is not empty; secrets.token_bytes(32) makes one")
+        self._token, self._ring_bytes = token, ring_bytes
+        hostname = place.reachable(hostname, interface)
+        self._unix, local = _listen_locally()
+        self._tcp = socket.create_server((hostname, 0))
+        self.address = Address(place.host(), local, hostname, self._tcp.getsockname()[1])
+        self._changed = threading.Condition()
+        self._opened: dict[tuple[str, int], LinkInlet] = {}  # that nobody has accepted yet
+        self._talks: set[Conversation] = set()
+        self._ends: list[LinkOutlet | LinkInlet] = []
+        self._is_closed = False
+        self._wake_reader, self._waker = socket.socketpair()
+        self._callers: set[threading.Thread] = set()
+        self._listener = threading.Thread(target=self._listen, name="listen", daemon=True)
+        self._listener.start()
+
+    def connect(
+        self, edge: Edge, address: Address, timeout: float, name: str = "the target", run: int = 0, bulk: str = "auto"
+    ) -> Outlet:
+        """Open `edge` to the process at `address`; returns when that process's endpoint has answered.
+
+        Args:
+            timeout: seconds.
+            name: what errors call the other process.
+            run: number of the run: an edge may be opened once in every run.
+            bulk: how large tensors travel: "shared_memory", "gloo", "stream"; "auto": as is best between the two.
+
+        Raises:
+            NeverOpened: not within `timeout` seconds. ProtocolError: the other process refuses. Closed.
+        """
+        same_host = address.host == self.address.host
+        bulk = _choose(bulk, same_host, edge)
+        wish = Wish(str(edge), run, edge.capacity, bulk, self._ring_bytes, timeout)
+        with self._named(edge, timeout, name):
+            deadline = time.monotonic() + timeout
+            with self._tracked(Conversation(_dial(address, same_host, timeout), deadline)) as talk:
+                ask(talk, self._token, wish)
+                way = self._source_way(talk, bulk, edge)
+                if talk.hear() != {"open": True}:
+                    raise ProtocolError("the target did not say that the edge is open")
+                kind = LinkOutlet if same_host and bulk != "gloo" else QueuedOutlet
+                return self._keep(kind(_link(talk, str(edge), run, name), edge.capacity, way))
+
+    def accept(self, edge: Edge, timeout: float, name: str = "the source", run: int = 0) -> Inlet:
+        """Open `edge` from the process that connects to it; arguments and errors as in `connect`."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_closed or (str(edge), run) in self._opened, deadline - time.monotonic()
+            )
+            inlet = self._opened.pop((str(edge), run), None)
+            older = [key for key in self._opened if key[0] == str(edge) and key[1] < run]
+            forgotten = [self._opened.pop(key) for key in older]
+        for one in forgotten:
+            one.close()
+        if self._is_closed:
+            raise Closed("the endpoint was closed")
+        if inlet is None:
+            raise NeverOpened(f"{name} never opened edge {edge} within {timeout:g} s")
+        if inlet.capacity != edge.capacity:
+            inlet.close()
+            raise ProtocolError(f"edge {edge}: its capacity is {edge.capacity} here and {inlet.capacity} at {name}")
+        inlet.introduce(name)
+        return inlet
+
+    def close(self) -> None:
+        """Close all edges, end all threads, and free the address; idempotent. Last messages have 5 s to get away."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._changed.notify_all()
+            talks = list(self._talks)
+        self._waker.send(b"x")
+        for end in self._ends:
+            end.close()
+        for talk in talks:
+            talk.close()
+        deadline = time.monotonic() + LINGER
+        for end in self._ends:
+            if isinstance(end, LinkOutlet):
+                end.join(max(0.1, deadline - time.monotonic()))
+        for thread in [self._listener, *self._callers]:
+            thread.join(LINGER)
+        for sock in (self._unix, self._tcp, self._waker, self._wake_reader):
+            sock.close()
+        if not self.address.local.startswith("@"):
+            with contextlib.suppress(OSError):
+                os.unlink(self.address.local)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _source_way(self, talk: Conversation, bulk: str, edge: Edge) -> Bulk:
+        if bulk == "gloo":
+            return Pair(talk, 0, self.address.hostname)
+        if bulk == "stream":
+            return Stream()
+        memory = shared_memory.allocate(self._ring_bytes)
+        try:
+            socket.send_fds(talk.socket, [b"R"], [memory])
+        except OSError:
+            os.close(memory)
+            raise
+        return shared_memory.Ring(memory, self._ring_bytes, str(edge))
+
+    def _target_way(self, talk: Conversation, wish: Wish) -> Bulk:
+        if wish.bulk == "gloo":
+            return Pair(talk, 1, self.address.hostname)
+        if wish.bulk == "stream":
+            return Stream()
+        _, descriptors, _, _ = socket.recv_fds(talk.socket, 1, 1)
+        if len(descriptors) != 1:
+            raise ConnectionResetError("no shared memory came")
+        return shared_memory.Ring(descriptors[0], wish.ring, wish.edge)
+
+    def _keep(self, end: _End) -> _End:
+        with self._changed:
+            self._ends = [kept for kept in self._ends if not kept.ended]
+            if not self._is_closed:
+                self._ends.append(end)
+                return end
+        end.close()
+        raise Closed("the endpoint was closed")
+
+    @contextlib.contextmanager
+    def _tracked(self, talk: Conversation) -> Iterator[Conversation]:
+        """`close` ends the conversation while it is tracked; so does an exception."""
+        with self._changed:
+            self._talks.add(talk)
+        try:
+            if self._is_closed:
+                raise Closed("the endpoint was closed")
+            yield talk
+        except BaseException:
+            talk.close()
+            raise
+        finally:
+            with self._changed:
+                self._talks.discard(talk)
+
+    @contextlib.contextmanager
+    def _named(self, edge: Edge, timeout: float, name: str) -> Iterator[None]:
+        """Failures name the edge and the other process."""
+        try:
+            yield
+        except OSError as error:
+            if self._is_closed:
+                raise Closed("the endpoint was closed") from error
+            raise NeverOpened(f"{name} never opened edge {edge} within {timeout:g} s ({error})") from error
+        except ProtocolError as error:
+            raise ProtocolError(f"edge {edge} with {name}: {error}") from error
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for sock in (self._unix, self._tcp, self._wake_reader):
+                selector.register(sock, selectors.EVENT_READ)
+            while not self._is_closed:
+                for key, _ in selector.select():
+                    if key.fileobj is not self._wake_reader:
+                        self._answer(key.fileobj)  # type: ignore[arg-type]
+
+    def _answer(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return  # gone again
+        with self._changed:
+            self._callers = {thread for thread in self._callers if thread.is_alive()}
+            if self._is_closed or len(self._callers) >= _CALLERS:
+                sock.close()
+                return
+            thread = threading.Thread(target=self._hear_out, args=(sock,), name="hear out", daemon=True)
+            self._callers.add(thread)
+        thread.start()
+
+    def _hear_out(self, sock: socket.socket) -> None:
+        """Open the target's end for whoever proves the token; `accept` will ask for it."""
+        try:
+            with self._tracked(Conversation(sock, time.monotonic() + _HEARING)) as talk:
+                wish = hear_out(talk, self._token)
+                way = self._target_way(talk, wish)
+                talk.say(open=True)
+                inlet = self._keep(LinkInlet(_link(talk, wish.edge, wish.run, "the source"), wish.capacity, way))
+        except (OSError, ProtocolError, Closed):
+            return  # the caller has been told; what matters is whether the right one comes in time
+        with self._changed:
+            older = self._opened.pop((wish.edge, wish.run), None)
+            self._opened[wish.edge, wish.run] = inlet
+            self._changed.notify_all()
+        if older:
+            older.close()  # its source has given up and asked again
+
+
+def _dial(address: Address, same_host: bool, timeout: float) -> socket.socket:
+    if not same_host:
+        return socket.create_connection((address.hostname, address.port), timeout)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address.local.replace("@", "\0", 1) if address.local.startswith("@") else address.local)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _link(talk: Conversation, edge: str, run: int, name: str) -> Link:
+    """The link that a conversation becomes."""
+    talk.socket.settimeout(None)
+    if talk.socket.family != socket.AF_UNIX:
+        talk.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Link(talk.socket, edge, run, name)
+
+
+def _choose(bulk: str, same_host: bool, edge: Edge) -> str:
+    if bulk == "auto":
+        return "shared_memory" if same_host else "gloo"
+    if bulk not in BULKS:
+        raise unknown("way of large tensors", bulk, ("auto", *BULKS))
+    if bulk == "shared_memory" and not same_host:
+        raise UserError(f"edge {edge} joins two hosts, which share no memory; use bulk='auto'")
+    return bulk
+
+
+def _listen_locally() -> tuple[socket.socket, str]:
+    """A listening Unix socket and its name: without a file where the system can, so that nothing is left behind."""
+    sock = socket.socket(socket.AF_UNIX)
+    name = f"decoupled-{uuid.uuid4().hex}"
+    if sys.platform == "linux":
+        sock.bind(f"\0{name}")
+        local = f"@{name}"
+    else:
+        local = os.path.join(tempfile.gettempdir(), name)
+        sock.bind(local)
+        os.chmod(local, 0o600)
+    sock.listen(128)
+    return sock, local

@@ -1,0 +1,275 @@
+"""The two ends of an edge over a link: messages with credits. Who waits where:
+
+    LinkOutlet    send, in the caller: encode -> wait for a credit -> header, small tensors -> large ones
+    QueuedOutlet  the same, but everything after the credit in a thread of its own: for networks, which can be slow
+    LinkInlet     receive, in the caller: header -> check -> fresh memory -> small tensors -> large ones
+
+One credit is one message that may be sent; there are as many as the edge's capacity, and `taken` returns one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+
+from decoupled.errors import ProtocolError
+from decoupled.messages import Message
+from decoupled.transport.bulk import Bulk, Complete, nothing
+from decoupled.transport.codec import Draft, Encoded, encode
+from decoupled.transport.contract import Closed, Inlet, Lost, Outlet, Received
+from decoupled.transport.frame import Frame, Kind
+from decoupled.transport.link import Link
+
+LINGER = 5.0  # seconds that the last messages have, after `close`, to get away
+_SHORTLY = 1.0  # seconds that a goodbye, or the reason of a failed write, may take
+
+
+class LinkOutlet(Outlet):
+    """The sending end over `link`; `ready` and `send` are for one thread at a time."""
+
+    def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
+        self._link, self._capacity, self._bulk = link, capacity, bulk
+        self._credits = capacity
+        self._large_bytes = 0
+        self._turn = threading.Lock()  # held while frames from the target are handled
+        self._over: Closed | Lost | None = None  # why nothing can be sent any more
+        self._closing = threading.Lock()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has been closed and nothing of it is left."""
+        return self._link.is_closed
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self._link.sent_bytes + self._large_bytes
+
+    def ready(self, timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._turn:
+            while True:
+                if self._over:
+                    raise self._over.with_traceback(None)
+                patience = 0.0 if self._credits else None if deadline is None else deadline - time.monotonic()
+                if self._link.wait(patience):
+                    self._handle()
+                elif self._over:
+                    continue
+                elif self._credits:
+                    return True
+                elif patience is not None:
+                    return False
+
+    def send(self, message: Message) -> None:
+        encoded = encode(message, self._link.edge)
+        self.ready()
+        self._credits -= 1
+        self._put(encoded, time.perf_counter())
+
+    def close(self) -> None:
+        if self._closing.acquire(blocking=False):
+            self._over = self._over or Closed(f"edge {self._link.edge} was closed")
+            self._link.wake()
+            self._finish()
+
+    def join(self, timeout: float) -> None:
+        """Wait until a closed outlet has ended; after `timeout` seconds what has not been sent is dropped."""
+
+    def _finish(self) -> None:
+        self._link.goodbye(_SHORTLY)
+        self._bulk.abort()
+        self._link.close()
+
+    def _put(self, encoded: Encoded, sent: float) -> None:
+        self._deliver(encoded, sent)()
+
+    def _deliver(self, encoded: Encoded, sent: float) -> Complete:
+        small, large = self._bulk.divide(encoded.pieces)
+        size = sum(piece.nbytes for piece in encoded.pieces)
+        try:
+            self._link.write(Frame(Kind.MESSAGE, size, sent, encoded.meta, len(encoded.pieces)), small)
+            complete = self._bulk.send(large, self._announce, self._wait) if large else nothing
+        except (Lost, Closed, OSError) as error:
+            raise self._reason() from error
+        self.payload_bytes += size
+        self._large_bytes += sum(piece.nbytes for piece in large)
+        return complete
+
+    def _announce(self, size: int) -> None:
+        self._link.write(Frame(Kind.PART, size))
+
+    def _wait(self) -> None:
+        with self._turn:
+            if self._link.wait(None):
+                self._handle()
+            if self._over:
+                raise self._over.with_traceback(None)
+
+    def _handle(self) -> None:
+        """Read and act on one frame from the target; called with `_turn` held."""
+        try:
+            frame = self._link.read()
+        except (Closed, Lost) as error:
+            self._over = self._over or error
+            raise self._over from error
+        if frame.kind is Kind.CREDIT:
+            self._credits += frame.amount
+            if self._credits > self._capacity:
+                raise ProtocolError(f"edge {self._link.edge}: more messages were taken than had been sent")
+        elif frame.kind is Kind.RELEASE:
+            self._bulk.released(frame.amount)
+        elif frame.kind is Kind.GOODBYE:
+            self._over = self._over or Closed(f"edge {self._link.edge} was closed by {self._link.peer}")
+            raise self._over
+        else:
+            raise ProtocolError(f"edge {self._link.edge}: the target sent a {frame.kind.name}")
+
+    def _reason(self) -> Exception:
+        """Why a write failed: what the target said before it left."""
+        if self._turn.acquire(timeout=_SHORTLY):
+            try:
+                while self._over is None and self._link.wait(_SHORTLY):
+                    self._handle()
+            except (Closed, Lost, ProtocolError) as error:
+                return error
+            finally:
+                self._turn.release()
+        self._over = self._over or Lost(f"edge {self._link.edge}: the connection to {self._link.peer} broke")
+        self._link.wake()
+        return self._over
+
+
+class QueuedOutlet(LinkOutlet):
+    """A `LinkOutlet` whose messages are written by a thread of its own."""
+
+    def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
+        super().__init__(link, capacity, bulk)
+        self._queue: queue.SimpleQueue[tuple[Encoded, float] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"send {link.edge}", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._link.cut()
+            self._bulk.abort()
+            self._thread.join(timeout)
+
+    def _put(self, encoded: Encoded, sent: float) -> None:
+        self._queue.put((encoded, sent))
+
+    def _finish(self) -> None:
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        try:
+            begun: deque[Complete] = deque()
+            while item := self._queue.get():
+                begun.append(self._deliver(*item))
+                while len(begun) >= self._bulk.ahead or (begun and self._queue.empty()):
+                    self._complete(begun.popleft())
+            while begun:
+                self._complete(begun.popleft())
+            self._link.goodbye(LINGER)
+            self._link.drain(LINGER)  # a socket that is closed earlier may lose what is still under way
+        except (Closed, Lost, ProtocolError) as error:
+            self._over = self._over or (error if isinstance(error, Closed | Lost) else Lost(str(error)))
+            self._link.wake()
+        finally:
+            self._bulk.abort()
+            self._link.close()
+
+    def _complete(self, complete: Complete) -> None:
+        try:
+            complete()
+        except OSError as error:
+            raise self._reason() from error
+
+
+class LinkInlet(Inlet):
+    """The receiving end over `link`."""
+
+    def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
+        self._link, self.capacity, self._bulk = link, capacity, bulk
+        self._held = 0  # messages begun and not taken
+        self._begun: deque[tuple[Draft, float, Complete]] = deque()
+        self._said_goodbye = False
+        self._counting = threading.Lock()
+
+    def receive(self) -> Received:
+        while not self._begun or (len(self._begun) < self._bulk.ahead and self._link.wait(0)):
+            if self._said_goodbye:
+                break
+            self._begin()
+        if not self._begun:
+            self._bulk.abort()
+            self._link.close()  # nothing follows; the source waits for this
+            raise Closed(f"edge {self._link.edge} was closed by {self._link.peer}")
+        draft, sent, complete = self._begun.popleft()
+        try:
+            complete()
+        except OSError as error:
+            raise self._link.gone() from error
+        return Received(draft.message(), sent)
+
+    def taken(self) -> None:
+        with self._counting:
+            if not self._held:
+                raise ProtocolError(f"edge {self._link.edge}: more messages were taken than had arrived")
+            self._held -= 1
+        self._tell(Frame(Kind.CREDIT, 1))
+
+    def close(self) -> None:
+        self._link.goodbye(_SHORTLY)
+        self._bulk.abort()
+        self._link.close()
+
+    @property
+    def ended(self) -> bool:
+        """As of an outlet."""
+        return self._link.is_closed
+
+    def introduce(self, name: str) -> None:
+        """Call the other process `name` in errors."""
+        self._link.peer = name
+
+    def _begin(self) -> None:
+        """Read the header of a message and what comes behind it, and begin with its large tensors."""
+        header = self._link.read()
+        if header.kind is Kind.GOODBYE:
+            self._said_goodbye = True
+            return
+        if header.kind is not Kind.MESSAGE:
+            raise ProtocolError(f"edge {self._link.edge}: a {header.kind.name} arrived where a MESSAGE is due")
+        with self._counting:
+            self._held += 1
+            if self._held > self.capacity:
+                raise ProtocolError(f"edge {self._link.edge}: a message arrived beyond the capacity {self.capacity}")
+        draft = Draft(header.meta, header.tensors, header.amount, self._link.edge)
+        small, large = self._bulk.divide(draft.pieces)
+        self._link.read_into(small)
+        complete = nothing
+        if large:
+            try:
+                complete = self._bulk.receive(large, self._part, self._release)
+            except OSError as error:
+                raise self._link.gone() from error
+        self._begun.append((draft, header.sent, complete))
+
+    def _part(self) -> int:
+        frame = self._link.read()
+        if frame.kind is Kind.GOODBYE:
+            raise Closed(f"edge {self._link.edge} was closed by {self._link.peer} in the middle of a message")
+        if frame.kind is not Kind.PART:
+            raise ProtocolError(f"edge {self._link.edge}: a {frame.kind.name} arrived where a PART is due")
+        return frame.amount
+
+    def _release(self, size: int) -> None:
+        self._tell(Frame(Kind.RELEASE, size))
+
+    def _tell(self, frame: Frame) -> None:
+        with contextlib.suppress(Closed, Lost):  # reading finds out how the source left
+            self._link.write(frame)
