@@ -10,7 +10,7 @@ Every port is bounded: upwards by what the order keeps in flight (or the method'
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,14 +23,18 @@ from decoupled.errors import UserError, first_line, unknown
 from decoupled.method import Method
 from decoupled.partition import split
 from decoupled.runtime.contract import Edge, Runtime
+from decoupled.runtime.launch import under_torchrun
+from decoupled.runtime.processes import Processes
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
 from decoupled.source import Reader
+from decoupled.specs import check_options, parse
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
 from decoupled.worker import Worker, down_port
 
 Model = nn.Sequential | Sequence[nn.Module]
-RUNTIMES = ("simulated", "threads")
+POLICIES = ("stop", "skip")
+RUNTIMES: dict[str, Callable[..., Runtime]] = {"simulated": Simulated, "threads": Threads, "processes": Processes}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,16 @@ class Recipe:
     devices: Sequence[torch.device]
     seed: int
     on_nonfinite: str
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in POLICIES:
+            raise unknown("on_nonfinite policy", self.on_nonfinite, POLICIES)
+        functions = {"loss": self.loss, "optimizer": self.optimizer, "scheduler": self.scheduler or self.optimizer}
+        for name, function in functions.items():
+            if not callable(function):
+                raise UserError(
+                    f"{name} must be a function, got {type(function).__name__}; see the docstring of Trainer"
+                )
 
 
 def cut(model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None) -> tuple[list[nn.Module], list[int]]:
@@ -59,12 +73,16 @@ def cut(model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None)
     return units, list(itertools.accumulate(len(part) for part in parts))[:-1]
 
 
-def chain(units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recipe: Recipe) -> list[Worker]:
+def chain(
+    units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recipe: Recipe,
+    here: Callable[[str], bool] = lambda name: True,
+) -> list[Worker]:  # fmt: skip
     """The workers of a chain, wired to their halves.
 
     Args:
         units: the finest pieces of the model. cuts: index of the first unit of every later block.
         sample: (batch, *features), some inputs, to find the shapes on the edges.
+        here: whether a block runs in this process; the others stay on the CPU.
     """
     edges = [0, *cuts, len(units)]
     modules = [nn.Sequential(*units[a:b]) for a, b in itertools.pairwise(edges)]
@@ -75,7 +93,7 @@ def chain(units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recip
         torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
         for k, module in enumerate(modules):
             place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]))
-            device = recipe.devices[k % len(recipe.devices)]
+            device = recipe.devices[k % len(recipe.devices)] if here(f"block{k}") else torch.device("cpu")
             lower, upper = method.coupling.lower(place), method.coupling.upper(place) if k else Bottom()
             if lower.has_objective and not dtypes[k].is_floating_point:
                 raise UserError(f"block{k} ends in {dtypes[k]}, which no objective can train; move the cut behind it")
@@ -94,6 +112,13 @@ def chain(units: Sequence[nn.Module], cuts: Sequence[int], sample: Tensor, recip
                 )
             )  # fmt: skip
     return workers
+
+
+def classes(workers: Sequence[Worker], loss: Loss) -> int | None:
+    """How many classes the network tells apart, if its loss takes class numbers."""
+    output = workers[-1].place.shapes[-1]
+    classifies = loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+    return output[0] if classifies and output else None
 
 
 class Wired(Protocol):
@@ -159,18 +184,28 @@ def probe(
     return tuple(shapes), dtypes, overwrites
 
 
-def make_runtime(runtime: str | Runtime, blocks: int) -> Runtime:
-    """A runtime by name, with torch's intra-op threads divided by the blocks; a Runtime is returned as it is."""
+def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int) -> Runtime:
+    """A runtime by name, or by ``{"name": ..., options}``; a Runtime is returned as it is.
+
+    Torch's intra-op threads are divided by the blocks, on every runtime alike: their number decides the order of
+    additions in a sum.
+
+    Raises:
+        UserError: unknown name or option, or more processes than blocks.
+    """
     if isinstance(runtime, Runtime):
         return runtime
-    intra_op = max(
-        1, torch.get_num_threads() // blocks
-    )  # the same on every runtime: it decides the order of additions in a sum
-    if runtime == "simulated":
-        return Simulated(intra_op=intra_op)
-    if runtime == "threads":
-        return Threads(intra_op)
-    raise unknown("runtime", runtime, RUNTIMES)
+    intra_op = max(1, torch.get_num_threads() // blocks)
+    name, options = parse("runtime", runtime)
+    if name not in RUNTIMES:
+        raise unknown("runtime", name, RUNTIMES)
+    check_options("runtime", name, RUNTIMES[name], options)
+    if name == "processes" and not under_torchrun():
+        options.setdefault("processes", blocks)
+    made = RUNTIMES[name](intra_op=intra_op, **options)
+    if isinstance(made, Processes) and made.world > blocks:
+        raise UserError(f"{made.world} processes for {blocks} blocks: some would be idle; use at most {blocks}")
+    return made
 
 
 def make_devices(devices: Sequence[Any] | str | None) -> list[torch.device]:

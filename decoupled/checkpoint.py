@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from decoupled.errors import UserError
+from decoupled.errors import UserError, first_line
 from decoupled.worker import Worker
 
 
@@ -66,6 +66,36 @@ def load_worker_state(worker: Worker, state: Mapping[str, Any]) -> None:
     for half, name in ((worker.lower, "lower_module"), (worker.upper, "upper_module")):
         if half.module is not None:
             half.module.load_state_dict(state[name])
+
+
+def check(state: Mapping[str, Any], method: str, blocks: int) -> None:
+    """Check that `state` is one of a trainer with this method and number of blocks.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not {"method", "blocks", "cuts", "sample", "position", "rng"} <= set(state):
+        raise UserError("this is not the state of a trainer: give what `state_dict` returned")
+    if state["method"] != method:
+        raise UserError(f"the state is of method {state['method']!r}, this trainer runs {method!r}")
+    if len(state["blocks"]) != blocks:
+        raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {blocks}")
+
+
+def load_worker_states(workers: Sequence[Worker], states: Sequence[Mapping[str, Any]]) -> None:
+    """Put the states of all workers back.
+
+    Raises:
+        UserError: one does not fit; names the block.
+    """
+    for worker, saved in zip(workers, states, strict=True):
+        try:
+            load_worker_state(worker, saved)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the state does not fit {worker.name} ({first_line(error)}); build model, method and optimizer as "
+                "they were"
+            ) from error
 
 
 def rng_state() -> dict[str, Any]:

@@ -29,7 +29,10 @@ class OperationError(RuntimeError):
     def __init__(self, actor: str, operation: str, cause: BaseException, method: str = "") -> None:
         by = f" (method {method!r})" if method else ""
         super().__init__(f"{actor}, operation {operation}{by}: {type(cause).__name__}: {cause}")
-        self.actor, self.operation = actor, operation
+        self.actor, self.operation, self.method, self.__cause__ = actor, operation, method, cause
+
+    def __reduce__(self) -> tuple[type, tuple]:  # it may have to travel to another process
+        return OperationError, (self.actor, self.operation, self.__cause__, self.method)
 
 
 class NonFiniteError(RuntimeError):
@@ -38,6 +41,14 @@ class NonFiniteError(RuntimeError):
 
 class ProtocolError(RuntimeError):
     """A message arrived that the protocol does not allow (wrong batch, wrong number of tensors, a live graph)."""
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run has died, hangs, or has left; names rank, blocks, edges and the last batch."""
+
+
+class RemoteError(RuntimeError):
+    """An exception of another process that cannot itself be brought here; its traceback is a note."""
 
 
 class StallError(RuntimeError):

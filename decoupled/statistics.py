@@ -41,6 +41,14 @@ class Counters:
         self.loss_sum, self.loss_samples = 0.0, 0
         return mean
 
+    def record(self, **more: Any) -> BlockStatistics:
+        """The counts as a record; `more`: what the worker's parts know."""
+        return BlockStatistics(
+            samples=self.samples, updates=self.updates, skipped=self.skipped, versions=list(self.versions),
+            staleness=dict(sorted(self.staleness.items())), busy_seconds=self.busy_seconds,
+            wait_seconds=self.wait_seconds, bytes_up=self.bytes_up, bytes_down=self.bytes_down, **more,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BlockStatistics:

@@ -10,6 +10,7 @@ Every epoch ends drained: all passes are answered, nothing is in flight, and the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import time
@@ -20,19 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from decoupled import registry
-from decoupled.build import Model, Recipe, chain, cut, make_devices, make_runtime, wiring
-from decoupled.checkpoint import load_worker_state, rng_state, set_rng_state, worker_state
+from decoupled.build import Model, Recipe, chain, classes, cut, make_devices, make_runtime, wiring
+from decoupled.checkpoint import check, load_worker_states, rng_state, set_rng_state
 from decoupled.coupling import Loss
-from decoupled.errors import UserError, first_line, unknown
-from decoupled.evaluation import evaluate
+from decoupled.errors import PeerLost, UserError
+from decoupled.evaluation import evaluate, evaluate_blocks
 from decoupled.method import Method
 from decoupled.runtime.contract import Graph, Observer, Runtime
 from decoupled.source import Source, unpack
+from decoupled.spread import answer, bring_home, follower, join, owned
 from decoupled.statistics import BlockStatistics
 from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.worker import Worker
-
-POLICIES = ("stop", "skip")
 
 
 class Trainer:
@@ -87,26 +87,22 @@ class Trainer:
         observers: Sequence[Observer] = (),
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        if on_nonfinite not in POLICIES:
-            raise unknown("on_nonfinite policy", on_nonfinite, POLICIES)
-        for name, function in (("loss", loss), ("optimizer", optimizer), ("scheduler", scheduler or optimizer)):
-            if not callable(function):
-                raise UserError(
-                    f"{name} must be a function, got {type(function).__name__}; see the docstring of Trainer"
-                )
         point = method if isinstance(method, Method) else registry.make(method)
         self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite)
         self._given, self._blocks = model, blocks
         self._observers, self._on_batch = observers, on_batch
         units, self._cuts = cut(model, blocks, None)  # wrong input is refused now; timed again on the first batch
         self._units = units
-        self._runtime = make_runtime(runtime, len(self._cuts) + 1)
+        self._runtime, self._owns_runtime = make_runtime(runtime, len(self._cuts) + 1), not isinstance(runtime, Runtime)
         self._workers: list[Worker] = []
         self._sample: tuple[tuple[int, ...], str] | None = None
+        self._first: Tensor | None = None  # some inputs of the present epoch
         self._classes: int | None = None
         self._resume_rng: dict[str, Any] | None = None
         self._epoch = self._batch = self._key = 0
-        self._closed = False
+        self._final: list[BlockStatistics] | None = None  # once the other processes have ended
+        self._closed = self._hosted = False
+        self._behind = self._newer = False  # other processes have blocks; with newer weights
 
     @property
     def method(self) -> Method:
@@ -126,11 +122,15 @@ class Trainer:
     @property
     def model(self) -> nn.Sequential:
         """The forward network with the trained weights, without auxiliary heads."""
+        if self._newer and not self._closed:
+            for worker, state in zip(self._workers, self._everywhere("module"), strict=True):
+                worker.block.module.load_state_dict(state)
+            self._newer = False
         return nn.Sequential(*self._units)
 
     @property
     def workers(self) -> Sequence[Worker]:
-        """The workers, once `fit` has seen a batch (for inspection)."""
+        """The workers, once `fit` has seen a batch (for inspection; those of other processes are as they were made)."""
         return tuple(self._workers)
 
     def fit(self, batches: Iterable[Any], epochs: int = 1) -> list[dict[str, float]]:
@@ -161,11 +161,15 @@ class Trainer:
         Returns:
             ``{"loss": ..., "accuracy": ...}``; accuracy is NaN where targets are not class numbers.
         """
-        return evaluate(self._units, batches, self._recipe.loss)
+        if not self._workers or self._closed:
+            return evaluate(self._units, batches, self._recipe.loss)
+        self._runtime.lead(self, "evaluate", ())
+        blocks = [worker.block for worker in self._workers]
+        return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._classes)
 
     def statistics(self) -> list[BlockStatistics]:
         """One frozen record per block, counted since the trainer was made."""
-        return [_statistics(worker) for worker in self._workers]
+        return self._final if self._final is not None else self._everywhere("statistics")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit from here (a drained point); tensors and plain values only.
@@ -182,7 +186,7 @@ class Trainer:
             "sample": {"shape": list(self._sample[0]), "dtype": self._sample[1]},
             "position": {"epoch": self._epoch, "batch": self._batch, "key": self._key},
             "rng": self._resume_rng or rng_state(),
-            "blocks": [worker_state(worker) for worker in self._workers],
+            "blocks": self._everywhere("state"),
         }
         return copy.deepcopy(state)  # training on must not change what was saved
 
@@ -192,29 +196,26 @@ class Trainer:
         Raises:
             UserError: the state is of another method or number of blocks.
         """
-        if not {"method", "blocks", "cuts", "sample", "position", "rng"} <= set(state):
-            raise UserError("this is not the state of a trainer: give what `state_dict` returned")
-        if state["method"] != self.method.name:
-            raise UserError(f"the state is of method {state['method']!r}, this trainer runs {self.method.name!r}")
-        if len(state["blocks"]) != len(self._cuts) + 1:
-            raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {len(self._cuts) + 1}")
+        check(state, self.method.name, len(self._cuts) + 1)
         shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
         self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
+        self._host()
+        self._runtime.lead(self, "load_state_dict", state)
         self._build(torch.zeros(2, *shape, dtype=dtype))
-        for worker, saved in zip(self._workers, copy.deepcopy(state["blocks"]), strict=True):
-            try:
-                load_worker_state(worker, saved)
-            except (RuntimeError, KeyError, ValueError) as error:
-                raise UserError(
-                    f"the state does not fit {worker.name} ({first_line(error)}); build model, method and optimizer as "
-                    "they were"
-                ) from error
+        load_worker_states(self._workers, copy.deepcopy(state["blocks"]))
         self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
 
     def close(self) -> None:
         """End the workers; the trained model stays usable."""
-        self._closed = True
-        self._runtime.close()
+        if not self._closed:
+            if self._behind and self._runtime.rank == 0:
+                with contextlib.suppress(PeerLost):
+                    self._final = self._everywhere("statistics")
+                    bring_home(self._workers, self._runtime, self._everywhere("state"))
+            self._closed = True
+            self._runtime.release(self)
+        if self._owns_runtime:
+            self._runtime.close()
 
     def __enter__(self) -> Trainer:
         return self
@@ -223,33 +224,46 @@ class Trainer:
         self.close()
 
     def _run_epoch(self, batches: Iterable[Any]) -> dict[str, float]:
-        if callable(set_epoch := getattr(batches, "set_epoch", None)):
-            set_epoch(self._epoch)
-        if self._resume_rng is not None:
-            set_rng_state(self._resume_rng)
-            self._resume_rng = None
-        iterator = self._peek(iter(batches))
+        """One epoch; every process of the runtime goes through this, only the leader has batches."""
+        iterator = self._begin(batches) if self._runtime.rank == 0 else iter(())
+        self._host()
+        self._runtime.lead(self, "fit", ())
+        position = self._epoch, self._batch, self._key
+        cuts, sample, position = self._runtime.agree((self._cuts, self._first, position))
+        self._epoch, self._batch, self._key = position
+        if not self._workers:
+            self._cuts = cuts
+            self._build(sample)
         readers, edges = wiring(self._workers, self.method)
         source = Source(iterator, self.method.feed, readers, self._key, self._batch, self._classes, self._on_batch)
         for worker in self._workers:
             worker.begin(self._key)
+        self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)
         start = time.perf_counter()
         try:
             timings = self._runtime.run(Graph([source, *self._workers], edges), self._observers)
         finally:
             self._key, self._batch = source.key, source.batch
         seconds = time.perf_counter() - start
+        self._epoch += 1
         for worker in self._workers:
             worker.counters.busy_seconds += timings.busy[worker.name]
             worker.counters.wait_seconds += timings.wait[worker.name]
-        self._epoch += 1
         loss = [worker.counters.take_loss() for worker in self._workers][-1]
-        return {
-            "epoch": self._epoch, "loss": loss, "samples": source.samples, "seconds": seconds,
-            "samples_per_second": source.samples / seconds,
+        record = {
+            "epoch": self._epoch, "loss": self._runtime.agree(loss, of=self._workers[-1].name),
+            "samples": source.samples, "seconds": seconds, "samples_per_second": source.samples / seconds,
         }  # fmt: skip
+        return self._runtime.agree(record)
 
-    def _peek(self, iterator: Iterator[Any]) -> Iterator[Any]:
+    def _begin(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The leader's part before an epoch: the batches, of which the first has been looked at."""
+        if callable(set_epoch := getattr(batches, "set_epoch", None)):
+            set_epoch(self._epoch)
+        if self._resume_rng is not None:
+            set_rng_state(self._resume_rng)
+            self._resume_rng = None
+        iterator = iter(batches)
         first = next(iterator, None)
         if first is None:
             raise UserError(
@@ -257,38 +271,29 @@ class Trainer:
                 "pass a list or a DataLoader"
             )
         inputs, _, _ = unpack(first)
-        if not self._workers:
-            if isinstance(self._blocks, int) and self._blocks > 1:
-                self._units, self._cuts = cut(self._given, self._blocks, inputs)
-            self._build(inputs)
+        if not self._workers and isinstance(self._blocks, int) and self._blocks > 1:
+            self._units, self._cuts = cut(self._given, self._blocks, inputs)
+        self._first = inputs[:2]
         return itertools.chain([first], iterator)
+
+    def _host(self) -> None:
+        """Let the other processes, if there are any, have a trainer like this one."""
+        if self._hosted:
+            return
+        self._hosted = True
+        self._runtime.host(self, follower(Trainer, self._recipe, nn.Sequential(*self._units), list(self._cuts)))
+
+    def _everywhere(self, what: str) -> list[Any]:
+        """What is asked of every block, from the process where it lives."""
+        if self._closed or not self._workers:
+            return join([answer(self._workers, what)])
+        return join(self._runtime.ask(self, "_answer", what))
+
+    def _answer(self, what: str) -> dict[int, Any]:
+        return answer(owned(self._workers, self._runtime), what)
 
     def _build(self, sample: Tensor) -> None:
         self._sample = (tuple(sample.shape[1:]), str(sample.dtype).removeprefix("torch."))
-        self._workers = chain(self._units, self._cuts, sample[:2], self._recipe)
-        output = self._workers[-1].place.shapes[-1]
-        loss = self._recipe.loss
-        classifies = loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
-        self._classes = output[0] if classifies and output else None
-
-
-def _statistics(worker: Worker) -> BlockStatistics:
-    c, block = worker.counters, worker.block
-    halves = [p for half in (worker.lower, worker.upper) if half.module is not None for p in half.module.parameters()]
-    return BlockStatistics(
-        block=worker.k,
-        device=str(block.device),
-        samples=c.samples,
-        updates=c.updates,
-        skipped=c.skipped,
-        versions=list(c.versions),
-        staleness=dict(sorted(c.staleness.items())),
-        busy_seconds=c.busy_seconds,
-        wait_seconds=c.wait_seconds,
-        bytes_up=c.bytes_up,
-        bytes_down=c.bytes_down,
-        peak_held_bytes=worker.retention.peak_held_bytes + worker.lower.held_bytes,
-        peak_in_flight=worker.retention.peak_passes,
-        parameters=sum(p.numel() for p in block.parameters),
-        auxiliary_parameters=sum(p.numel() for p in halves),
-    )
+        self._runtime.place([f"block{k}" for k in range(len(self._cuts) + 1)])
+        self._workers = chain(self._units, self._cuts, sample[:2], self._recipe, self._runtime.owns)
+        self._classes = classes(self._workers, self._recipe.loss)

@@ -24,7 +24,7 @@ from decoupled.order import Order
 from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
-from decoupled.statistics import Counters
+from decoupled.statistics import BlockStatistics, Counters
 from decoupled.steps import Steps
 
 Sends = list[tuple[str, Message]]
@@ -103,6 +103,7 @@ class Worker(Actor):
     ) -> None:
         self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
+        self.device = block.device
         self.steps, self.counters = steps, Counters()
         self._corrections, self._on_nonfinite, self._method = corrections, on_nonfinite, method
         self.needs_data = lower.needs_data or upper.needs_data
@@ -120,6 +121,16 @@ class Worker(Actor):
         self.steps.clear()
         self.counters.take_loss()
         self.block.module.train()
+
+    def statistics(self) -> BlockStatistics:
+        """What has been counted so far."""
+        halves = [half.module for half in (self.lower, self.upper) if half.module is not None]
+        return self.counters.record(
+            block=self.k, device=str(self.block.device),
+            peak_held_bytes=self.retention.peak_held_bytes + self.lower.held_bytes,
+            peak_in_flight=self.retention.peak_passes, parameters=sum(p.numel() for p in self.block.parameters),
+            auxiliary_parameters=sum(p.numel() for module in halves for p in module.parameters()),
+        )  # fmt: skip
 
     def wants(self) -> Sequence[Want]:
         return [self._want(op) for op in self._plan.options()]

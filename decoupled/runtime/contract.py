@@ -39,10 +39,17 @@ class Outcome(NamedTuple):
 
 
 class Actor(ABC):
-    """Anything that turns messages into messages. `in_caller`: must run in the thread that called `run`."""
+    """Anything that turns messages into messages.
+
+    Attributes:
+        name: unique in its graph.
+        in_caller: must run in the thread that called `run`.
+        device: where it computes, so that messages can be brought there; None: takes them as they are.
+    """
 
     name: str
     in_caller: bool = False
+    device: torch.device | None = None
 
     @abstractmethod
     def wants(self) -> Sequence[Want]:
@@ -179,11 +186,41 @@ class Timings(NamedTuple):
 
 
 class Runtime(ABC):
-    """Runs graphs. A runtime may be used for many runs; `close` ends its workers."""
+    """Runs graphs. A runtime may be used for many runs; `close` ends its workers.
+
+    A runtime of several processes runs each actor in one of them. All of them make the same calls: each holds its own
+    `thing` (a trainer), and rank 0, the leader, has the others follow where they do not run the user's program.
+    """
+
+    rank: int = 0
 
     @abstractmethod
     def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
         """Run until every actor has finished; the first failure stops all and is raised."""
+
+    def host(self, thing: Any, make: Callable[[Runtime], Any]) -> None:  # noqa: B027 - one process has nobody to tell
+        """Let every other process hold its own `thing`: what `make(its runtime)` returns."""
+
+    def lead(self, thing: Any, method: str, *args: Any) -> None:  # noqa: B027
+        """Have the other processes call this method of theirs, too; on a process that follows: nothing."""
+
+    def ask(self, thing: Any, method: str, *args: Any) -> list[Any]:
+        """What this method returns in every process, by rank."""
+        return [getattr(thing, method)(*args)]
+
+    def agree(self, value: Any, of: str | None = None) -> Any:
+        """The leader's value (or that of the process that owns actor `of`), in every process."""
+        return value
+
+    def place(self, actors: Sequence[str]) -> None:  # noqa: B027
+        """Decide where the actors with these names live, before `owns` is asked."""
+
+    def owns(self, actor: str) -> bool:
+        """Whether this actor lives in this process."""
+        return True
+
+    def release(self, thing: Any) -> None:  # noqa: B027
+        """Nobody will use `thing` any more."""
 
     def close(self) -> None:  # noqa: B027 - a runtime without workers has nothing to end
         """End all workers; idempotent."""

@@ -137,11 +137,15 @@ def test_free_messages_that_overtake_each_other_lose_nothing():
         assert [block.updates for block in run.trainer.statistics()] == [20, 20, 20]
 
 
-def test_a_runtime_can_be_given_and_outlives_no_trainer():
+def test_a_runtime_that_was_given_outlives_its_trainers():
+    """Its workers are used by one trainer after another, until its owner closes it."""
     runtime = Threads()
-    with trainer(runtime=runtime) as one:
-        one.fit(CASE.batches())
-    assert not runtime._pools
+    for _ in range(2):
+        with trainer(runtime=runtime) as one:
+            one.fit(CASE.batches())
+        assert runtime._pools._pools
+    runtime.close()
+    assert not runtime._pools._pools
 
 
 # --- what it reports ----------------------------------------------------------------------------------------------

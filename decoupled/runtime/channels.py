@@ -1,0 +1,114 @@
+"""The edges of one process that lead to or come from others: opened when first used, kept from run to run.
+
+    outlet     in the thread of the edge's source
+    inlet      a thread of its own: receive -> mailbox of the present run
+
+`Begin` marks on every edge where a run begins, so what an earlier one has left on the way is told apart. After a
+failure all channels are closed; the next run opens new ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from decoupled.messages import Message
+from decoupled.runtime.contract import Edge
+from decoupled.runtime.local import LocalRun
+from decoupled.transport.codec import register
+from decoupled.transport.contract import Closed, Inlet, Outlet
+from decoupled.transport.endpoint import Address, Endpoint
+
+VERDICT = 1.0  # seconds in which the control line may tell more of a lost process than a broken edge does
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Begin(Message):
+    """What follows on this edge belongs to the run whose number is the key."""
+
+
+class Channels:
+    """Channels of one process.
+
+    Args:
+        rank: of this process. places: actor -> rank.
+        endpoint: where edges are opened. addresses, offsets: of all ranks; offsets are to rank 0's clock, in seconds.
+        timeout: seconds an edge may take to open.
+
+    Attributes:
+        run: the present run.
+        lost: waits so many seconds for the news that a process is lost.
+    """
+
+    def __init__(
+        self, rank: int, places: Mapping[str, int], endpoint: Endpoint, addresses: Sequence[Address],
+        offsets: Sequence[float], timeout: float,
+    ) -> None:  # fmt: skip
+        self._rank, self._places, self.endpoint = rank, places, endpoint
+        self._addresses, self._offsets, self._timeout = addresses, offsets, timeout
+        self._outlets: dict[Edge, Outlet] = {}
+        self._inlets: dict[Edge, Inlet] = {}
+        self.run: LocalRun | None = None
+        self.lost: Callable[[float], bool] = lambda timeout: False
+
+    def open(self, edges: Sequence[Edge], number: int) -> Exception | None:
+        """Open this process's ends of the edges that are new in run `number`.
+
+        Returns:
+            What went wrong (it is for all ranks to hear), or None.
+        """
+        try:
+            coming = []
+            for edge in edges:
+                source, target = self._places[edge.source], self._places[edge.target]
+                if source == target or edge in self._outlets or edge in self._inlets:
+                    continue
+                if source == self._rank:
+                    address, name = self._addresses[target], f"rank {target}"
+                    self._outlets[edge] = self.endpoint.connect(edge, address, self._timeout, name, number)
+                elif target == self._rank:
+                    coming.append(edge)
+            for edge in coming:
+                name = f"rank {self._places[edge.source]}"
+                inlet = self._inlets[edge] = self.endpoint.accept(edge, self._timeout, name, number)
+                threading.Thread(target=self._receive, args=(edge, inlet), name=f"receive {edge}", daemon=True).start()
+        except Exception as error:
+            return error
+        return None
+
+    def outlets(self, edges: Sequence[Edge]) -> dict[Edge, Outlet]:
+        """Those of these edges that lead to another process."""
+        return {edge: self._outlets[edge] for edge in edges if edge in self._outlets}
+
+    def begin(self, edges: Sequence[Edge], number: int) -> None:
+        """Mark the beginning of run `number` on them."""
+        for outlet in self.outlets(edges).values():
+            outlet.send(Begin(number))
+
+    def close(self) -> None:
+        """Close all; they are opened again when they are needed."""
+        for channel in (*self._outlets.values(), *self._inlets.values()):
+            channel.close()
+        self._outlets.clear()
+        self._inlets.clear()
+
+    def _receive(self, edge: Edge, inlet: Inlet) -> None:
+        number: object = None
+        skew = self._offsets[self._places[edge.source]] - self._offsets[self._rank]
+        try:
+            while True:
+                message, sent = inlet.receive()
+                if isinstance(message, Begin):
+                    number = message.key
+                    inlet.taken()
+                elif self.run is None or self.run.number != number:
+                    inlet.taken()
+                else:
+                    self.run.arrive(edge, message, sent + skew, inlet)
+        except Closed:
+            pass
+        except Exception as error:
+            if self.run is not None and not self.lost(VERDICT):
+                self.run.fail(error)

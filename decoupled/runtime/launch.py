@@ -1,0 +1,173 @@
+"""Which process this is, and how the others come to be.
+
+    Starts     the caller's process is rank 0 and starts the others: interpreters that follow it until it says goodbye
+    torchrun   RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set: every rank runs the user's own program
+
+Both meet at a torch.distributed TCPStore, which holds the hub's address and a secret; everything else goes over their
+own lines. A started process needs nothing from the caller's `__main__`, so scripts, notebooks and heredocs all do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+
+from decoupled.errors import PeerLost, UserError
+from decoupled.runtime.control import Beats, Control, Member
+from decoupled.runtime.hub import Hub
+
+FOLLOW = "DECOUPLED_FOLLOW"  # set in processes that rank 0 has started
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_made = itertools.count()  # runtimes of this program: every rank makes the same ones in the same order
+
+
+def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has set the variables of torch.distributed.
+
+    Raises:
+        UserError: only some of them.
+    """
+    there = [name for name in _VARIABLES if environment.get(name)]
+    if there and len(there) < len(_VARIABLES):
+        missing = ", ".join(name for name in _VARIABLES if name not in there)
+        raise UserError(f"{', '.join(there)} are set but not {missing}; use torchrun, or unset them")
+    return bool(there)
+
+
+class Group:
+    """The processes of one runtime.
+
+    Attributes:
+        rank, world: this process, and how many there are.
+        starts: whether rank 0 starts the others (else a launcher does).
+        follows: whether this process was started by rank 0.
+        host: the address that this process is reached at.
+        store: where they meet.
+    """
+
+    store: Store
+
+    def __init__(self, rank: int, world: int, starts: bool, follows: bool) -> None:
+        self.rank, self.world, self.starts, self.follows, self.host = rank, world, starts, follows, "127.0.0.1"
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    @classmethod
+    def find(cls, processes: int | None) -> Group:
+        """The group that this process belongs to; `processes`: as asked for, None: 1, or what the launcher says.
+
+        Raises:
+            UserError: a number below 1, or not the launcher's.
+        """
+        if processes is not None and processes < 1:
+            raise UserError(f"processes must be at least 1, got {processes}")
+        if not under_torchrun():
+            return cls(0, processes or 1, starts=True, follows=False)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if FOLLOW in os.environ:
+            return cls(rank, world, starts=True, follows=True)
+        if processes not in (None, world):
+            raise UserError(f"processes={processes}, but torchrun started {world}; leave processes out")
+        return cls(rank, world, starts=False, follows=False)
+
+    def connect(
+        self, beats: Beats, timeout: float, describe: Callable[[int], str], serve: Callable[..., Any]
+    ) -> tuple[Control, bytes]:
+        """Start the others if that is this process's task, and meet them.
+
+        Returns:
+            This rank's end of the control star, and the secret that all of them share.
+
+        Raises:
+            PeerLost: somebody did not come within `timeout` seconds.
+        """
+        wait, port = timedelta(seconds=timeout), 0
+        if not self.starts:
+            self.store = self._launched_store(wait)
+            self.host = self._reachable_host()
+        elif self.rank:
+            self.store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
+        else:
+            self.store = store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+            port = store.port
+        if self.rank:
+            token = self.store.get("token")
+            host, port = self.store.get("hub").decode().rsplit(":", 1)
+            return Member(self.rank, self.world, (host, int(port)), token, beats, serve), token
+        token = secrets.token_hex(16).encode()
+        hub = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
+        self.store.set("token", token.decode())
+        self.store.set("hub", f"{self.host}:{hub.port}")
+        if self.starts:
+            self._start(port)
+        hub.gather(timeout, self._look_after)
+        return hub, token
+
+    def me(self) -> tuple[int, str]:
+        """Process number and host name, for errors."""
+        return os.getpid(), socket.gethostname()
+
+    def end(self, grace: float = 5.0) -> None:
+        """Wait for the processes that were started; those that hang are killed. Idempotent."""
+        deadline = time.monotonic() + grace
+        for child in self._children.values():
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        self._children.clear()
+
+    def _start(self, port: int) -> None:
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        for rank in range(1, self.world):
+            names = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, FOLLOW: 1, "PYTHONPATH": path,
+            }  # fmt: skip
+            environment = os.environ | {name: str(value) for name, value in names.items()}
+            self._children[rank] = subprocess.Popen(
+                [sys.executable, "-m", "decoupled.runtime.follow"], env=environment, stdin=subprocess.DEVNULL
+            )
+
+    def _look_after(self) -> None:
+        """While they start: one that has ended will not come any more."""
+        for rank, child in self._children.items():
+            if child.poll() is not None:
+                raise PeerLost(f"rank {rank} {_ending(child.returncode)} while it started")
+
+    def _how_it_ended(self, rank: int) -> str:
+        child = self._children.get(rank)
+        if child is None:
+            return "its process has died"
+        try:
+            return _ending(child.wait(0.5))
+        except subprocess.TimeoutExpired:
+            return "it closed its line"
+
+    def _launched_store(self, wait: timedelta) -> Store:
+        store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
+        return PrefixStore(f"decoupled-{next(_made)}", store)
+
+    def _reachable_host(self) -> str:
+        """This host's address on the way to rank 0; on rank 0: the one the others were told to come to."""
+        master = socket.gethostbyname(os.environ["MASTER_ADDR"])
+        if self.rank == 0:
+            return master
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, int(os.environ["MASTER_PORT"])))
+            return probe.getsockname()[0]
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

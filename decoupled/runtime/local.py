@@ -1,0 +1,296 @@
+"""The part of a run that one process carries out: a thread per actor, a blocking mailbox each; no polling, no barrier.
+
+    actor's thread    take -> handle -> put, until the actor has finished
+    put               into the mailbox of an actor of this process, or into the outlet of an edge that leads elsewhere
+    arrive            what came in through an inlet goes into the mailbox; `taken` gives the sender its room back
+
+A sender waits while the target port is full. The first failure closes all mailboxes, which wakes everybody. With
+`patience`, a mailbox that waits longer checks whether *everybody* waits: then the wiring is wrong and a StallError says
+who wants what (a run of several processes is watched by its hub instead).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import torch
+
+from decoupled.errors import StallError, Stopped
+from decoupled.messages import Message
+from decoupled.runtime.contract import Actor, Edge, Graph, Mailbox, Observer, Want
+from decoupled.transport import cuda
+from decoupled.transport.contract import Closed, Inlet, Outlet
+
+
+class Pools:
+    """One lasting thread per actor name; `intra_op`: torch's threads within it."""
+
+    def __init__(self, intra_op: int | None) -> None:
+        self._intra_op = intra_op
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def submit(self, name: str, work: Callable[[Actor], None], actor: Actor) -> Future[None]:
+        """Run `work(actor)` in the thread `name`."""
+        if name not in self._pools:
+            self._pools[name] = ThreadPoolExecutor(1, name)
+            if self._intra_op:
+                self._pools[name].submit(torch.set_num_threads, self._intra_op).result()
+        return self._pools[name].submit(work, actor)
+
+    def close(self) -> None:
+        """End the threads; idempotent."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=True)
+        self._pools.clear()
+
+
+class Status(NamedTuple):
+    """One process's part of a run.
+
+    Attributes:
+        run: its number. all_wait: whether every actor waits (or has finished).
+        waiting: actor -> for what. operations: actor -> its latest operation.
+        moves: messages taken and put so far. sent, arrived: messages to and from other processes.
+    """
+
+    run: int
+    all_wait: bool
+    waiting: dict[str, str]
+    operations: dict[str, str]
+    moves: int
+    sent: int
+    arrived: int
+
+
+class _Box:
+    """A mailbox with its lock."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        self.mail, self.changed = Mailbox(ports), threading.Condition(threading.Lock())
+
+
+class LocalRun:
+    """One run: the mailboxes, the first failure, and who waits for what.
+
+    Args:
+        graph: the whole graph.
+        observers: are told of everything that happens in this process.
+        patience: seconds a mailbox waits before it looks whether everybody waits; None: never.
+        mine: names of the actors of this process; default: all.
+        outlets: for every edge from here to another process.
+        number: of the run. on_failure: called once, with the first failure of this process.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        observers: Sequence[Observer] = (),
+        patience: float | None = None,
+        mine: Sequence[str] | None = None,
+        outlets: Mapping[Edge, Outlet] | None = None,
+        number: int = 0,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self._actors = [actor for actor in graph.actors if mine is None or actor.name in mine]
+        self._boxes = {actor.name: _Box(graph.ports(actor.name)) for actor in self._actors}
+        self._routes = {actor.name: graph.routes(actor.name) for actor in self._actors}
+        self._devices = {actor.name: actor.device for actor in self._actors}
+        self._observers, self._patience, self._outlets = observers, patience, outlets or {}
+        self.number, self._on_failure = number, on_failure
+        self._waiting: dict[str, str] = {}
+        self._moves = dict.fromkeys(self._boxes, 0)  # messages taken and put so far, by actor
+        self._over = False
+        self._on_take: dict[int, Callable[[], None]] = {}  # id of a waiting message -> to be called when it is taken
+        self._lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.operations: dict[str, str] = {}  # latest operation of each actor
+        self.last: dict[Edge, object] = {}  # key of the latest message of each edge to or from another process
+        self._sent = self._arrived = 0
+        self.busy = dict.fromkeys(self._boxes, 0.0)
+        self.wait = dict.fromkeys(self._boxes, 0.0)
+
+    def run(self, pools: Pools) -> None:
+        """Run all actors to their end; the first failure is raised once every thread has left."""
+        futures: list[Future[None]] = []
+        try:
+            futures += [pools.submit(a.name, self._work, a) for a in self._actors if not a.in_caller]
+            for actor in self._actors:
+                if actor.in_caller:
+                    self._work(actor)
+            for future in futures:
+                future.result()
+        except BaseException as interrupt:
+            self.fail(interrupt)
+            raise
+        finally:
+            _wait_for(futures)  # every worker has left the run before anyone touches its state
+        if self.failure is not None:
+            raise self.failure
+
+    def fail(self, error: BaseException) -> None:
+        """Record the first failure and wake everybody."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = error
+        for box in self._boxes.values():
+            with box.changed:
+                box.changed.notify_all()
+        self._on_failure(error)
+        for outlet in self._outlets.values():  # wakes who waits there
+            outlet.close()
+
+    def end(self) -> None:
+        """The run is over here: what is left in the mailboxes, and what still comes, is thrown away."""
+        for box in self._boxes.values():
+            with box.changed:
+                self._over = True
+        for message in list(self._on_take):
+            self._on_take.pop(message)()
+
+    def arrive(self, edge: Edge, message: Message, sent: float, inlet: Inlet) -> None:
+        """`message` came in from another process (which has kept to the edge's capacity)."""
+        self.last[edge] = message.key
+        box = self._boxes[edge.target]
+        with box.changed:
+            with self._lock:
+                self._arrived += 1
+            if self._over:
+                inlet.taken()
+                return
+            self._on_take[id(message)] = inlet.taken
+            box.mail.put(edge.port, message)
+            box.changed.notify_all()
+        for observer in self._observers:
+            observer.delivery(edge, message, sent, time.perf_counter())
+
+    def status(self) -> Status:
+        """What happens here at this moment."""
+        waiting, moves = dict(self._waiting), sum(self._moves.values())
+        all_wait = len(waiting) == len(self._boxes)
+        return Status(self.number, all_wait, waiting, dict(self.operations), moves, self._sent, self._arrived)
+
+    def _work(self, actor: Actor) -> None:
+        """The loop of one actor."""
+        name, clock = actor.name, time.perf_counter
+        try:
+            with cuda.lane(actor.device):
+                while wants := actor.wants():
+                    start = clock()
+                    want, messages = self._take(name, wants)
+                    began = clock()
+                    outcome = actor.handle(want, messages)
+                    ended = clock()
+                    if outcome.operation is not None:
+                        self.operations[name] = outcome.operation
+                    for out, message in outcome.sends:
+                        for edge in self._routes[name].get(out, ()):
+                            self._put(edge, message)
+                    left = clock()
+                    self.busy[name] += ended - began
+                    self.wait[name] += (began - start) + (left - ended)
+                    for observer in self._observers:
+                        self._report(observer, name, want, messages, outcome.operation, (start, began, ended, left))
+            self._waiting[name] = "nothing: it has finished"
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.fail(error)
+            if actor.in_caller:
+                raise
+
+    def _report(
+        self, observer: Observer, name: str, want: Want, messages: tuple[Message, ...], operation: str | None,
+        times: tuple[float, float, float, float],
+    ) -> None:  # fmt: skip
+        start, began, ended, left = times
+        observer.wait(name, "messages", start, began)
+        for port, message in zip(want.ports, messages, strict=True):
+            observer.taken(name, port, message, began)
+        if operation is not None:
+            observer.operation(name, operation, began, ended)
+        observer.wait(name, "room", ended, left)
+
+    def _take(self, name: str, wants: Sequence[Want]) -> tuple[Want, tuple[Message, ...]]:
+        box = self._boxes[name]
+        with box.changed:
+            while True:
+                if self.failure is not None:
+                    raise Stopped
+                found = box.mail.take(wants)
+                if found is not None:
+                    if found[1]:
+                        box.changed.notify_all()
+                    self._waiting.pop(name, None)
+                    self._moves[name] += 1
+                    break
+                self._wait(box, name, f"{[(w.ports, w.key) for w in wants]}; waiting there: {box.mail.waiting()}")
+        if self._on_take:
+            for message in found[1]:
+                if (call := self._on_take.pop(id(message), None)) is not None:
+                    call()
+        return found
+
+    def _put(self, edge: Edge, message: Message) -> None:
+        if (outlet := self._outlets.get(edge)) is not None:
+            self._send(outlet, edge, message)
+            return
+        message, on_take = cuda.hand_over(message, self._devices[edge.target])
+        if on_take is not None:
+            self._on_take[id(message)] = on_take
+        box, sent = self._boxes[edge.target], time.perf_counter()
+        with box.changed:
+            while box.mail.room(edge.port) < 1:
+                if self.failure is not None:
+                    raise Stopped
+                self._wait(box, edge.source, f"room on {edge}")
+            self._waiting.pop(edge.source, None)
+            self._moves[edge.source] += 1
+            box.mail.put(edge.port, message)
+            box.changed.notify_all()
+        for observer in self._observers:
+            observer.delivery(edge, message, sent, time.perf_counter())
+
+    def _send(self, outlet: Outlet, edge: Edge, message: Message) -> None:
+        """Send to another process; the receiver tells observers."""
+        try:
+            if not outlet.ready(0):
+                self._waiting[edge.source] = f"room on {edge}"
+                while not outlet.ready():  # woken by `fail` too
+                    if self.failure is not None:
+                        raise Stopped
+                self._waiting.pop(edge.source, None)
+            outlet.send(message)
+        except Closed:
+            raise Stopped from None
+        with self._lock:
+            self._sent += 1
+        self._moves[edge.source] += 1
+        self.last[edge] = message.key
+
+    def _wait(self, box: _Box, name: str, what: str) -> None:
+        self._waiting[name] = what
+        if self._patience is None:
+            box.changed.wait()
+            return
+        for _ in range(2):  # twice: after the whole process was paused, the first wait may end before anyone could move
+            before = list(self._moves.values())
+            moved = box.changed.wait(self._patience) or before != list(self._moves.values())
+            if moved or len(self._waiting) < len(self._boxes):
+                return
+        waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(self._waiting.items()))
+        raise StallError(f"every actor waits and nothing moves: {waits}")
+
+
+def _wait_for(futures: Sequence[Future[None]]) -> None:
+    """Wait for all, however often Ctrl-C is pressed: a worker stops after its present operation."""
+    while True:
+        try:
+            wait(futures)
+            return
+        except KeyboardInterrupt:
+            continue

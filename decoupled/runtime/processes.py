@@ -1,0 +1,288 @@
+"""Processes: the actors of a graph spread over processes, on one host or several.
+
+    rank 0       the caller's process: actors marked `in_caller`, the first group of the others, and the hub
+    rank r       the r-th group; started by rank 0 (runtime="processes"), or by torchrun on any host
+    an edge      within a process: a mailbox; between two: a channel of `decoupled.transport`, chosen by where they are
+
+Every rank builds the same graph and runs its own actors (`decoupled.runtime.local`). A run is: open the edges that are
+new, agree that all are ready, mark the beginning on every edge, run, agree on the outcome. What fails anywhere fails
+everywhere (`decoupled.runtime.control`); then all channels are closed, and the next run opens new ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle
+
+from decoupled.errors import ProtocolError, UserError
+from decoupled.runtime import memory
+from decoupled.runtime.channels import Channels
+from decoupled.runtime.contract import Edge, Graph, Observer, Runtime, Timings, intra_op_threads
+from decoupled.runtime.control import Beats, Control, Member, pack, unpack
+from decoupled.runtime.events import Events
+from decoupled.runtime.hub import Hub
+from decoupled.runtime.launch import Group
+from decoupled.runtime.local import LocalRun, Pools
+from decoupled.transport.endpoint import Endpoint
+
+
+class Processes(Runtime):
+    """Runs graphs on several processes.
+
+    Args:
+        processes: how many, the caller's included. Under torchrun it is the world size, and must not be given.
+        intra_op: torch intra-op threads per worker; default: leave as it is.
+        heartbeat: seconds of silence after which a process is given up.
+        patience: seconds in which nothing moves anywhere until the run counts as stalled.
+        startup: seconds the processes and the edges have to come up.
+
+    Attributes:
+        startup_seconds: how long the processes took to come up, once they have.
+
+    Raises:
+        UserError: a number of processes that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        processes: int | None = None,
+        intra_op: int | None = None,
+        heartbeat: float = 10.0,
+        patience: float = 20.0,
+        startup: float = 120.0,
+    ) -> None:
+        if heartbeat <= 0 or patience <= 0 or startup <= 0:
+            raise UserError("heartbeat, patience and startup are seconds and must be positive")
+        self._group = Group.find(processes)
+        self.rank, self.world = self._group.rank, self._group.world
+        self._intra_op, self._beats, self._startup = intra_op, Beats(heartbeat, patience), startup
+        self._control: Control | None = None
+        self._pools = Pools(intra_op)
+        self._run: LocalRun | None = None
+        self._number = 0
+        self._places: dict[str, int] = {}
+        self._edges: tuple[Edge, ...] = ()
+        self._things: dict[int, Any] = {}
+        self._things_made = 0
+        self._failure: BaseException | None = None
+        self.startup_seconds: float | None = None
+
+    # --- one run -------------------------------------------------------------------------------------------------
+
+    def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
+        try:
+            return self._whole_run(graph, observers)
+        except BaseException as error:
+            self._failure = error  # known to all ranks
+            raise
+
+    def _whole_run(self, graph: Graph, observers: Sequence[Observer]) -> Timings:
+        memory.keep()
+        control = self.start()
+        self.place([actor.name for actor in graph.actors if not actor.in_caller])
+        self._places.update({actor.name: 0 for actor in graph.actors if actor.in_caller})
+        self._number, self._edges = self._number + 1, tuple(graph.edges)
+        watched = control.exchange("run", (tuple(map(str, graph.edges)), bool(observers)))
+        if len({edges for edges, _ in watched}) > 1:
+            raise ProtocolError("the processes run different graphs; every rank must build the same model and method")
+        events = Events(control.offset) if self.rank and watched[0][1] else None
+        problem = self._channels.open(graph.edges, self._number)
+        mine = [actor.name for actor in graph.actors if self.owns(actor.name)]
+        run = LocalRun(
+            graph, [events] if events else observers, None, mine,
+            self._channels.outlets(graph.edges), self._number, lambda error: control.abort(self._number, error),
+        )  # fmt: skip
+        self._run = self._channels.run = run
+        self._settle(
+            [problem and pack(problem)] if control.world == 1 else control.exchange("open", problem and pack(problem))
+        )
+        start = time.perf_counter()
+        failure: BaseException | None = None
+        try:
+            if control.lost is not None:
+                raise control.lost
+            self._channels.begin(graph.edges, run.number)
+            with intra_op_threads(self._intra_op):
+                run.run(self._pools)
+        except BaseException as error:
+            failure = error
+        seconds = time.perf_counter() - start
+        run.end()
+        if failure is not None:
+            self._channels.close()
+        if failure is not None and control.lost is not None:
+            raise control.lost
+        outcome = (failure and pack(failure), run.busy, run.wait, seconds, events and events.taken_calls())
+        outcomes = control.exchange("done", outcome)
+        self._settle([packed for packed, *_ in outcomes], failure)
+        busy, wait = ({k: v for one in outcomes for k, v in one[i].items()} for i in (1, 2))
+        for _, _, _, _, recorded in outcomes:
+            Events.replay(recorded or (), observers)
+        return Timings(busy, wait, outcomes[0][3])
+
+    def _settle(self, failures: Sequence[Any], mine: BaseException | None = None) -> None:
+        """Raise the first failure of any rank; all ranks raise the same."""
+        first = next((rank for rank, packed in enumerate(failures) if packed is not None), None)
+        if first is None:
+            return
+        self._channels.close()
+        raise mine if mine is not None else unpack(failures[first], first)
+
+    # --- who is where --------------------------------------------------------------------------------------------
+
+    def place(self, actors: Sequence[str]) -> None:
+        new = [name for name in actors if name not in self._places]
+        self._places.update({name: i * self.world // len(new) for i, name in enumerate(new)})
+
+    def owns(self, actor: str) -> bool:
+        return self._places[actor] == self.rank
+
+    def _obituary(self, rank: int) -> str:
+        """What is known of a rank that is lost."""
+        actors = [name for name, place in self._places.items() if place == rank]
+        pid, host = self._who[rank] if rank < len(self._who) else ("?", "?")
+        text = f"rank {rank} ({', '.join(actors) or 'no blocks'}; process {pid} on {host})"
+        run, known = self._run, []
+        if run is not None:
+            status = self._control.heard_of(rank) if isinstance(self._control, Hub) else None
+            if status is not None and status.run == run.number:
+                known += [f"{actor} was last at {operation}" for actor, operation in status.operations.items()]
+            for edge in self._edges:
+                if rank in (self._places[edge.source], self._places[edge.target]):
+                    last = f", last batch {run.last[edge]}" if edge in run.last else ""
+                    if self._places[edge.source] != self._places[edge.target]:
+                        known.append(f"edge {edge}{last}")
+        return text + (f" [{'; '.join(known)}]" if known else "")
+
+    # --- the processes -------------------------------------------------------------------------------------------
+
+    def start(self) -> Control:
+        """Bring the processes up, once; see `startup_seconds`.
+
+        Raises:
+            PeerLost: a process did not come, or there is none any more.
+        """
+        if self._control is not None:
+            if self._control.lost is not None:
+                raise self._control.lost
+            return self._control
+        began = time.perf_counter()
+        control, token = self._group.connect(self._beats, self._startup, self._obituary, self._serve)
+        self._control = control
+        control.on_abort, control.on_lost, control.status = self._aborted, self._lost, self._status
+        self._who: list[tuple[int, str]] = []
+        endpoint = Endpoint(token, self._group.host)
+        all_ranks = control.exchange("start", (endpoint.address, control.offset, self._group.me()), self._startup)
+        addresses, offsets, self._who = (list(column) for column in zip(*all_ranks, strict=True))
+        self._channels = Channels(self.rank, self._places, endpoint, addresses, offsets, self._startup)
+        self._channels.lost = control.wait_lost
+        atexit.register(self.close)
+        self.startup_seconds = time.perf_counter() - began
+        return control
+
+    def _aborted(self, number: int, error: BaseException) -> None:
+        if self._run is not None and self._run.number == number:
+            self._run.fail(error)
+
+    def _lost(self, error: BaseException) -> None:
+        if self._run is not None:
+            self._run.fail(error)
+
+    def _status(self) -> Any:
+        return self._run.status() if self._run is not None else None
+
+    # --- things that every rank holds ----------------------------------------------------------------------------
+
+    def host(self, thing: Any, make: Callable[[Runtime], Any]) -> None:
+        if not self._group.follows:
+            self._things_made += 1
+            self._things[self._things_made] = thing
+            if self._group.starts and self.world > 1:
+                try:
+                    payload = cloudpickle.dumps(make)
+                except Exception as error:
+                    raise UserError(
+                        f"the model, loss, optimizer or method cannot be sent to another process ({error}); leave out "
+                        "what cannot be pickled, such as open files, locks and generators"
+                    ) from error
+                self.start()
+                self._tell("host", self._things_made, payload)
+
+    def lead(self, thing: Any, method: str, *args: Any) -> None:
+        if self.rank == 0 and self._group.starts and self.world > 1:
+            self.start()
+            self._tell("call", self._name(thing), method, args)
+
+    def ask(self, thing: Any, method: str, *args: Any) -> list[Any]:
+        if self.rank:
+            raise UserError("only rank 0 has the whole model, its state and statistics; ask there")
+        others: list[Any] = []
+        if self.world > 1:
+            control = self.start()
+            assert isinstance(control, Hub)
+            others = [control.ask(rank, "ask", self._name(thing), method, args) for rank in range(1, self.world)]
+        return [getattr(thing, method)(*args), *others]
+
+    def agree(self, value: Any, of: str | None = None) -> Any:
+        if self.world == 1:
+            return value
+        owner = 0 if of is None else self._places[of]
+        return self.start().exchange("agree", value if self.rank == owner else None)[owner]
+
+    def release(self, thing: Any) -> None:
+        if self._group.follows or self._control is None or all(known is not thing for known in self._things.values()):
+            return
+        name = self._name(thing)
+        if self._control.lost is None and self._group.starts:
+            self._tell("drop", name)
+        elif self._control.lost is None:
+            self.agree(None)  # the leader may still ask until it comes here itself
+        del self._things[name]
+        self._channels.close()
+
+    def serve(self) -> None:
+        """Follow the leader until it says goodbye: the life of a process that rank 0 has started."""
+        control = self.start()
+        assert isinstance(control, Member)
+        while (order := control.orders.get()) is not None:
+            kind, name, *rest = order
+            try:
+                if kind == "host":
+                    self._things[name] = cloudpickle.loads(rest[0])(self)
+                elif kind == "call":
+                    getattr(self._things[name], rest[0])(*rest[1])
+                elif kind == "drop":
+                    del self._things[name]
+                    self._channels.close()
+            except BaseException as error:
+                if error is not self._failure:
+                    control.break_off(error)
+                    return
+
+    def close(self) -> None:
+        control, self._control = self._control, None
+        if control is None:
+            return
+        atexit.unregister(self.close)
+        control.close()
+        self._channels.close()
+        self._channels.endpoint.close()
+        self._pools.close()
+        self._group.end()
+        memory.release()
+
+    def _serve(self, what: str, name: int, method: str, args: Sequence[Any]) -> Any:
+        assert what == "ask"
+        return getattr(self._things[name], method)(*args)
+
+    def _tell(self, *words: Any) -> None:
+        assert isinstance(self._control, Hub)
+        self._control.tell(*words)
+
+    def _name(self, thing: Any) -> int:
+        return next(name for name, known in self._things.items() if known is thing)

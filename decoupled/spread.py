@@ -1,0 +1,59 @@
+"""A trainer's blocks may live in several processes: what is asked of all of them, and how it comes together.
+
+rank 0     gather("module", ...)  <---- {k: answer}    every process answers for the blocks that it owns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from decoupled.build import Recipe
+from decoupled.checkpoint import load_worker_state, worker_state
+from decoupled.runtime.contract import Runtime
+from decoupled.worker import Worker
+
+_ANSWERS: dict[str, Callable[[Worker], Any]] = {
+    "module": lambda worker: worker.block.module.state_dict(),
+    "state": worker_state,
+    "statistics": lambda worker: worker.statistics(),
+}
+
+
+def follower(
+    trainer: Callable[..., Any], recipe: Recipe, model: nn.Sequential, cuts: list[int]
+) -> Callable[[Runtime], Any]:
+    """How another process makes its own trainer for the same model and recipe, on its end of the runtime."""
+
+    def make(runtime: Runtime) -> Any:
+        return trainer(
+            model, recipe.method, cuts, loss=recipe.loss, optimizer=recipe.optimizer, scheduler=recipe.scheduler,
+            runtime=runtime, devices=recipe.devices, seed=recipe.seed, on_nonfinite=recipe.on_nonfinite,
+        )  # fmt: skip
+
+    return make
+
+
+def answer(workers: Iterable[Worker], what: str) -> dict[int, Any]:
+    """What is asked ("module", "state" or "statistics") of these workers, by number of the block."""
+    return {worker.k: _ANSWERS[what](worker) for worker in workers}
+
+
+def join(answers: Iterable[Mapping[int, Any]]) -> list[Any]:
+    """Answers of several processes in the order of the blocks."""
+    found = {k: value for one in answers for k, value in one.items()}
+    return [found[k] for k in sorted(found)]
+
+
+def owned(workers: Iterable[Worker], runtime: Runtime) -> list[Worker]:
+    """The workers that live in this process."""
+    return [worker for worker in workers if runtime.owns(worker.name)]
+
+
+def bring_home(workers: Sequence[Worker], runtime: Runtime, states: Sequence[Mapping[str, Any]]) -> None:
+    """Put the states of blocks that live elsewhere into this process's own copies of them."""
+    for worker, state in zip(workers, states, strict=True):
+        if not runtime.owns(worker.name):
+            load_worker_state(worker, state)
