@@ -24,14 +24,17 @@ from rich.table import Table
 from decoupled import __version__, checkpoint, registry
 from decoupled.compare import compare, fresh_directory
 from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read
-from decoupled.errors import OperationError, StallError, UserError, first_line
+from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, UserError, first_line
 from decoupled.experiment import Setting, label, make_trainer
 from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import timeline_table
+from decoupled.runtime.launch import launched_rank, under_torchrun
 from decoupled.runtime.simulated import Timing
 from decoupled.simulate import simulate
+from decoupled.specs import parse
+from decoupled.trainer import Trainer
 
 
 class RunError(RuntimeError):
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print(f"decoupled: {first_line(error)}", file=sys.stderr)
         return 1
-    except (StallError, RunError) as error:
+    except (StallError, PeerLost, RemoteError, RunError) as error:
         print(f"decoupled: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -118,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if under_torchrun():
+        raise UserError("`compare` starts its own processes: run it with runtime=processes, without torchrun")
     config = read(CompareConfig, options.words, options.config)
     out = options.out or Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     words = shlex.join([*options.words, *(["--config", options.config] if options.config else [])])
@@ -166,42 +171,57 @@ def _mean(values: Sequence[float]) -> float:
 def _train(options: argparse.Namespace) -> None:
     config = read(TrainConfig, options.words, options.config)
     registry.make(config.method)
-    state = checkpoint.load(config.resume) if config.resume else None
+    first = launched_rank() == 0
+    if under_torchrun() and parse("runtime", config.runtime)[0] != "processes":
+        raise UserError(f"torchrun needs runtime=processes, got runtime={config.runtime}")
+    out = options.out if first else None
+    state = checkpoint.load(config.resume) if config.resume and first else None
     setting = Setting.prepare(config)
     if state is not None and len(state["cuts"]) == len(setting.cuts):
         setting.cuts = list(state["cuts"])
-    if options.out is not None:
-        fresh_directory(options.out)
-        OmegaConf.save(OmegaConf.create(plain(config)), options.out / "config.yaml")
-    history: list[dict[str, Any]] = []
-    with Reporter(setting.samples, options.quiet or options.json) as reporter:
+    if out is not None:
+        fresh_directory(out)
+        OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
+    with Reporter(setting.samples, options.quiet or options.json or not first) as reporter:
         reporter.start(label(config.method))
         policy = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance}
         with make_trainer(setting, config.method, config.seed, **policy) as trainer:
-            if state is not None:
+            if config.resume:
                 trainer.load_state_dict(state)
+            history: list[dict[str, Any]] = []
             while trainer.epoch < config.recipe.epochs:
-                record: dict[str, Any] = dict(trainer.fit(setting.loader(config.seed))[0])
-                held_out = trainer.evaluate(setting.held_out("validation"))
-                record |= {f"validation_{name}": value for name, value in held_out.items()}
-                history.append(record)
-                reporter.line(
-                    f"epoch {record['epoch']:3}  loss {record['loss']:.4f}  "
-                    f"validation accuracy {record['validation_accuracy']:.3f}  "
-                    f"{record['samples_per_second']:.0f} samples/s"
-                )
-                if options.out is not None:
-                    checkpoint.save(trainer.state_dict(), options.out / "checkpoint.pt")
-                    with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
+                history.append(_epoch(trainer, setting, config, out, reporter))
+                if len(history) == 1 and trainer.startup_seconds is not None:
+                    reporter.line(f"the processes started in {trainer.startup_seconds:.1f} s, which is not counted")
             test = trainer.evaluate(setting.held_out("test"))
-            blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()]
+            blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
+    if not first:
+        return
     if options.json:
-        print(json.dumps({"config": plain(config), "history": history, "test": test, "blocks": blocks}))
+        found = {"config": plain(config), "history": history, "test": test, "blocks": blocks}
+        print(json.dumps(found | {"startup_seconds": trainer.startup_seconds}))
     else:
         print(f"test accuracy {test['accuracy']:.4f}, test loss {test['loss']:.4f}")
-        if options.out is not None:
-            print(f"checkpoint: {options.out / 'checkpoint.pt'}")
+        if out is not None:
+            print(f"checkpoint: {out / 'checkpoint.pt'}")
+
+
+def _epoch(
+    trainer: Trainer, setting: Setting, config: TrainConfig, out: Path | None, reporter: Reporter
+) -> dict[str, Any]:
+    record: dict[str, Any] = dict(trainer.fit(setting.loader(config.seed))[0])
+    held_out = trainer.evaluate(setting.held_out("validation"))
+    record |= {f"validation_{name}": value for name, value in held_out.items()}
+    reporter.line(
+        f"epoch {record['epoch']:3}  loss {record['loss']:.4f}  "
+        f"validation accuracy {record['validation_accuracy']:.3f}  "
+        f"{record['samples_per_second']:.0f} samples/s"
+    )
+    if out is not None:
+        checkpoint.save(trainer.state_dict(), out / "checkpoint.pt")
+        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
 
 
 def _simulate(options: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ class Task:
     data: Any = "digits"  # a name, or {name: fashion_mnist, path: DIR}
     model: Any = "resnet8"  # a name, or {name: mlp, width: 64}
     blocks: Any = 2  # a number (balanced by measured time), or a list of cut indices
-    runtime: str = "threads"  # threads | simulated
+    runtime: Any = "threads"  # threads | simulated | processes, or {name: processes, processes: 2, heartbeat: 30}
     recipe: Recipe = field(default_factory=Recipe)
 
 

@@ -139,9 +139,10 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         for _ in range(setting.task.recipe.epochs):
             epoch = trainer.fit(loader)[0]
             seconds, samples = seconds + epoch["seconds"], samples + int(epoch["samples"])
-            curve.append(_point(setting, trainer.model, len(curve) + 1, samples, seconds, epoch["loss"]))
+            held_out = trainer.evaluate(setting.held_out("validation"))
+            curve.append(_point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]))
         final = trainer.evaluate(setting.held_out("test"))
-        blocks = trainer.statistics()
+        blocks, startup = trainer.statistics(), trainer.startup_seconds
     busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
     record = {
         "method": name,
@@ -149,6 +150,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "family": registry.family(name),
         "kind": "method",
         "config": {"method": spec if isinstance(spec, str) else dict(spec), "options": registry.options(name)},
+        "startup_seconds": startup,
         "utilisation": busy,
         "peak_held_bytes": [b.peak_held_bytes for b in blocks],
         "bytes_up_per_sample": [b.bytes_up / samples for b in blocks[:-1]],
@@ -189,7 +191,8 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
             samples, updates = samples + len(inputs), updates + 1
             advance(len(inputs))
         seconds += time.perf_counter() - start
-        curve.append(_point(setting, network, epoch + 1, samples, seconds, total / len(setting.dataset.train)))
+        held_out = evaluate(list(network), setting.held_out("validation"), F.cross_entropy)
+        curve.append(_point(held_out, epoch + 1, samples, seconds, total / len(setting.dataset.train)))
     final = evaluate(list(network), setting.held_out("test"), F.cross_entropy)
     record = {
         "method": control,
@@ -243,17 +246,14 @@ def label(spec: str | Mapping[str, Any]) -> str:
     return f"{spec['name']}({options})" if options else str(spec["name"])
 
 
-def _point(
-    setting: Setting, network: nn.Sequential, epoch: int, samples: int, seconds: float, loss: float
-) -> dict[str, Any]:
-    result = evaluate(list(network), setting.held_out("validation"), F.cross_entropy)
+def _point(held_out: Mapping[str, float], epoch: int, samples: int, seconds: float, loss: float) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "samples": samples,
         "seconds": seconds,
         "train_loss": loss,
-        "validation_accuracy": result["accuracy"],
-        "validation_loss": result["loss"],
+        "validation_accuracy": held_out["accuracy"],
+        "validation_loss": held_out["loss"],
     }
 
 

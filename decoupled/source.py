@@ -9,8 +9,10 @@ It runs in the caller's thread, because it iterates the caller's data; bounded p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +155,21 @@ class Source(Actor):
                 f"batch {self.batch}: labels go from {low} to {high}, but the network has {self._classes} outputs; "
                 f"labels must be 0 to {self._classes - 1}"
             )
+
+
+def peek(batches: Iterable[Any], when: str) -> tuple[Tensor, Iterator[Any]]:
+    """The inputs of the first batch, and all batches.
+
+    Raises:
+        UserError: there are none.
+    """
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise UserError(
+            f"{when} has no batches: the loader is empty, or an iterator that was used up; pass a list or a DataLoader"
+        )
+    return unpack(first)[0], itertools.chain([first], iterator)
 
 
 def unpack(item: object) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from decoupled.errors import PeerLost, UserError
 from decoupled.evaluation import evaluate, evaluate_blocks
 from decoupled.method import Method
 from decoupled.runtime.contract import Graph, Observer, Runtime
-from decoupled.source import Source, unpack
+from decoupled.source import Source, peek
 from decoupled.spread import answer, bring_home, follower, join, owned
 from decoupled.statistics import BlockStatistics
 from decoupled.steps import MakeOptimizer, MakeScheduler
@@ -46,7 +45,9 @@ class Trainer:
         loss: (output, target) -> scalar, mean over the batch.
         optimizer: parameters -> Optimizer; called once for every block and every coupling half with parameters.
         scheduler: optimizer -> LRScheduler, ticks once per optimizer step of its own block; or None.
-        runtime: "threads", "simulated", or a Runtime.
+        runtime: "threads", "simulated", "processes" (one per block, or what torchrun has started), a mapping with
+            ``name`` and options, e.g. ``{"name": "processes", "processes": 2, "heartbeat": 30.0}``, or a Runtime, which
+            stays open. With processes every rank makes the same calls, and rank 0 holds the data and the results.
         devices: one per block in turn; default: all visible GPUs, else the CPU.
         seed: of everything the library draws: auxiliary heads, dropout.
         on_nonfinite: a NaN or infinite loss stops the run ("stop") or drops the batch ("skip"; the running statistics
@@ -80,7 +81,7 @@ class Trainer:
         loss: Loss,
         optimizer: MakeOptimizer,
         scheduler: MakeScheduler | None = None,
-        runtime: str | Runtime = "threads",
+        runtime: str | Mapping[str, Any] | Runtime = "threads",
         devices: Sequence[Any] | None = None,
         seed: int = 0,
         on_nonfinite: str = "stop",
@@ -127,6 +128,16 @@ class Trainer:
                 worker.block.module.load_state_dict(state)
             self._newer = False
         return nn.Sequential(*self._units)
+
+    @property
+    def rank(self) -> int:
+        """Of this process; rank 0 is the one with data, results and the whole model."""
+        return self._runtime.rank
+
+    @property
+    def startup_seconds(self) -> float | None:
+        """How long the processes took to come up; None without any."""
+        return self._runtime.startup_seconds
 
     @property
     def workers(self) -> Sequence[Worker]:
@@ -190,17 +201,20 @@ class Trainer:
         }
         return copy.deepcopy(state)  # training on must not change what was saved
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; the model, method and optimizers must be built as they were.
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from `state` (rank 0's counts); the model, method and optimizers must be built as they were.
 
         Raises:
             UserError: the state is of another method or number of blocks.
         """
-        check(state, self.method.name, len(self._cuts) + 1)
+        if self.rank == 0:
+            check(state or {}, self.method.name, len(self._cuts) + 1)
+        self._host()
+        self._runtime.lead(self, "load_state_dict", None)
+        state = self._runtime.agree(state)
+        assert state is not None
         shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
         self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
-        self._host()
-        self._runtime.lead(self, "load_state_dict", state)
         self._build(torch.zeros(2, *shape, dtype=dtype))
         load_worker_states(self._workers, copy.deepcopy(state["blocks"]))
         self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
@@ -244,7 +258,7 @@ class Trainer:
             timings = self._runtime.run(Graph([source, *self._workers], edges), self._observers)
         finally:
             self._key, self._batch = source.key, source.batch
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - timings.setup
         self._epoch += 1
         for worker in self._workers:
             worker.counters.busy_seconds += timings.busy[worker.name]
@@ -257,37 +271,28 @@ class Trainer:
         return self._runtime.agree(record)
 
     def _begin(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The leader's part before an epoch: the batches, of which the first has been looked at."""
+        """The leader's part before an epoch."""
         if callable(set_epoch := getattr(batches, "set_epoch", None)):
             set_epoch(self._epoch)
         if self._resume_rng is not None:
             set_rng_state(self._resume_rng)
             self._resume_rng = None
-        iterator = iter(batches)
-        first = next(iterator, None)
-        if first is None:
-            raise UserError(
-                f"epoch {self._epoch + 1} has no batches: the loader is empty, or an iterator that was used up; "
-                "pass a list or a DataLoader"
-            )
-        inputs, _, _ = unpack(first)
+        inputs, iterator = peek(batches, f"epoch {self._epoch + 1}")
         if not self._workers and isinstance(self._blocks, int) and self._blocks > 1:
             self._units, self._cuts = cut(self._given, self._blocks, inputs)
         self._first = inputs[:2]
-        return itertools.chain([first], iterator)
+        return iterator
 
     def _host(self) -> None:
         """Let the other processes, if there are any, have a trainer like this one."""
-        if self._hosted:
-            return
-        self._hosted = True
-        self._runtime.host(self, follower(Trainer, self._recipe, nn.Sequential(*self._units), list(self._cuts)))
+        if not self._hosted:
+            self._hosted = True
+            self._runtime.host(self, follower(Trainer, self._recipe, nn.Sequential(*self._units), list(self._cuts)))
 
     def _everywhere(self, what: str) -> list[Any]:
         """What is asked of every block, from the process where it lives."""
-        if self._closed or not self._workers:
-            return join([answer(self._workers, what)])
-        return join(self._runtime.ask(self, "_answer", what))
+        away = self._workers and not self._closed
+        return join(self._runtime.ask(self, "_answer", what) if away else [answer(self._workers, what)])
 
     def _answer(self, what: str) -> dict[int, Any]:
         return answer(owned(self._workers, self._runtime), what)

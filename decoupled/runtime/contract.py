@@ -178,11 +178,15 @@ class Observer:
 
 
 class Timings(NamedTuple):
-    """Seconds of one run per actor name: in operations, and waiting for messages or room; and of the whole run."""
+    """Seconds of one run per actor name: in operations, and waiting for messages or room; and of the whole run.
+
+    `setup`: seconds of the caller's clock spent on getting ready, not in `elapsed`.
+    """
 
     busy: dict[str, float]
     wait: dict[str, float]
     elapsed: float
+    setup: float = 0.0
 
 
 class Runtime(ABC):
@@ -190,9 +194,14 @@ class Runtime(ABC):
 
     A runtime of several processes runs each actor in one of them. All of them make the same calls: each holds its own
     `thing` (a trainer), and rank 0, the leader, has the others follow where they do not run the user's program.
+
+    Attributes:
+        rank: of this process.
+        startup_seconds: how long the processes took to come up; None: there are none, or not yet.
     """
 
     rank: int = 0
+    startup_seconds: float | None = None
 
     @abstractmethod
     def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:

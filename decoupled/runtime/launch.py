@@ -45,6 +45,11 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return bool(there)
 
 
+def launched_rank() -> int:
+    """The rank that a launcher has given to this process; 0 without one."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
 class Group:
     """The processes of one runtime.
 

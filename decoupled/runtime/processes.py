@@ -70,7 +70,6 @@ class Processes(Runtime):
         self._things: dict[int, Any] = {}
         self._things_made = 0
         self._failure: BaseException | None = None
-        self.startup_seconds: float | None = None
 
     # --- one run -------------------------------------------------------------------------------------------------
 
@@ -83,7 +82,7 @@ class Processes(Runtime):
 
     def _whole_run(self, graph: Graph, observers: Sequence[Observer]) -> Timings:
         memory.keep()
-        control = self.start()
+        control, began = self.start(), time.perf_counter()
         self.place([actor.name for actor in graph.actors if not actor.in_caller])
         self._places.update({actor.name: 0 for actor in graph.actors if actor.in_caller})
         self._number, self._edges = self._number + 1, tuple(graph.edges)
@@ -123,7 +122,7 @@ class Processes(Runtime):
         busy, wait = ({k: v for one in outcomes for k, v in one[i].items()} for i in (1, 2))
         for _, _, _, _, recorded in outcomes:
             Events.replay(recorded or (), observers)
-        return Timings(busy, wait, outcomes[0][3])
+        return Timings(busy, wait, outcomes[0][3], start - began)
 
     def _settle(self, failures: Sequence[Any], mine: BaseException | None = None) -> None:
         """Raise the first failure of any rank; all ranks raise the same."""
