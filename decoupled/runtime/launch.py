@@ -96,15 +96,7 @@ class Group:
         Raises:
             PeerLost: somebody did not come within `timeout` seconds.
         """
-        wait, port = timedelta(seconds=timeout), 0
-        if not self.starts:
-            self.store = self._launched_store(wait)
-            self.host = self._reachable_host()
-        elif self.rank:
-            self.store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
-        else:
-            self.store = store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
-            port = store.port
+        self._meet(timedelta(seconds=timeout))
         if self.rank:
             token = self.store.get("token")
             host, port = self.store.get("hub").decode().rsplit(":", 1)
@@ -113,10 +105,21 @@ class Group:
         hub = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
         self.store.set("token", token.decode())
         self.store.set("hub", f"{self.host}:{hub.port}")
-        if self.starts:
-            self._start(port)
         hub.gather(timeout, self._look_after)
         return hub, token
+
+    def _meet(self, wait: timedelta) -> None:
+        """Set `store` and `host`; start the others if that is this process's task."""
+        if not self.starts:
+            store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
+            self.store = PrefixStore(f"decoupled-{next(_made)}", store)
+            self.host = self._reachable_host()
+        elif self.rank:
+            self.store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
+        else:
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+            self._start(store.port)
+            self.store = store
 
     def me(self) -> tuple[int, str]:
         """Process number and host name, for errors."""
@@ -159,10 +162,6 @@ class Group:
             return _ending(child.wait(0.5))
         except subprocess.TimeoutExpired:
             return "it closed its line"
-
-    def _launched_store(self, wait: timedelta) -> Store:
-        store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
-        return PrefixStore(f"decoupled-{next(_made)}", store)
 
     def _reachable_host(self) -> str:
         """This host's address on the way to rank 0; on rank 0: the one the others were told to come to."""

@@ -39,6 +39,7 @@ class Processes(Runtime):
         heartbeat: seconds of silence after which a process is given up.
         patience: seconds in which nothing moves anywhere until the run counts as stalled.
         startup: seconds the processes and the edges have to come up.
+        group: which process this is, and how the others come to be; default: found out.
 
     Attributes:
         startup_seconds: how long the processes took to come up, once they have.
@@ -55,10 +56,11 @@ class Processes(Runtime):
         heartbeat: float = 10.0,
         patience: float = 20.0,
         startup: float = 120.0,
+        group: Group | None = None,
     ) -> None:
         if heartbeat <= 0 or patience <= 0 or startup <= 0:
             raise UserError("heartbeat, patience and startup are seconds and must be positive")
-        self._group = Group.find(processes)
+        self._group = group or Group.find(processes)
         self.rank, self.world = self._group.rank, self._group.world
         self._intra_op, self._beats, self._startup = intra_op, Beats(heartbeat, patience), startup
         self._control: Control | None = None
@@ -122,7 +124,8 @@ class Processes(Runtime):
         busy, wait = ({k: v for one in outcomes for k, v in one[i].items()} for i in (1, 2))
         for _, _, _, _, recorded in outcomes:
             Events.replay(recorded or (), observers)
-        return Timings(busy, wait, outcomes[0][3], start - began)
+        elapsed = max(seconds for *_, seconds, _ in outcomes)
+        return Timings(busy, wait, elapsed, start - began)
 
     def _settle(self, failures: Sequence[Any], mine: BaseException | None = None) -> None:
         """Raise the first failure of any rank; all ranks raise the same."""

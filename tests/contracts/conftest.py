@@ -4,11 +4,16 @@ A new runtime joins the contract with one line in `RUNTIMES`.
 """
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import HashStore
 
 from decoupled.messages import Message
-from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Want
+from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Runtime, Want
+from decoupled.runtime.launch import Group
+from decoupled.runtime.processes import Processes
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
 
@@ -19,11 +24,61 @@ def _uneven():
     return Simulated(cost=lambda actor, operation: next(seconds), latency=lambda edge, message: next(seconds))
 
 
+class _Rank(Group):
+    """A rank that is a thread of this process."""
+
+    def __init__(self, rank, world, store):
+        super().__init__(rank, world, starts=False, follows=False)
+        self.store = store
+
+    def _meet(self, wait):
+        pass
+
+
+class Ranks(Runtime):
+    """The runtime of several processes with every part of it - hub, lines, channels - but its ranks are threads.
+
+    So the fakes need not be sent anywhere, and what an actor raises is the very object.
+    """
+
+    def __init__(self, world, **options):
+        store = HashStore()
+        self._ranks = [Processes(group=_Rank(rank, world, store), **options) for rank in range(world)]
+
+    def run(self, graph, observers=()):
+        errors = {}
+
+        def part(rank):
+            try:
+                return self._ranks[rank].run(graph, observers if rank == 0 else ())
+            except BaseException as error:
+                errors[rank] = error
+
+        with ThreadPoolExecutor(len(self._ranks)) as pool:
+            parts = [pool.submit(part, rank) for rank in range(1, len(self._ranks))]
+            timings = part(0)
+            for one in parts:
+                one.result()
+        if errors:
+            assert sorted(errors) == list(range(len(self._ranks))), "a failure did not reach every rank"
+            raise min(errors.values(), key=lambda error: len(getattr(error, "__notes__", ())))
+        return timings
+
+    def close(self):
+        threads = [threading.Thread(target=rank.close) for rank in self._ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
 RUNTIMES = {
     "simulated": Simulated,
     "simulated, uneven": _uneven,
     "threads": lambda: Threads(patience=0.1),
     "threads, intra_op": lambda: Threads(intra_op=1, patience=0.1),
+    "processes, 2 ranks": lambda: Ranks(2, patience=0.4),
+    "processes, 3 ranks": lambda: Ranks(3, patience=0.4),
 }
 
 
