@@ -26,6 +26,8 @@ from decoupled.compare import compare, fresh_directory
 from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read
 from decoupled.errors import OperationError, StallError, UserError, first_line
 from decoupled.experiment import Setting, label, make_trainer
+from decoupled.observe import timeline
+from decoupled.observe.eventlog import LIMIT, recording
 from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
@@ -96,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "train one model with one method")
     configured(sub, "method=pipedream model=resnet20 data=fashion_mnist blocks=2 epochs=10")
-    sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory for checkpoint, configuration, metrics")
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, help="a new directory: checkpoint, configuration, metrics, events"
+    )
+    sub.add_argument("--events", metavar="N", type=int, default=LIMIT, help="operations per block to record (0: none)")
     sub.add_argument("--quiet", action="store_true", help="no progress")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
 
@@ -111,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name")
     sub.add_argument("--blocks", type=int, default=4, metavar="K", help="number of blocks the facts are given for")
     sub.add_argument("--json", action="store_true", help="print the generated facts as JSON")
+
+    sub = command("trace", lambda options: timeline.show(options.directory), "write the timeline of a run for Perfetto")
+    sub.add_argument("directory", type=Path, help="what `train --out` wrote")
 
     sub = command("report", _report, "write report.html again from results.json")
     sub.add_argument("directory", type=Path)
@@ -174,14 +182,17 @@ def _train(options: argparse.Namespace) -> None:
         fresh_directory(options.out)
         OmegaConf.save(OmegaConf.create(plain(config)), options.out / "config.yaml")
     history: list[dict[str, Any]] = []
-    with Reporter(setting.samples, options.quiet or options.json) as reporter:
-        reporter.start(label(config.method))
-        policy = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance}
+    name, quiet = label(config.method), options.quiet or options.json
+    with Reporter(setting.samples, quiet) as reporter, recording(options.out, name, options.events) as logs:
+        reporter.start(name)
+        policy = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance, "observers": logs}
         with make_trainer(setting, config.method, config.seed, **policy) as trainer:
             if state is not None:
                 trainer.load_state_dict(state)
             while trainer.epoch < config.recipe.epochs:
                 record: dict[str, Any] = dict(trainer.fit(setting.loader(config.seed))[0])
+                for log in logs:
+                    log.end_run(trainer.statistics())
                 held_out = trainer.evaluate(setting.held_out("validation"))
                 record |= {f"validation_{name}": value for name, value in held_out.items()}
                 history.append(record)
@@ -202,6 +213,8 @@ def _train(options: argparse.Namespace) -> None:
         print(f"test accuracy {test['accuracy']:.4f}, test loss {test['loss']:.4f}")
         if options.out is not None:
             print(f"checkpoint: {options.out / 'checkpoint.pt'}")
+            if logs:
+                print(f"timeline:   decoupled trace {shlex.quote(str(options.out))}")
 
 
 def _simulate(options: argparse.Namespace) -> None:
