@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from decoupled import __version__, checkpoint, registry
+from decoupled import __version__, checkpoint, doctor, registry
 from decoupled.compare import compare, fresh_directory
 from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read
 from decoupled.errors import OperationError, StallError, UserError, first_line
@@ -119,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("trace", lambda options: timeline.show(options.directory), "write the timeline of a run for Perfetto")
     sub.add_argument("directory", type=Path, help="what `train --out` wrote")
+
+    sub = command("doctor", _doctor, "what is wrong with this machine, and what to do about it")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("report", _report, "write report.html again from results.json")
     sub.add_argument("directory", type=Path)
@@ -269,6 +272,11 @@ def _info(options: argparse.Namespace) -> None:
     text = card.render(options.blocks)
     console = Console()
     console.print(Markdown(text) if console.is_terminal else text, markup=False)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    if problems := doctor.show(options.json):
+        raise RunError(f"to be mended: {', '.join(finding.check for finding in problems)}")
 
 
 def _report(options: argparse.Namespace) -> None:
