@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -83,9 +84,7 @@ def gloo() -> Iterator[Finding]:
         with child(LIMIT, "gloo", "0", store) as one, child(LIMIT, "gloo", "1", store):
             try:
                 lines, errors = one.communicate(timeout=LIMIT)
-                how = (
-                    f"process ended with {one.returncode}: {errors.strip().splitlines()[-1]}" if errors else "no answer"
-                )
+                how = f"process ended with {one.returncode}: {_reason(errors)}" if errors else "no answer"
             except subprocess.TimeoutExpired as late:
                 lines = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
                 how = f"no answer within {LIMIT:g} s"
@@ -127,6 +126,11 @@ def addresses() -> dict[str, list[str]]:
 def outside(found: dict[str, list[str]]) -> dict[str, list[str]]:
     """The interfaces with an address that is not loopback."""
     return {name: texts for name, texts in found.items() if any(not ip_address(text).is_loopback for text in texts)}
+
+
+def _reason(errors: str) -> str:
+    """The last line of a traceback, without the place in Gloo's source."""
+    return re.sub(r"\[enforce fail at [^]]*\] ([^.]*\. )?", "", errors.strip().splitlines()[-1])
 
 
 def _ipv4(name: str) -> str | None:

@@ -273,7 +273,8 @@ def test_gloo_on_an_interface_that_is_not_there(monkeypatch: Patch) -> None:
     monkeypatch.setenv(network.VARIABLE, "nowhere0")
     found = one(network.gloo(), "gloo")
     assert found.status == "problem"
-    assert found.says.startswith("two processes, interface: process ended with 1")
+    assert found.says.startswith("two processes, interface: process ended with 1: RuntimeError: ")
+    assert "nowhere0" in found.says and "enforce" not in found.says
     assert f"export {network.VARIABLE}=" in found.remedy
 
 
