@@ -1,11 +1,13 @@
 """The event log: an observer that keeps the first events of every actor, so that a long run stays small.
 
-with recording(out, "pipedream") as observers:               out: a directory, or None
-    ... Trainer(..., observers=observers) ...                out/events.jsonl.gz is written in the end
+    with recording(out, "pipedream") as observers:              out: a directory, or None
+        ... Trainer(..., observers=observers) ...               out/events.jsonl.gz is written in the end
 
-log = EventLog("pipedream", limit=500)                       by hand
-trainer = Trainer(..., observers=[log]); trainer.fit(batches); log.end_run(trainer.statistics())
-log.events().save(out)
+    log = EventLog("pipedream", limit=500)                      by hand
+    trainer = Trainer(..., observers=[log]); trainer.fit(batches); log.end_run(trainer.statistics())
+    log.events().save(out)
+
+Once one list is full, nothing that begins later is kept: what there is stays complete up to that time.
 """
 
 from __future__ import annotations
@@ -99,12 +101,14 @@ class EventLog(Observer):
         return Events(self.name, list(self._edges), rows, self.ranks, self.limit, until)
 
     def _keep(self, what: tuple[str, ...], start: float, make: Callable[[], Event]) -> None:
+        if self._cut is not None and (self._run, start) >= self._cut:
+            return
         with self._lock:
             kept = self._kept.setdefault(what, [])
             if len(kept) < self.limit:
                 kept.append((self._run, make()))
-            elif self._cut is None or (self._run, start) < self._cut:
-                self._cut = self._run, start
+            else:
+                self._cut = min((self._run, start), self._cut or (self._run, start))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from decoupled.observe.trace import (
 )
 from decoupled.runtime.contract import Edge
 
-LARGE = 100_000  # spans, arrows and counter values from which on the trace is compressed
+LARGE = 50_000  # spans, arrows and counter values from which on the trace is compressed
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def show(directory: Path) -> None:
         table.add_row(row.actor, f"{row.busy:.1%}", f"{row.messages:.1%}", f"{row.room:.1%}", f"{row.queued:.2f}", late)
     Console().print(table)
     if events.until is not None:
-        print(f"cut: the first {events.until:.3g} s are recorded ({events.limit} operations of a block at most)")
+        print(f"cut: the first {events.until:.6g} s are recorded ({events.limit} operations of a block at most)")
     print(f"trace: {path} (open it at ui.perfetto.dev)")
 
 
