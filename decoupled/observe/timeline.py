@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from decoupled.errors import UserError
 from decoupled.messages import End
 from decoupled.observe.events import Events, Extent, Operation, Take, Transfer, Versions, Wait, read
 from decoupled.observe.trace import (
@@ -71,9 +72,11 @@ def show(directory: Path) -> None:
     """Write `DIR/trace.json` (compressed if it is large) and print the summary: `decoupled trace DIR`.
 
     Raises:
-        UserError: no events there, or a damaged file.
+        UserError: no events there, a damaged file, or a run without operations.
     """
     events = read(directory)
+    if not events.of(Operation):
+        raise UserError(f"{directory}: the run ended before its first operation; train again")
     spans, flows, counters = timeline(events)
     large = len(spans) + 2 * len(flows) + len(counters) > LARGE
     path = directory / ("trace.json.gz" if large else "trace.json")

@@ -16,6 +16,7 @@ import pytest
 from decoupled import cli
 from decoupled.errors import UserError
 from decoupled.messages import Message, Up
+from decoupled.observe import timeline as timeline_module
 from decoupled.observe.eventlog import EventLog, recording
 from decoupled.observe.events import FILE, Extent, Operation, Take, Transfer, Versions, Wait, read
 from decoupled.observe.timeline import summary, timeline
@@ -284,6 +285,19 @@ def test_the_command_draws_what_train_has_written(tmp_path: Path, capsys: pytest
     assert check(out / "trace.json")["X"]
     assert cli.main(["train", *words[:-1], str(tmp_path / "other"), "--events", "0"]) == 0
     assert not (tmp_path / "other" / FILE).exists()
+
+
+def test_a_large_trace_is_compressed_and_an_empty_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path)
+    monkeypatch.setattr(timeline_module, "LARGE", 3)
+    assert cli.main(["trace", str(tmp_path)]) == 0
+    assert f"trace: {tmp_path / 'trace.json.gz'} (" in capsys.readouterr().out
+    assert len(check(tmp_path / "trace.json.gz")["X"]) == 9
+    EventLog().events().save(tmp_path)
+    assert cli.main(["trace", str(tmp_path)]) == 2
+    assert "ended before its first operation; train again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
