@@ -11,30 +11,28 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from decoupled import __version__, checkpoint, registry
-from decoupled.compare import compare, fresh_directory
-from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read
+from decoupled import __version__, doctor, registry
+from decoupled.compare import compare
+from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, read
 from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, UserError, first_line
-from decoupled.experiment import Setting, label, make_trainer
-from decoupled.observe.progress import Reporter
+from decoupled.experiment import label
+from decoupled.observe import timeline
+from decoupled.observe.eventlog import LIMIT
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import timeline_table
-from decoupled.runtime.launch import launched_rank, under_torchrun
+from decoupled.runtime.launch import under_torchrun
 from decoupled.runtime.simulated import Timing
 from decoupled.simulate import simulate
-from decoupled.specs import parse
-from decoupled.trainer import Trainer
+from decoupled.train import train
 
 
 class RunError(RuntimeError):
@@ -99,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "train one model with one method")
     configured(sub, "method=pipedream model=resnet20 data=fashion_mnist blocks=2 epochs=10")
-    sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory for checkpoint, configuration, metrics")
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, help="a new directory: checkpoint, configuration, metrics, events"
+    )
+    sub.add_argument("--events", metavar="N", type=int, default=LIMIT, help="operations per block to record (0: none)")
     sub.add_argument("--quiet", action="store_true", help="no progress")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
 
@@ -114,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name")
     sub.add_argument("--blocks", type=int, default=4, metavar="K", help="number of blocks the facts are given for")
     sub.add_argument("--json", action="store_true", help="print the generated facts as JSON")
+
+    sub = command("trace", lambda options: timeline.show(options.directory), "write the timeline of a run for Perfetto")
+    sub.add_argument("directory", type=Path, help="what `train --out` wrote")
+
+    sub = command("doctor", _doctor, "what is wrong with this machine, and what to do about it")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("report", _report, "write report.html again from results.json")
     sub.add_argument("directory", type=Path)
@@ -170,58 +177,17 @@ def _mean(values: Sequence[float]) -> float:
 
 def _train(options: argparse.Namespace) -> None:
     config = read(TrainConfig, options.words, options.config)
-    registry.make(config.method)
-    first = launched_rank() == 0
-    if under_torchrun() and parse("runtime", config.runtime)[0] != "processes":
-        raise UserError(f"torchrun needs runtime=processes, got runtime={config.runtime}")
-    out = options.out if first else None
-    state = checkpoint.load(config.resume) if config.resume and first else None
-    setting = Setting.prepare(config)
-    if state is not None and len(state["cuts"]) == len(setting.cuts):
-        setting.cuts = list(state["cuts"])
-    if out is not None:
-        fresh_directory(out)
-        OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
-    with Reporter(setting.samples, options.quiet or options.json or not first) as reporter:
-        reporter.start(label(config.method))
-        policy = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance}
-        with make_trainer(setting, config.method, config.seed, **policy) as trainer:
-            if config.resume:
-                trainer.load_state_dict(state)
-            history: list[dict[str, Any]] = []
-            while trainer.epoch < config.recipe.epochs:
-                history.append(_epoch(trainer, setting, config, out, reporter))
-                if len(history) == 1 and trainer.startup_seconds is not None:
-                    reporter.line(f"the processes started in {trainer.startup_seconds:.1f} s, which is not counted")
-            test = trainer.evaluate(setting.held_out("test"))
-            blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
-    if not first:
+    found = train(config, options.out, options.events, options.quiet or options.json)
+    if found is None:  # another rank than the first
         return
     if options.json:
-        found = {"config": plain(config), "history": history, "test": test, "blocks": blocks}
-        print(json.dumps(found | {"startup_seconds": trainer.startup_seconds}))
-    else:
-        print(f"test accuracy {test['accuracy']:.4f}, test loss {test['loss']:.4f}")
-        if out is not None:
-            print(f"checkpoint: {out / 'checkpoint.pt'}")
-
-
-def _epoch(
-    trainer: Trainer, setting: Setting, config: TrainConfig, out: Path | None, reporter: Reporter
-) -> dict[str, Any]:
-    record: dict[str, Any] = dict(trainer.fit(setting.loader(config.seed))[0])
-    held_out = trainer.evaluate(setting.held_out("validation"))
-    record |= {f"validation_{name}": value for name, value in held_out.items()}
-    reporter.line(
-        f"epoch {record['epoch']:3}  loss {record['loss']:.4f}  "
-        f"validation accuracy {record['validation_accuracy']:.3f}  "
-        f"{record['samples_per_second']:.0f} samples/s"
-    )
-    if out is not None:
-        checkpoint.save(trainer.state_dict(), out / "checkpoint.pt")
-        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    return record
+        print(json.dumps(found))
+        return
+    print(f"test accuracy {found['test']['accuracy']:.4f}, test loss {found['test']['loss']:.4f}")
+    if options.out is not None:
+        print(f"checkpoint: {options.out / 'checkpoint.pt'}")
+        if options.events:
+            print(f"timeline:   decoupled trace {shlex.quote(str(options.out))}")
 
 
 def _simulate(options: argparse.Namespace) -> None:
@@ -276,6 +242,11 @@ def _info(options: argparse.Namespace) -> None:
     text = card.render(options.blocks)
     console = Console()
     console.print(Markdown(text) if console.is_terminal else text, markup=False)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    if problems := doctor.show(options.json):
+        raise RunError(f"to be mended: {', '.join(finding.check for finding in problems)}")
 
 
 def _report(options: argparse.Namespace) -> None:

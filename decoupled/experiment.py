@@ -142,7 +142,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
             held_out = trainer.evaluate(setting.held_out("validation"))
             curve.append(_point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]))
         final = trainer.evaluate(setting.held_out("test"))
-        blocks, startup = trainer.statistics(), trainer.startup_seconds
+        blocks, startup = trainer.statistics(), trainer.runtime.startup_seconds
     busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
     record = {
         "method": name,

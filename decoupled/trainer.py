@@ -130,14 +130,9 @@ class Trainer:
         return nn.Sequential(*self._units)
 
     @property
-    def rank(self) -> int:
-        """Of this process; rank 0 is the one with data, results and the whole model."""
-        return self._runtime.rank
-
-    @property
-    def startup_seconds(self) -> float | None:
-        """How long the processes took to come up; None without any."""
-        return self._runtime.startup_seconds
+    def runtime(self) -> Runtime:
+        """What it runs on: see its `rank`, `places` and `startup_seconds`."""
+        return self._runtime
 
     @property
     def workers(self) -> Sequence[Worker]:
@@ -207,7 +202,7 @@ class Trainer:
         Raises:
             UserError: the state is of another method or number of blocks.
         """
-        if self.rank == 0:
+        if self._runtime.rank == 0:
             check(state or {}, self.method.name, len(self._cuts) + 1)
         self._host()
         self._runtime.lead(self, "load_state_dict", None)

@@ -12,6 +12,7 @@ run and one *thread* is one track, so Perfetto stacks the methods and lines up t
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -40,7 +41,7 @@ _NANO = 1e-9  # Perfetto's resolution, in seconds
 
 @dataclass(frozen=True)
 class Span:
-    """One operation: it occupied `track` of `process` from `start` to `end` (seconds)."""
+    """One operation: it occupied `track` of `process` from `start` to `end` (seconds); `kind`: another category."""
 
     process: str
     track: str
@@ -48,13 +49,15 @@ class Span:
     start: float
     end: float
     args: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Flow:
     """One message: left `source` at `start` and reached `target` at `end` (seconds).
 
-    The arrow points at the operation that begins at `end`, or at the next one where none begins just then.
+    The arrow leaves the operation around `start`, or the end of the last one before it, and points at the operation
+    that begins at `end`, or at the next one where none begins just then.
     """
 
     process: str
@@ -87,6 +90,11 @@ def operation_batch(name: str) -> int | None:
     return int(match[2]) if match and match[2] else None
 
 
+def operation_ends_pass(name: str) -> bool:
+    """Whether an operation is the last one of its pass on a block: the backward, or the half of it for the weights."""
+    return operation_kind(name) in (KINDS["B"], KINDS["W"])
+
+
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key by which `block2` comes before `block10`."""
     parts = re.split(r"(\d+)", text)
@@ -115,7 +123,7 @@ def write_trace(spans: Iterable[Span], flows: Iterable[Flow], path: Path, counte
     Args:
         spans: the operations; a span that ends before it starts is a `ValueError`.
         flows: the messages, drawn as arrows from the operation around `start` to the one from `end` on.
-        path: the file to write; missing folders are made.
+        path: the file to write, compressed if it ends in .gz; missing folders are made.
         counters: values of counter tracks, in any order.
     """
     spans, flows, counters = list(spans), list(flows), list(counters)
@@ -136,11 +144,15 @@ def write_trace(spans: Iterable[Span], flows: Iterable[Flow], path: Path, counte
     events += _arrows(flows, spans, processes, tracks)
     events += [
         {"ph": "C", "name": c.name, "pid": processes[c.process], "ts": c.time * _MICRO, "args": {"value": c.value}}
-        for c in sorted(counters, key=lambda c: c.time)
+        for c in counters
     ]
+    events.sort(key=lambda event: (event["pid"], event.get("ts", -math.inf)))  # names first, then in order of time
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"), default=str)
-    path.write_text(text, encoding="utf-8")
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
 
 
 def _names(processes: Mapping[str, int], tracks: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -160,7 +172,7 @@ def _complete(span: Span, pid: int, tid: int) -> dict[str, Any]:
     return {
         "ph": "X",
         "name": span.name,
-        "cat": operation_kind(span.name),
+        "cat": span.kind or operation_kind(span.name),
         "pid": pid,
         "tid": tid,
         "ts": span.start * _MICRO,
@@ -181,8 +193,8 @@ def _arrows(
         sender, receiver = by_track[flow.process, flow.source], by_track[flow.process, flow.target]
         sent = flow.start
         before = bisect_left(sender, sent - _NANO, key=lambda span: span.start) - 1
-        if before >= 0 and abs(sender[before].end - sent) < _NANO:
-            sent -= _NANO  # at its very end an operation no longer encloses the arrow
+        if before >= 0:  # at its very end an operation no longer encloses the arrow
+            sent = max(sender[before].start, min(sent, sender[before].end - _NANO))
         last = bisect_right(receiver, flow.end + _NANO, key=lambda span: span.start) - 1
         taken = last >= 0 and abs(receiver[last].start - flow.end) <= _NANO
         tail = {"ph": "s", "tid": tracks[flow.process, flow.source], "ts": sent * _MICRO}

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -198,10 +199,12 @@ class Runtime(ABC):
     Attributes:
         rank: of this process.
         startup_seconds: how long the processes took to come up; None: there are none, or not yet.
+        places: actor -> rank of its process, once there are several.
     """
 
     rank: int = 0
     startup_seconds: float | None = None
+    places: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:

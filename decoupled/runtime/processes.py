@@ -67,7 +67,7 @@ class Processes(Runtime):
         self._pools = Pools(intra_op)
         self._run: LocalRun | None = None
         self._number = 0
-        self._places: dict[str, int] = {}
+        self.places = self._places = dict[str, int]()
         self._edges: tuple[Edge, ...] = ()
         self._things: dict[int, Any] = {}
         self._things_made = 0

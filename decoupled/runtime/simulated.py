@@ -114,7 +114,7 @@ class _Link:
 class _State:
     """One actor in the simulation."""
 
-    __slots__ = ("actor", "busy", "done", "mail", "name", "outbox", "routes", "seconds", "senders", "wants")
+    __slots__ = ("actor", "busy", "done", "left", "mail", "name", "outbox", "routes", "seconds", "senders", "wants")
 
     def __init__(self, actor: Actor, ports: dict[str, int]) -> None:
         self.actor, self.name, self.mail = actor, actor.name, Mailbox(ports)
@@ -123,6 +123,7 @@ class _State:
         self.outbox: deque[tuple[_Link, Message]] = deque()
         self.wants: Sequence[Want] | None = None  # what it waits for; nothing but `handle` changes it
         self.seconds = 0.0  # in operations
+        self.left = 0.0  # when its latest operation, or the wait for room after it, was over
         self.busy = self.done = False
 
 
@@ -214,6 +215,8 @@ class _Simulation:
             want, messages = found
             if messages and state.senders:
                 self._wake(state)
+            if self._observers:
+                self._report(state, want, messages)
             state.wants = None
             operation, sends = state.actor.handle(want, messages)
             cost = 0.0
@@ -221,6 +224,7 @@ class _Simulation:
                 cost = self._cost(state.name, operation)
                 for observer in self._observers:
                     observer.operation(state.name, operation, self._now, self._now + cost)
+            state.left = self._now + cost
             routes = state.routes
             state.outbox.extend((link, message) for out, message in sends for link in routes.get(out, ()))
             if cost > 0:
@@ -229,6 +233,12 @@ class _Simulation:
                 self._at(self._now + cost, self._finish, state)
             elif state.outbox:
                 self._send(state)
+
+    def _report(self, state: _State, want: Want, messages: tuple[Message, ...]) -> None:
+        for observer in self._observers:
+            observer.wait(state.name, "messages", state.left, self._now)
+            for port, message in zip(want.ports, messages, strict=True):
+                observer.taken(state.name, port, message, self._now)
 
     def _finish(self, state: _State) -> None:
         state.busy = False
@@ -249,6 +259,9 @@ class _Simulation:
                 arrival = link.last = max(arrival, link.last)
             link.reserved[0] += 1
             self._at(arrival, self._arrive, link, message, self._now)
+        for observer in self._observers:
+            observer.wait(state.name, "room", state.left, self._now)
+        state.left = self._now
 
     def _arrive(self, link: _Link, message: Message, sent: float) -> None:
         link.reserved[0] -= 1

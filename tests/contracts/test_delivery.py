@@ -1,5 +1,7 @@
 """What every runtime promises about messages: matched by key, nothing lost, everything bounded, loops allowed."""
 
+import itertools
+
 import pytest
 
 from decoupled.errors import ProtocolError, StallError
@@ -166,13 +168,22 @@ def test_and_not_by_one_more(runtime, fakes, capacity):
 
 class Diary(Observer):
     def __init__(self):
-        self.operations, self.deliveries = [], []
+        self.operations, self.deliveries, self.takes, self.waits = [], [], [], []
+        self.times = {}  # actor -> (start, end) of all it did and waited for, as reported
 
     def operation(self, actor, operation, start, end):
         self.operations.append((actor, operation, end - start))
+        self.times.setdefault(actor, []).append((start, end))
 
     def delivery(self, edge, message, sent, arrived):
         self.deliveries.append((str(edge), message.key, arrived - sent))
+
+    def taken(self, actor, port, message, time):
+        self.takes.append((actor, port, message.key, time))
+
+    def wait(self, actor, what, start, end):
+        self.waits.append((actor, what, end - start))
+        self.times.setdefault(actor, []).append((start, end))
 
 
 def test_observers_see_every_operation_and_every_message(runtime, fakes):
@@ -187,6 +198,37 @@ def test_observers_see_every_operation_and_every_message(runtime, fakes):
         assert timings.busy[name] == pytest.approx(spent)
         assert timings.wait[name] >= 0
         assert timings.busy[name] + timings.wait[name] <= timings.elapsed * (1 + 1e-9)
+
+
+def test_observers_see_every_message_taken_as_an_operation_begins(runtime, fakes):
+    def joiner(seen):
+        for key in (1, 0):
+            yield fakes.want("left", "right", key=key)
+        yield fakes.want("left")
+
+    join, diary = fakes.actor("join", joiner), Diary()
+    actors = [fakes.sender("a", [0, 1, 2, 3]), fakes.sender("b", [0, 1]), join]
+    edges = [("a", "out", "join", "left", 4), ("b", "out", "join", "right", 2)]
+    runtime.run(fakes.graph(actors, *edges), [diary])
+    assert [take[:3] for take in diary.takes] == [
+        ("join", "left", 1), ("join", "right", 1), ("join", "left", 0), ("join", "right", 0), ("join", "left", 2),
+    ]  # fmt: skip
+    starts = [start for start, _ in diary.times["join"]]
+    assert {time for *_, time in diary.takes} <= set(starts), "a message is taken when an operation begins"
+
+
+def test_observers_see_what_an_actor_waits_for_between_its_operations(runtime, fakes):
+    """Operations and waits of an actor follow each other without overlap, within what the runtime tells."""
+    graph, *_ = flood(fakes, 1, opened_by=1)
+    diary = Diary()
+    timings = runtime.run(graph, [diary])
+    for name in ("producer", "gate", "consumer"):
+        times = sorted(diary.times[name])
+        assert all(a <= b for a, b in times), "no wait ends before it starts"
+        assert all(b <= c for (_, b), (c, _) in itertools.pairwise(times)), f"{name} did two things at a time"
+        waited = sum(seconds for actor, _, seconds in diary.waits if actor == name)
+        assert waited <= timings.wait[name] * (1 + 1e-9)
+    assert {what for _, what, _ in diary.waits} == {"messages", "room"}
 
 
 # --- wiring mistakes ----------------------------------------------------------------------------------------------

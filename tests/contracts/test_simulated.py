@@ -11,13 +11,20 @@ from decoupled.runtime.simulated import Simulated, Timing
 
 class Clock(Observer):
     def __init__(self):
-        self.operations, self.arrivals = [], []
+        self.operations, self.arrivals, self.takes, self.waits = [], [], [], []
 
     def operation(self, actor, operation, start, end):
         self.operations.append((actor, start, end))
 
     def delivery(self, edge, message, sent, arrived):
         self.arrivals.append((message.key, sent, arrived))
+
+    def taken(self, actor, port, message, time):
+        self.takes.append((actor, port, message.key, time))
+
+    def wait(self, actor, what, start, end):
+        if end > start:
+            self.waits.append((actor, what, start, end))
 
 
 def test_operations_and_messages_take_the_time_they_are_given(fakes):
@@ -29,6 +36,8 @@ def test_operations_and_messages_take_the_time_they_are_given(fakes):
     assert [row for row in clock.operations if row[0] == "b"] == [("b", 2.5, 7.5), ("b", 7.5, 12.5), ("b", 12.5, 17.5)]
     # message 1 finds room at 4, when 0 has been taken; message 2 is ready at 6 and finds room when 1 is taken, at 7.5
     assert clock.arrivals == [(0, 2.0, 2.5), (1, 4.0, 4.5), (2, 7.5, 8.0)]
+    assert clock.takes == [("b", "in", 0, 2.5), ("b", "in", 1, 7.5), ("b", "in", 2, 12.5)]
+    assert clock.waits == [("b", "messages", 0.0, 2.5), ("a", "room", 6.0, 7.5)]
     assert timings.elapsed == 17.5
     assert timings.busy == {"a": 6.0, "b": 15.0}
     assert timings.wait == {"a": 11.5, "b": 2.5}
