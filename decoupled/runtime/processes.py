@@ -18,7 +18,7 @@ from typing import Any
 
 import cloudpickle
 
-from decoupled.errors import ProtocolError, UserError
+from decoupled.errors import PeerLost, ProtocolError, UserError
 from decoupled.runtime import memory
 from decoupled.runtime.channels import Channels
 from decoupled.runtime.contract import Edge, Graph, Observer, Runtime, Timings, intra_op_threads
@@ -225,6 +225,8 @@ class Processes(Runtime):
             raise UserError("only rank 0 has the whole model, its state and statistics; ask there")
         others: list[Any] = []
         if self.world > 1:
+            if self._control is not None and self._control.lost is not None:
+                raise PeerLost("the other processes have ended") from self._control.lost
             control = self.start()
             assert isinstance(control, Hub)
             others = [control.ask(rank, "ask", self._name(thing), method, args) for rank in range(1, self.world)]

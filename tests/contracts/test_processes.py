@@ -1,0 +1,272 @@
+"""Real processes: every method gives the simulator's bits, and whatever is done to them, nobody hangs or stays."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled import Trainer
+from decoupled.errors import OperationError, PeerLost, UserError
+from decoupled.runtime.processes import Processes
+from decoupled.testing import OPTIMIZERS, Case, label, point, variants
+
+pytestmark = pytest.mark.timeout(120)
+
+CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 7 + (5,))
+FIXED = [spec for spec in variants() if point(spec).order.rule is not None]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Processes that outlive a trainer: starting them takes longer than most tests."""
+    made = {}
+
+    def of(count):
+        if count not in made:
+            made[count] = Processes(processes=count, intra_op=1)
+        return made[count]
+
+    yield of
+    for runtime in made.values():
+        runtime.close()
+
+
+def equal(mine, theirs):
+    if isinstance(mine, torch.Tensor):
+        return torch.equal(mine, theirs)
+    if isinstance(mine, dict):
+        return mine.keys() == theirs.keys() and all(equal(mine[key], theirs[key]) for key in mine)
+    if isinstance(mine, list | tuple):
+        return len(mine) == len(theirs) and all(map(equal, mine, theirs))
+    return mine == theirs or (mine != mine and theirs != theirs)
+
+
+def trained(spec, runtime, epochs=2):
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["momentum"], "runtime": runtime}
+    with Trainer(CASE.blocks(), spec, **given) as trainer:
+        losses = [row["loss"] for row in trainer.fit(CASE.batches(), epochs)]
+        held_out = trainer.evaluate(CASE.batches())
+        state = trainer.state_dict()
+        counts = [(b.updates, b.samples, b.versions, b.staleness, b.bytes_up, b.bytes_down, b.peak_held_bytes)
+                  for b in trainer.statistics()]  # fmt: skip
+    assert equal(state, trainer.state_dict()), "closing changed the state"
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    return {"losses": losses, "held out": held_out, "state": state, "counts": counts, "weights": weights}
+
+
+def check_equal(spec, runtime):
+    mine, theirs = trained(spec, runtime), trained(spec, "simulated")
+    assert [key for key in theirs if not equal(mine[key], theirs[key])] == []
+
+
+@pytest.mark.parametrize("spec", FIXED, ids=label)
+def test_two_processes_equal_the_simulator(spec, pool):
+    """Weights, optimizer states, generators, history, statistics: bit for bit."""
+    check_equal(spec, pool(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("spec", FIXED, ids=label)
+def test_more_processes_equal_the_simulator(spec, count, pool):
+    check_equal(spec, pool(count))
+
+
+def test_a_run_goes_on_bit_for_bit_from_a_saved_state(pool):
+    spec = "pipedream"
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["momentum"], "runtime": pool(2)}
+    with Trainer(CASE.blocks(), spec, **given) as first:
+        first.fit(CASE.batches())
+        state = first.state_dict()
+    with Trainer(CASE.blocks(), spec, **given) as second:
+        second.load_state_dict(state)
+        second.fit(CASE.batches())
+        assert equal(second.state_dict()["blocks"], trained(spec, "simulated")["state"]["blocks"])
+
+
+class Failing(nn.Module):
+    """Fails at its `n`-th forward in training."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.calls = n, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls > self.n:
+            raise ArithmeticError(f"call {self.calls}")
+        return x
+
+
+@pytest.mark.parametrize("where", [0, 3])
+def test_what_fails_in_one_process_is_raised_in_the_caller_and_the_others_live_on(where, pool):
+    blocks = CASE.blocks()
+    blocks[where] = nn.Sequential(blocks[where], Failing(4))
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["sgd"], "runtime": pool(2)}
+    with Trainer(blocks, "pipedream", **given) as trainer:
+        with pytest.raises(OperationError, match=rf"block{where}, operation F4 \(batch 4\).*ArithmeticError: call 5"):
+            trainer.fit(CASE.batches())
+    check_equal("pipedream", pool(2))  # the same processes
+
+
+def test_a_failure_between_runs_is_raised_in_the_caller():
+    """An optimizer that cannot be made in the other process: nothing runs, nobody waits."""
+
+    def optimizer(parameters):
+        if "DECOUPLED_FOLLOW" in os.environ:
+            raise LookupError("not here")
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    with Trainer(CASE.blocks(), "pipedream", loss=F.cross_entropy, optimizer=optimizer, runtime="processes") as trainer:
+        with pytest.raises(LookupError, match="not here"):
+            trainer.fit(CASE.batches())
+
+
+def test_what_cannot_be_sent_is_named(pool):
+    lock = threading.Lock()
+    given = {"loss": lambda y, t: F.cross_entropy(y, t) + 0 * lock.locked(), "optimizer": OPTIMIZERS["sgd"]}
+    with Trainer(CASE.blocks(), "pipedream", runtime=pool(2), **given) as trainer:
+        with pytest.raises(UserError, match=r"cannot be sent to another process.*leave out what cannot be pickled"):
+            trainer.fit(CASE.batches())
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"name": "processes", "processes": 5}, "5 processes for 4 blocks"),
+        ({"name": "processes", "processes": 0}, "processes must be at least 1"),
+        ({"name": "processes", "heartbeat": -1.0}, "must be positive"),
+        ({"name": "processes", "hartbeat": 1.0}, "Did you mean 'heartbeat'"),
+        ({"name": "threads", "processes": 2}, "option of runtime 'threads'"),
+    ],
+)
+def test_wrong_settings_are_refused(runtime, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(CASE.blocks(), "pipedream", loss=F.cross_entropy, optimizer=OPTIMIZERS["sgd"], runtime=runtime)
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+def followers():
+    """Processes on this machine that follow a rank 0."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except (OSError, IndexError):
+                continue
+            if "decoupled.runtime.follow" in command and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def endless():
+    while True:
+        yield from CASE.batches()
+
+
+def strike(signal_number, after, heartbeat, patience):
+    """Train on two processes, send a signal to the second one at batch `after`; the error and the seconds it took."""
+    struck, seen = [], itertools.count(1)
+
+    def child():
+        return runtime._group._children[1].pid
+
+    def on_batch(samples):
+        if next(seen) == after:
+            struck.append(time.monotonic())
+            os.kill(child(), signal_number)
+
+    runtime = Processes(processes=2, intra_op=1, heartbeat=heartbeat)
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["sgd"], "runtime": runtime, "on_batch": on_batch}
+    with Trainer(CASE.blocks(), "pipedream", **given) as trainer:
+        with pytest.raises(PeerLost) as caught:
+            trainer.fit(endless())
+        seconds, pid = time.monotonic() - struck[0], child()
+    runtime.close()
+    assert seconds < patience, f"it took {seconds:.1f} s"
+    assert not Path(f"/proc/{pid}").exists(), "the process is still there"
+    return str(caught.value)
+
+
+def test_a_killed_process_is_reported_at_once():
+    text = strike(signal.SIGKILL, 30, heartbeat=10.0, patience=2.0)
+    assert "rank 1 (block2, block3; process " in text
+    assert "was killed by SIGKILL" in text
+    assert "edge block1.up->block2.up, last batch " in text
+
+
+def test_a_frozen_process_is_reported_within_the_heartbeat_limit():
+    text = strike(signal.SIGSTOP, 30, heartbeat=1.5, patience=1.5 + 1.0)
+    assert "rank 1 (block2, block3; process " in text
+    assert "no sign of life for 1.5 s" in text
+    assert "edge block2.down->block1.down, last batch " in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_and_frozen_at_random_batches():
+    """50 rounds; every one ends in time with the right name, and nothing is left."""
+    draw = random.Random(7)
+    before = sorted(os.listdir("/dev/shm"))
+    for _ in range(50):
+        number, after = draw.choice([signal.SIGKILL, signal.SIGSTOP]), draw.randint(1, 120)
+        text = strike(number, after, heartbeat=1.0, patience=2.0)
+        assert text.startswith("rank 1 (block2, block3; process "), text
+    assert followers() == []
+    assert sorted(os.listdir("/dev/shm")) == before
+
+
+SCRIPT = textwrap.dedent("""
+    import sys, time
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    from decoupled import Trainer
+
+    def endless():
+        n = 0
+        while True:
+            yield torch.randn(8, 4), torch.randint(3, (8,))
+            n += 1
+            if n == 20:
+                print("under way", flush=True)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    with Trainer(model, "pipedream", [1, 2, 3], loss=F.cross_entropy, optimizer=torch.optim.SGD,
+                 runtime={"name": "processes", "processes": 3}) as trainer:
+        trainer.fit(endless())
+""")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_stays_behind_when_rank_0_is_ended(number):
+    before = sorted(os.listdir("/dev/shm")), followers()
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "under way\n"
+        assert len(followers()) == len(before[1]) + 2
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
+    deadline = time.monotonic() + 3
+    while followers() != before[1] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (sorted(os.listdir("/dev/shm")), followers()) == before
