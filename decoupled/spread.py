@@ -31,6 +31,7 @@ def follower(
         return trainer(
             model, recipe.method, cuts, loss=recipe.loss, optimizer=recipe.optimizer, scheduler=recipe.scheduler,
             runtime=runtime, devices=recipe.devices, seed=recipe.seed, on_nonfinite=recipe.on_nonfinite,
+            precision=recipe.precision,
         )  # fmt: skip
 
     return make

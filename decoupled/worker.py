@@ -248,7 +248,7 @@ class Worker(Actor):
 
     def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
         y = self.retention.open(n).y.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.block.precision():
             objective = self.lower.objective(y, state.data)
         if objective is None:
             return None

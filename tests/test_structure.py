@@ -123,7 +123,7 @@ def test_no_test_sleeps() -> None:
 
 
 # The public surface. A change here is a change of the contract: it belongs into the CHANGELOG.
-TRAINER = "model method blocks loss optimizer scheduler runtime devices seed on_nonfinite observers on_batch"
+TRAINER = "model method blocks loss optimizer scheduler runtime devices seed on_nonfinite precision observers on_batch"
 OPTIONS = {
     "backprop": {},
     "gpipe": {"microbatches": 4, "recompute": False},
@@ -140,8 +140,8 @@ OPTIONS = {
 }
 KEYS = {
     config.Recipe: "optimizer lr momentum weight_decay schedule batch_size epochs augment",
-    config.TrainConfig: "data model blocks runtime recipe method seed on_nonfinite resume",
-    config.CompareConfig: "data model blocks runtime recipe suite methods controls baseline seeds",
+    config.TrainConfig: "data model blocks runtime precision recipe method seed on_nonfinite resume",
+    config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds",
     config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
 }
 

@@ -205,7 +205,7 @@ class Hub(Control):
             last = now
             for rank, line in list(self._lines.items()):
                 line.send("beat")
-                if rank not in self._left and now - line.heard > self.beats.limit:
+                if rank not in self._left and now - line.heard > self.beats.silence:
                     self._lose_rank(rank, f"no sign of life for {self.beats.limit:g} s; it hangs or was stopped")
             self._look_for_stall(now)
 

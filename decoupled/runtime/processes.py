@@ -277,7 +277,7 @@ class Processes(Runtime):
         self._channels.close()
         self._channels.endpoint.close()
         self._pools.close()
-        self._group.end()
+        self._group.end(5.0 if control.lost is None else 0.5)
         memory.release()
 
     def _serve(self, what: str, name: int, method: str, args: Sequence[Any]) -> Any:

@@ -179,6 +179,9 @@ def endless():
         yield from CASE.batches()
 
 
+SLACK = 0.5  # seconds for the news to travel and the threads to leave
+
+
 def strike(signal_number, after, heartbeat, patience):
     """Train on two processes, send a signal to the second one at batch `after`; the error and the seconds it took."""
     struck, seen = [], itertools.count(1)
@@ -211,9 +214,9 @@ def test_a_killed_process_is_reported_at_once():
 
 
 def test_a_frozen_process_is_reported_within_the_heartbeat_limit():
-    text = strike(signal.SIGSTOP, 30, heartbeat=1.5, patience=1.5 + 1.0)
+    text = strike(signal.SIGSTOP, 30, heartbeat=3.0, patience=3.0 + SLACK)
     assert "rank 1 (block2, block3; process " in text
-    assert "no sign of life for 1.5 s" in text
+    assert "no sign of life for 3 s" in text
     assert "edge block2.down->block1.down, last batch " in text
 
 
@@ -225,7 +228,7 @@ def test_killed_and_frozen_at_random_batches():
     before = sorted(os.listdir("/dev/shm"))
     for _ in range(50):
         number, after = draw.choice([signal.SIGKILL, signal.SIGSTOP]), draw.randint(1, 120)
-        text = strike(number, after, heartbeat=1.0, patience=2.0)
+        text = strike(number, after, heartbeat=3.0, patience=2.0 if number == signal.SIGKILL else 3.0 + SLACK)
         assert text.startswith("rank 1 (block2, block3; process "), text
     assert followers() == []
     assert sorted(os.listdir("/dev/shm")) == before
