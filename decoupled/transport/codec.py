@@ -35,7 +35,7 @@ _NAMES: dict[torch.dtype, str] = {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
         *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
         *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-        *(torch.complex32, torch.complex64, torch.complex128),
+        *(torch.complex64, torch.complex128),
     )
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}

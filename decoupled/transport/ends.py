@@ -80,6 +80,7 @@ class LinkOutlet(Outlet):
 
     def _finish(self) -> None:
         self._link.goodbye(_SHORTLY)
+        self._link.cut()
         self._bulk.abort()
         self._link.close()
 
@@ -224,6 +225,7 @@ class LinkInlet(Inlet):
 
     def close(self) -> None:
         self._link.goodbye(_SHORTLY)
+        self._link.cut()
         self._bulk.abort()
         self._link.close()
 

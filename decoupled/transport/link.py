@@ -76,12 +76,16 @@ class Link:
         if not self._writing.acquire(timeout=patience):
             return  # a writer is stuck in the middle of a frame
         try:
-            room = select.poll()
-            room.register(self._socket, select.POLLOUT)
-            if room.poll(patience * 1000):
-                self._socket.send(frame.pack(Frame(Kind.GOODBYE), self._number, self._written), socket.MSG_DONTWAIT)
-                self._written += 1
-                self._socket.shutdown(socket.SHUT_WR)
+            goodbye = frame.pack(Frame(Kind.GOODBYE), self._number, self._written)
+            try:
+                self._socket.send(goodbye, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                room = select.poll()
+                room.register(self._socket, select.POLLOUT)
+                room.poll(patience * 1000)
+                self._socket.send(goodbye, socket.MSG_DONTWAIT)
+            self._written += 1
+            self._socket.shutdown(socket.SHUT_WR)
         except (OSError, ValueError):
             pass  # gone already
         finally:
