@@ -99,6 +99,9 @@ class LinkOutlet(Outlet):
         self._large_bytes += sum(piece.nbytes for piece in large)
         return complete
 
+    def _credited(self) -> None:
+        """Messages were taken."""
+
     def _announce(self, size: int) -> None:
         self._link.write(Frame(Kind.PART, size))
 
@@ -120,6 +123,7 @@ class LinkOutlet(Outlet):
             self._credits += frame.amount
             if self._credits > self._capacity:
                 raise ProtocolError(f"edge {self._link.edge}: more messages were taken than had been sent")
+            self._credited()
         elif frame.kind is Kind.RELEASE:
             self._bulk.released(frame.amount)
         elif frame.kind is Kind.GOODBYE:
@@ -148,6 +152,7 @@ class QueuedOutlet(LinkOutlet):
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         super().__init__(link, capacity, bulk)
+        self._begun: deque[Complete] = deque()  # taken messages leave it: their transfers need no waiting for
         self._queue: queue.SimpleQueue[tuple[Encoded, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"send {link.edge}", daemon=True)
         self._thread.start()
@@ -165,15 +170,16 @@ class QueuedOutlet(LinkOutlet):
     def _finish(self) -> None:
         self._queue.put(None)
 
+    def _credited(self) -> None:
+        with contextlib.suppress(OSError):  # the link will tell
+            while len(self._begun) > self._capacity - self._credits:
+                self._begun.popleft()()
+
     def _run(self) -> None:
         try:
-            begun: deque[Complete] = deque()
             while item := self._queue.get():
-                begun.append(self._deliver(*item))
-                while len(begun) >= self._bulk.ahead or (begun and self._queue.empty()):
-                    self._complete(begun.popleft())
-            while begun:
-                self._complete(begun.popleft())
+                self._begun.append(self._deliver(*item))
+            self._complete_all()
             self._link.goodbye(LINGER)
             self._link.drain(LINGER)  # a socket that is closed earlier may lose what is still under way
         except (Closed, Lost, ProtocolError) as error:
@@ -183,9 +189,10 @@ class QueuedOutlet(LinkOutlet):
             self._bulk.abort()
             self._link.close()
 
-    def _complete(self, complete: Complete) -> None:
+    def _complete_all(self) -> None:
         try:
-            complete()
+            while self._begun:
+                self._begun.popleft()()
         except OSError as error:
             raise self._reason() from error
 
