@@ -1,7 +1,7 @@
 """The two ends of an edge over a link: messages with credits. Who waits where:
 
     LinkOutlet    send, in the caller: encode -> wait for a credit -> header, small tensors -> large ones
-    QueuedOutlet  the same, but everything after the credit in a thread of its own: for networks, which can be slow
+    QueuedOutlet  the same, but what can be slow after the credit is for a thread of its own: for networks
     LinkInlet     receive, in the caller: header -> check -> fresh memory -> small tensors -> large ones
 
 One credit is one message that may be sent; there are as many as the edge's capacity, and `taken` returns one.
@@ -24,6 +24,7 @@ from decoupled.transport.frame import Frame, Kind
 from decoupled.transport.link import Link
 
 LINGER = 5.0  # seconds that the last messages have, after `close`, to get away
+_AT_ONCE = 1 << 14  # bytes behind a header that the system takes at once if it takes any
 _SHORTLY = 1.0  # seconds that a goodbye, or the reason of a failed write, may take
 
 
@@ -148,11 +149,15 @@ class LinkOutlet(Outlet):
 
 
 class QueuedOutlet(LinkOutlet):
-    """A `LinkOutlet` whose messages are written by a thread of its own."""
+    """A `LinkOutlet` that never writes in the caller what a slow network could hold up.
+
+    A header and little else is written at once, if nothing is waiting before it: a change of threads costs more.
+    """
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         super().__init__(link, capacity, bulk)
         self._begun: deque[Complete] = deque()  # taken messages leave it: their transfers need no waiting for
+        self._handed = self._delivered = 0  # messages given to the thread, and done by it
         self._queue: queue.SimpleQueue[tuple[Encoded, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"send {link.edge}", daemon=True)
         self._thread.start()
@@ -165,6 +170,11 @@ class QueuedOutlet(LinkOutlet):
             self._thread.join(timeout)
 
     def _put(self, encoded: Encoded, sent: float) -> None:
+        inline = sum(len(piece) for piece in self._bulk.divide(encoded.pieces)[0])
+        if self._handed == self._delivered and inline <= _AT_ONCE and self._link.is_writable():
+            self._begun.append(self._deliver(encoded, sent))
+            return
+        self._handed += 1
         self._queue.put((encoded, sent))
 
     def _finish(self) -> None:
@@ -179,6 +189,7 @@ class QueuedOutlet(LinkOutlet):
         try:
             while item := self._queue.get():
                 self._begun.append(self._deliver(*item))
+                self._delivered += 1
             self._complete_all()
             self._link.goodbye(LINGER)
             self._link.drain(LINGER)  # a socket that is closed earlier may lose what is still under way

@@ -99,6 +99,12 @@ class Link:
             found = self._poll.poll(None if timeout is None else max(timeout, 0) * 1000)
             return self._is_cut or bool(found and all(descriptor != self._wake_reader for descriptor, _ in found))
 
+    def is_writable(self) -> bool:
+        """Whether the system takes more bytes now."""
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        return bool(room.poll(0))
+
     def wake(self) -> None:
         """End the present and all future calls of `wait`."""
         with self._waking:
