@@ -15,6 +15,7 @@ import torch
 from decoupled import split
 from decoupled.benchmarks.peers import balance, data_parallel, library, pipelining, plain
 from decoupled.benchmarks.peers.host import Build, Host
+from decoupled.benchmarks.peers.network import Network
 from decoupled.benchmarks.peers.noise import QUIET, busy_seconds, wait_quiet
 from decoupled.benchmarks.peers.setting import Setting
 
@@ -92,7 +93,7 @@ def hold_rounds(
     setting: Setting, chosen: Sequence[Group], rounds: int, batches: int, patience: float, say: Callable[[str], None]
 ) -> Iterator[dict[str, Measurement]]:
     """Yield one round after the other: contestant -> measurement, the order rotated between rounds."""
-    with _hosts(setting, chosen) as hosts:
+    with start(setting, chosen) as hosts:
         entries = [
             (name, hosts[i], run, max(1, round(batches * group.share)))
             for i, group in enumerate(chosen)
@@ -121,12 +122,12 @@ def weigh_blocks(setting: Setting, rounds: int, batches: int, patience: float) -
 
 
 @contextmanager
-def _hosts(setting: Setting, chosen: Sequence[Group]) -> Iterator[list[Host]]:
-    """The groups' processes, ended whatever happens."""
+def start(setting: Setting, chosen: Sequence[Group], network: Network | None = None) -> Iterator[list[Host]]:
+    """The groups' processes, on this host or the two of `network`; ended whatever happens."""
     hosts: list[Host] = []
     try:
         for group in chosen:
-            hosts.append(Host(group.build, setting, group.ranks, group.environment, **group.options))
+            hosts.append(Host(group.build, setting, group.ranks, group.environment, network=network, **group.options))
         for host in hosts:
             host.ready()
         yield hosts

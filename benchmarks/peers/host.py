@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from decoupled.benchmarks.peers.network import Network, Place
 from decoupled.benchmarks.peers.setting import Run, Setting
 
 Build = Callable[..., dict[str, Run]]
@@ -56,6 +57,7 @@ class Host:
         ranks: processes; more than one form a gloo process group.
         environment: variables the processes start with.
         limit: seconds that starting, or one run, may take.
+        network: two hosts to live on, rank by rank; default: this one.
         options: further arguments of `build`.
     """
 
@@ -66,6 +68,7 @@ class Host:
         ranks: int = 1,
         environment: Mapping[str, str] | None = None,
         limit: float = 300.0,
+        network: Network | None = None,
         **options: Any,
     ) -> None:
         self._limit = limit
@@ -73,7 +76,8 @@ class Host:
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")
-        job = (build, setting, options, ranks, os.path.join(self._folder.name, "store"), limit)
+        place = None if network is None else Place.on(network)
+        job = (build, setting, options, ranks, os.path.join(self._folder.name, "store"), limit, place)
         try:
             for rank in range(ranks):
                 here, there = context.Pipe()
@@ -167,11 +171,14 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _serve(
-    pipe: Connection, rank: int, build: Build, setting: Setting, options: dict, ranks: int, store: str, limit: float
-) -> None:
+    pipe: Connection, rank: int, build: Build, setting: Setting, options: dict, ranks: int, store: str, limit: float,
+    place: Place | None,
+) -> None:  # fmt: skip
     """The life of one child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it ends its children
     try:
+        if place is not None:
+            place.join(rank)
         torch.set_num_threads(1)
         if ranks > 1:
             if sys.platform.startswith("linux"):

@@ -27,6 +27,7 @@ from decoupled.runtime.events import Events
 from decoupled.runtime.hub import Hub
 from decoupled.runtime.launch import Group
 from decoupled.runtime.local import LocalRun, Pools
+from decoupled.transport.contract import Closed
 from decoupled.transport.endpoint import Endpoint
 
 
@@ -110,6 +111,8 @@ class Processes(Runtime):
             self._channels.begin(graph.edges, run.number)
             with intra_op_threads(self._intra_op):
                 run.run(self._pools)
+        except Closed as error:
+            failure = run.failure or error  # that is why it was closed
         except BaseException as error:
             failure = error
         seconds = time.perf_counter() - start
@@ -120,6 +123,7 @@ class Processes(Runtime):
             raise control.lost
         outcome = (failure and pack(failure), run.busy, run.wait, seconds, events and events.taken_calls())
         outcomes = control.exchange("done", outcome)
+        self._run = None  # nothing moves between runs, and that is no stall
         self._settle([packed for packed, *_ in outcomes], failure)
         busy, wait = ({k: v for one in outcomes for k, v in one[i].items()} for i in (1, 2))
         for _, _, _, _, recorded in outcomes:
@@ -188,15 +192,18 @@ class Processes(Runtime):
         return control
 
     def _aborted(self, number: int, error: BaseException) -> None:
-        if self._run is not None and self._run.number == number:
-            self._run.fail(error)
+        run = self._run
+        if run is not None and run.number == number:
+            run.fail(error)
 
     def _lost(self, error: BaseException) -> None:
-        if self._run is not None:
-            self._run.fail(error)
+        run = self._run
+        if run is not None:
+            run.fail(error)
 
     def _status(self) -> Any:
-        return self._run.status() if self._run is not None else None
+        run = self._run
+        return run.status() if run is not None else None
 
     # --- things that every rank holds ----------------------------------------------------------------------------
 

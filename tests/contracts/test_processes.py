@@ -1,5 +1,6 @@
 """Real processes: every method gives the simulator's bits, and whatever is done to them, nobody hangs or stays."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -74,6 +75,16 @@ def check_equal(spec, runtime):
 def test_two_processes_equal_the_simulator(spec, pool):
     """Weights, optimizer states, generators, history, statistics: bit for bit."""
     check_equal(spec, pool(2))
+
+
+def test_idling_between_runs_is_no_stall():
+    """It was: finished actors "wait", and after `patience` seconds the edges kept for the next run were closed."""
+    with contextlib.closing(Processes(processes=2, intra_op=1, patience=0.2)) as runtime:
+        given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["sgd"], "runtime": runtime}
+        with Trainer(CASE.blocks(), "pipedream", **given) as trainer:
+            trainer.fit(CASE.batches())
+            time.sleep(1.5)  # the monitor looks a few times a second
+            assert len(trainer.fit(CASE.batches())) == 1
 
 
 @pytest.mark.slow

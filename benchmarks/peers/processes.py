@@ -1,0 +1,45 @@
+"""This library's contestants with one process per block: started by the runtime, or one on each of two hosts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch.nn import functional as F
+
+from decoupled import Trainer, registry
+from decoupled.benchmarks.peers.setting import Run, Setting, sgd
+from decoupled.benchmarks.peers.slowed import Slowed
+from decoupled.method import Method
+from decoupled.order import free
+from decoupled.runtime.processes import Processes
+
+
+def build(setting: Setting, rank: int, method: Any, credit: int = 0, slow: bool = False) -> dict[str, Run]:
+    """One trainer with two blocks, open for the whole benchmark; a run is one call of `fit`.
+
+    Args:
+        method: name, or mapping with options.
+        credit: not 0: in the order ``free(credit)`` instead of the method's own.
+        slow: let the upper block take twice its time, see `slowed`.
+    """
+    point = registry.make(method)
+    lower, upper = setting.halves()
+    trainer = Trainer(
+        [lower, Slowed(upper) if slow else upper],
+        freed(point, credit) if credit else point,
+        loss=F.cross_entropy,
+        optimizer=sgd,
+        runtime=Processes(processes=2, intra_op=1),
+    )
+
+    def run(batches: int) -> None:
+        trainer.fit(setting.batches(batches) if rank == 0 else ())
+
+    return {"run": run}
+
+
+def freed(method: Method, credit: int) -> Method:
+    """`method` in the order that arrivals decide, at most `credit` passes of a block unanswered."""
+    facts = replace(method.facts, in_flight=lambda k, K: credit)  # how many messages its edges hold follows from this
+    return replace(method, order=free(credit), facts=facts)
