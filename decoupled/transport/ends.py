@@ -181,7 +181,7 @@ class QueuedOutlet(LinkOutlet):
         self._queue.put(None)
 
     def _credited(self) -> None:
-        with contextlib.suppress(OSError):  # the link will tell
+        with contextlib.suppress(OSError, IndexError):  # the link will tell; closing has just completed all
             while len(self._begun) > self._capacity - self._credits:
                 self._begun.popleft()()
 
@@ -202,8 +202,9 @@ class QueuedOutlet(LinkOutlet):
 
     def _complete_all(self) -> None:
         try:
-            while self._begun:
-                self._begun.popleft()()
+            with contextlib.suppress(IndexError):
+                while True:
+                    self._begun.popleft()()
         except OSError as error:
             raise self._reason() from error
 

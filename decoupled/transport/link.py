@@ -102,8 +102,11 @@ class Link:
     def is_writable(self) -> bool:
         """Whether the system takes more bytes now."""
         room = select.poll()
-        room.register(self._socket, select.POLLOUT)
-        return bool(room.poll(0))
+        try:
+            room.register(self._socket, select.POLLOUT)
+            return bool(room.poll(0))
+        except (OSError, ValueError):  # closed
+            return False
 
     def wake(self) -> None:
         """End the present and all future calls of `wait`."""

@@ -278,6 +278,21 @@ def test_what_was_sent_before_closing_arrives(two: Two) -> None:
     inlet.close()
 
 
+@pytest.mark.parametrize("way", ["far stream", "far gloo"])
+def test_closing_with_unread_credits_loses_nothing(way: str) -> None:
+    """A TCP socket that is closed with something unread resets the connection; what is under way would be lost."""
+    with closing(Two(way)) as two:
+        out, inlet = two.open()
+        out.send(message(0, 1))
+        out.send(message(1, 5_000_000))
+        inlet.receive()
+        inlet.taken()  # the source will not read this
+        out.close()
+        assert_equal(Task(inlet.receive).result().message, message(1, 5_000_000))
+        with pytest.raises(Closed):
+            Task(inlet.receive).result()
+
+
 def fill(out: Outlet) -> None:
     while out.ready(0):
         out.send(message(0, 1))
