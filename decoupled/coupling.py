@@ -215,7 +215,7 @@ class LocalHead(Lower):
 class LocalObjective(Coupling):
     """Activation up, nothing down: every block follows its own loss."""
 
-    head: str = "linear"
+    head: str = "auto"
     down: tuple[str, ...] = field(default=(), init=False)
 
     def lower(self, place: Place) -> Lower:

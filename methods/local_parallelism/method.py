@@ -30,14 +30,14 @@ ALL_LOCKS = ("forward", "backward", "update")
 
 
 @register("greedy_local")
-def greedy_local(head: str = "linear") -> Method:
+def greedy_local(head: str = "auto") -> Method:
     """Every block minimises the loss of its own auxiliary head."""
     facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
     return Method(LocalObjective(head), local, facts, KeepNothing)
 
 
 @register("chunked_local")
-def chunked_local(chunks: int = 2, head: str = "linear") -> Method:
+def chunked_local(chunks: int = 2, head: str = "auto") -> Method:
     """Consecutive blocks form `chunks` chunks; each is trained by backpropagation from a head at its end."""
     if chunks < 1:
         raise UserError(f"chunked_local needs at least 1 chunk, got {chunks}")
@@ -47,7 +47,7 @@ def chunked_local(chunks: int = 2, head: str = "linear") -> Method:
 
 
 @register("overlapping_local")
-def overlapping_local(reach: int = 2, head: str = "linear") -> Method:
+def overlapping_local(reach: int = 2, head: str = "auto") -> Method:
     """Every loss reaches `reach` blocks down; a block adds up the gradients it hears."""
     if reach < 1:
         raise UserError(f"overlapping_local needs a reach of at least 1, got {reach}")
@@ -68,7 +68,7 @@ class Chunked(Coupling):
     """Gradient on edges inside a chunk, nothing down on edges between chunks."""
 
     chunks: int
-    head: str = "linear"
+    head: str = "auto"
     down: tuple[str, ...] = field(default=("gradient",), init=False)
 
     def lower(self, place: Place) -> Lower:
@@ -85,7 +85,7 @@ class Overlap(Coupling):
     """One gradient down per objective that still has reach left."""
 
     reach: int
-    head: str = "linear"
+    head: str = "auto"
     down: tuple[str, ...] = field(default=("gradient",), init=False)
 
     def lower(self, place: Place) -> Lower:
