@@ -59,6 +59,8 @@ class Lower:
         replies: Down messages per pass.
         has_objective: whether J_k exists here.
         needs_data: whether it reads targets or sample indices.
+        relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
+            one that B or W takes alone (else they follow the sum).
         module: parameters of its own (dropped when the network is used), or None.
     """
 
@@ -66,6 +68,7 @@ class Lower:
     replies: int = 0
     has_objective: bool = False
     needs_data: bool = False
+    relays: bool = False
     module: nn.Module | None = None
 
     @property

@@ -201,7 +201,7 @@ class Worker(Actor):
         before, state.total = state.total, None
         self._collect(n, state, messages)
         latest = state.total
-        if before is not None:
+        if before is not None and not self.lower.relays:
             state.total = before if latest is None else before + latest
         to_input, to_weights = self.upper.replies and kind in "BI", kind in "BW"
         gradient = None
