@@ -135,6 +135,7 @@ OPTIONS = {
     "greedy_local": {"head": "auto"},
     "chunked_local": {"chunks": 2, "head": "auto"},
     "overlapping_local": {"reach": 2, "head": "auto"},
+    "interlocking": {"n": 2, "head": "auto"},
     "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
     "penalty": {"beta": 0.1, "eta": 5.0, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
 }

@@ -5,24 +5,31 @@
     chunked_local      Gradient inside a chunk,   sync              last block of each chunk   j = end of k's chunk
                        LocalObjective at its end
     overlapping_local  Overlap(reach)             truncated(reach)  reach-1 .. K-1             k <= j < k+reach
+    interlocking       Interlocked(n)             interlocked(n)    n-1 .. K-1                 j = min(k+n-1, K-1)
 
     x_k = detach(y_{k-1}),  y_k = f_k(x_k),  J_k = loss(head_k(y_k), target),  g_k = dJ_k/dy_k
     greedy       dw_k = vjp(f_k, g_k)
     overlapping  delta_{j->k} = gradient of J_j at y_k, passed through f_{k+1} .. f_j at their own inputs
                  dw_k = vjp(f_k, g_k + sum of delta_{j->k} for k < j < k+reach);  delta_{j->k-1} is sent on only
                  while k-1 > j-reach, each one by itself, so that none travels further than its reach
+    interlocking dw_k = vjp(f_k, delta_{j->k}) for j = min(k+n-1, K-1) alone (delta_{k->k} = g_k); the others are only
+                 passed on
 
-Source: Laskin et al. 2020 (arXiv 2012.03837), figure 2; reach = 1 is greedy, reach = K is backpropagation.
+Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking.
+reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from decoupled.coupling import Coupling, Gradient, LocalHead, LocalObjective, Lower, Place, Upper
 from decoupled.errors import UserError
 from decoupled.method import Facts, Method, own
-from decoupled.order import local, objectives, sync, truncated
+from decoupled.order import Order, local, objectives, sync, truncated
+from decoupled.plan import Op, S
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
 
@@ -54,6 +61,30 @@ def overlapping_local(reach: int = 2, head: str = "auto") -> Method:
     locks = tuple(f"{lock} beyond the reach" for lock in ALL_LOCKS)
     facts = Facts(exact=False, reach=lambda k, K: objectives(k, K, reach), locks=locks)
     return Method(Overlap(reach, head), truncated(reach), facts, KeepNothing)
+
+
+@register("interlocking")
+def interlocking(n: int = 2, head: str = "auto") -> Method:
+    """Every block follows the loss `n`-1 blocks ahead (or the network's) alone; its own loss trains its head."""
+    if n < 1:
+        raise UserError(f"interlocking needs an n of at least 1, got {n}")
+    locks = tuple(f"{lock} beyond n blocks" for lock in ALL_LOCKS)
+    facts = Facts(exact=False, reach=lambda k, K: (min(k + n - 1, K - 1),), locks=locks)
+    return Method(Interlocked(n, head), interlocked(n), facts, KeepNothing)
+
+
+def interlocked(n: int) -> Order:
+    """Like `truncated(n)`, but every gradient is passed on by itself except the last one, which the weights follow."""
+
+    def rule(k: int, K: int) -> Iterator[Op]:
+        heard = objectives(k, K, n)
+        goes_on = k > 0 and heard[-1] <= k + n - 2
+        for batch in itertools.count():
+            yield Op("F", batch)
+            yield from (Op("I", batch) for _ in heard[:-1])
+            yield from (Op("B" if goes_on else "W", batch), S)
+
+    return Order(f"interlocked({n})", rule)
 
 
 def _chunk_end(k: int, K: int, chunks: int) -> int:
@@ -96,3 +127,13 @@ class Overlap(Coupling):
         upper = Upper()
         upper.replies = min(self.reach, place.K) > 1
         return upper
+
+
+@dataclass(frozen=True)
+class Interlocked(Overlap):
+    """The same messages as `Overlap`, but a block follows only the last gradient it hears."""
+
+    def lower(self, place: Place) -> Lower:
+        lower = super().lower(place)
+        lower.relays = True
+        return lower
