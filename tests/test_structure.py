@@ -136,6 +136,9 @@ OPTIONS = {
     "chunked_local": {"chunks": 2, "head": "auto"},
     "overlapping_local": {"reach": 2, "head": "auto"},
     "interlocking": {"n": 2, "head": "auto"},
+    "dgl": {"head": "mlp_sr"},
+    "predsim": {"mode": "both", "beta": 0.99},
+    "infopro": {"lambda1": 1.0, "lambda2": 0.5, "contrast": False, "head": "mlp"},
     "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
     "penalty": {"beta": 0.1, "eta": 5.0, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
 }

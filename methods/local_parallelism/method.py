@@ -6,6 +6,9 @@
                        LocalObjective at its end
     overlapping_local  Overlap(reach)             truncated(reach)  reach-1 .. K-1             k <= j < k+reach
     interlocking       Interlocked(n)             interlocked(n)    n-1 .. K-1                 j = min(k+n-1, K-1)
+    dgl                LocalObjective             local             all                        j = k
+    predsim            PredSim                    local             all (see objectives.py)    j = k
+    infopro            InfoPro                    local             all (see objectives.py)    j = k
 
     x_k = detach(y_{k-1}),  y_k = f_k(x_k),  J_k = loss(head_k(y_k), target),  g_k = dJ_k/dy_k
     greedy       dw_k = vjp(f_k, g_k)
@@ -15,7 +18,8 @@
     interlocking dw_k = vjp(f_k, delta_{j->k}) for j = min(k+n-1, K-1) alone (delta_{k->k} = g_k); the others are only
                  passed on
 
-Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking.
+Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking;
+Belilovsky et al. 2020 for dgl, which is greedy with other heads; see objectives.py for the last two.
 reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation.
 """
 
@@ -26,8 +30,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from decoupled.coupling import Coupling, Gradient, LocalHead, LocalObjective, Lower, Place, Upper
-from decoupled.errors import UserError
+from decoupled.errors import UserError, unknown
 from decoupled.method import Facts, Method, own
+from decoupled.methods.local_parallelism.objectives import InfoPro, PredSim
 from decoupled.order import Order, local, objectives, sync, truncated
 from decoupled.plan import Op, S
 from decoupled.registry import register
@@ -71,6 +76,33 @@ def interlocking(n: int = 2, head: str = "auto") -> Method:
     locks = tuple(f"{lock} beyond n blocks" for lock in ALL_LOCKS)
     facts = Facts(exact=False, reach=lambda k, K: (min(k + n - 1, K - 1),), locks=locks)
     return Method(Interlocked(n, head), interlocked(n), facts, KeepNothing)
+
+
+@register("dgl")
+def dgl(head: str = "mlp_sr") -> Method:
+    """Greedy, with the heads of decoupled greedy learning."""
+    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
+    return Method(LocalObjective(head), local, facts, KeepNothing)
+
+
+@register("predsim")
+def predsim(mode: str = "both", beta: float = 0.99) -> Method:
+    """Every block predicts the class and matches the similarities of classes, with weight `beta` on the latter."""
+    betas = {"both": beta, "pred": 0.0, "sim": 1.0}
+    if mode not in betas:
+        raise unknown("mode", mode, betas)
+    if not 0 <= beta <= 1:
+        raise UserError(f"predsim needs a beta from 0 to 1, got {beta}")
+    return Method(PredSim(betas[mode]), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+
+
+@register("infopro")
+def infopro(lambda1: float = 1.0, lambda2: float = 0.5, contrast: bool = False, head: str = "mlp") -> Method:
+    """Every block reconstructs the input, the less the higher it is, and tells classes apart, the more so."""
+    if lambda1 < 0 or not 0 <= lambda2 <= 1:
+        raise UserError(f"infopro needs lambda1 >= 0 and lambda2 from 0 to 1, got {lambda1} and {lambda2}")
+    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
+    return Method(InfoPro(lambda1, lambda2, contrast, head), local, facts, KeepNothing)
 
 
 def interlocked(n: int) -> Order:
