@@ -38,6 +38,7 @@ class Place:
         loss: (output, target) -> scalar batch mean.
         shapes: output shape of every block without the batch dimension.
         inputs: shape of the network's input without the batch dimension.
+        modules: every block, its children being the units it was cut from; to build others like them, never to call.
     """
 
     k: int
@@ -45,6 +46,7 @@ class Place:
     loss: Loss
     shapes: tuple[tuple[int, ...], ...]
     inputs: tuple[int, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
 
     @property
     def top(self) -> bool:

@@ -123,7 +123,7 @@ def cost(
     """Count a method on a network.
 
     Args:
-        blocks: one module per block.
+        blocks: one module per block, nn.Sequential of its units.
         inputs: shape of one example.
         method: as for `Trainer`.
         loss: (output, target) -> scalar; targets are taken to be class numbers.
@@ -158,8 +158,10 @@ def cost(
     results = []
     with torch.device("meta"):
         for k, flops in enumerate(counted):
-            place = Place(k, K, loss, tuple(shapes), tuple(inputs))
+            place = Place(k, K, loss, tuple(shapes), tuple(inputs), tuple(blocks))
             lower, upper = point.coupling.lower(place), point.coupling.upper(place) if k else Bottom()
+            if lower.module is not None:
+                lower.module.to("meta")  # what was copied from a block lives where the block does
             head = _objective(lower, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))
             weights = _weights(blocks[k]) + sum(_weights(h.module) for h in (lower, upper) if h.module is not None)
             whole = Flops(flops.forward, flops.weights, flops.inputs, flops.both, head, update * weights)
