@@ -7,6 +7,7 @@
     overlapping_local  Overlap(reach)             truncated(reach)  reach-1 .. K-1             k <= j < k+reach
     interlocking       Interlocked(n)             interlocked(n)    n-1 .. K-1                 j = min(k+n-1, K-1)
     dgl                LocalObjective             local             all                        j = k
+    auglocal           Augmented                  local             all (see auxiliary.py)     j = k
     predsim            PredSim                    local             all (see objectives.py)    j = k
     infopro            InfoPro                    local             all (see objectives.py)    j = k
 
@@ -19,7 +20,7 @@
                  passed on
 
 Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking;
-Belilovsky et al. 2020 for dgl, which is greedy with other heads; see objectives.py for the last two.
+Belilovsky et al. 2020 for dgl, which is greedy with other heads; for the last three see auxiliary.py and objectives.py.
 reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation.
 """
 
@@ -32,6 +33,7 @@ from dataclasses import dataclass, field
 from decoupled.coupling import Coupling, Gradient, LocalHead, LocalObjective, Lower, Place, Upper
 from decoupled.errors import UserError, unknown
 from decoupled.method import Facts, Method, own
+from decoupled.methods.local_parallelism.auxiliary import Augmented
 from decoupled.methods.local_parallelism.objectives import InfoPro, PredSim
 from decoupled.order import Order, local, objectives, sync, truncated
 from decoupled.plan import Op, S
@@ -83,6 +85,14 @@ def dgl(head: str = "mlp_sr") -> Method:
     """Greedy, with the heads of decoupled greedy learning."""
     facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
     return Method(LocalObjective(head), local, facts, KeepNothing)
+
+
+@register("auglocal")
+def auglocal(depth: int = 2, decline: float = 0.5) -> Method:
+    """Greedy, with heads made like the layers to come: `depth` of them at the bottom, fewer towards the top."""
+    if depth < 1 or not 0 <= decline <= 1:
+        raise UserError(f"auglocal needs a depth of at least 1 and a decline from 0 to 1, got {depth} and {decline}")
+    return Method(Augmented(depth, decline), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
 
 
 @register("predsim")
