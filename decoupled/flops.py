@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled import registry
 from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
-from decoupled.errors import UserError
+from decoupled.errors import UserError, first_line
 from decoupled.messages import Data
 from decoupled.method import Method
 from decoupled.plan import walk
@@ -220,7 +220,13 @@ def _objective(
     indices = torch.arange(_EXAMPLES, device="cpu")
     data = Data(0, batch=0, inputs=torch.empty(_EXAMPLES, *inputs), targets=targets, indices=indices)
     leaves = [] if lower.module is None else [p for p in lower.module.parameters() if p.requires_grad]
-    forward, value = _counted(lambda: lower.objective(y, data))
+    try:
+        forward, value = _counted(lambda: lower.objective(y, data))
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"the objective on an output of shape {shape} cannot be traced without data ({first_line(error)}); give a "
+            "loss made of tensor operations that takes class numbers"
+        ) from error
     return forward + (0.0 if value is None else _backward(value, [y, *leaves]))
 
 

@@ -136,6 +136,23 @@ def test_interlocking_is_not_overlapping():
     assert differ == [False, True, True, True, False]
 
 
+@pytest.mark.parametrize("spec", [overlapping(2), overlapping(4), interlocking(3), chunked(2)], ids=str)
+def test_no_block_runs_twice(spec):
+    """However many losses reach a block, it has one forward per batch, and BatchNorm sees every batch once."""
+    blocks, calls = CASE.blocks(), [0] * K
+
+    def hook(k):
+        def count(module, *_):
+            calls[k] += module.training  # the shapes are found out in evaluation mode
+
+        return count
+
+    for k, block in enumerate(blocks):
+        block.register_forward_hook(hook(k))
+    train(CASE, spec, blocks=blocks, epochs=2)
+    assert calls == [2 * len(CASE.sizes)] * K
+
+
 def fresh_heads(spec):
     one = Case(CASE.widths, CASE.cuts, CASE.sizes[:1], CASE.seed)
     run = train(one, spec, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))

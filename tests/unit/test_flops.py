@@ -142,5 +142,7 @@ def test_every_method_is_counted_or_refused(spec):
 def test_wrong_input_is_one_line():
     with pytest.raises(UserError, match=r"block1 does not take an input of shape \(16,\) per sample; check the blocks"):
         cost([*layers(1), nn.Linear(5, 3)], (16,), "backprop")
+    with pytest.raises(UserError, match=r"cannot be traced without data .* takes class numbers"):
+        cost(layers(), (16,), "backprop", loss=lambda output, target: output.sum() * output.mean().item())
     with pytest.raises(UserError, match="the network has no blocks"):
         cost([], (16,), "backprop")
