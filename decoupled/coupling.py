@@ -112,13 +112,15 @@ class Upper:
     """The half that lives with block k+1.
 
     Attributes:
-        replies: whether it sends a Down, so that the block's input gradient is needed.
+        replies: whether it sends a Down.
+        needs_gradient: whether the reply is made of the gradient for the block's input (else none is computed).
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
         module: parameters of its own, or None.
     """
 
     replies: bool = False
+    needs_gradient: bool = True
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
@@ -128,7 +130,7 @@ class Upper:
         return payload[0]
 
     def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Payload of Down, from the gradient for the block's input."""
+        """Payload of Down, from the gradient for the block's input (meaningless unless `needs_gradient`)."""
         return (gradient,)
 
 
@@ -158,10 +160,16 @@ class Top(Lower):
 
 
 class Coupling(ABC):
-    """Builds the halves of every edge. `up` and `down` name the payload tensors, in order."""
+    """Builds the halves of every edge.
+
+    Attributes:
+        up, down: names of the payload tensors, in order.
+        down_per_sample: whether tensors that go down have one row per sample.
+    """
 
     up: tuple[str, ...] = ("activation",)
     down: tuple[str, ...] = ()
+    down_per_sample: bool = True
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:
