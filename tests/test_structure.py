@@ -138,6 +138,7 @@ OPTIONS = {
     "interlocking": {"n": 2, "head": "auto"},
     "dgl": {"head": "mlp_sr"},
     "auglocal": {"depth": 2, "decline": 0.5},
+    "momentum_auxiliary": {"momentum": 0.995, "head": "auto"},
     "predsim": {"mode": "both", "beta": 0.99},
     "infopro": {"lambda1": 1.0, "lambda2": 0.5, "contrast": False, "head": "mlp"},
     "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},

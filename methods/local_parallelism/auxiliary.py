@@ -66,7 +66,7 @@ def auxiliary(place: Place, depth: int) -> nn.Module:
     below = [unit for module in place.modules[: place.k + 1] for unit in module.children()]
     above = [unit for module in place.modules[place.k + 1 :] for unit in module.children()]
     last, layers = len(below) - 1, len(below) + len(above) - 1  # the output unit gives way to the head
-    wanted = _shapes(above, place.shapes[place.k])
+    wanted = shapes(above, place.shapes[place.k])
     shape, parts = place.shapes[place.k], []
     for number in chosen(last, layers, depth):
         unit, expected = above[number - last - 1], wanted[number - last - 1]
@@ -99,7 +99,7 @@ def _without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-def _shapes(units: Sequence[nn.Module], shape: Shape) -> list[Shape]:
+def shapes(units: Sequence[nn.Module], shape: Shape) -> list[Shape]:
     """What every unit is given, and what the last returns; the units do not change."""
     found = [shape]
     reference = next((p for unit in units for p in unit.parameters()), torch.zeros(0))

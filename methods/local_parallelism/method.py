@@ -8,6 +8,7 @@
     interlocking       Interlocked(n)             interlocked(n)    n-1 .. K-1                 j = min(k+n-1, K-1)
     dgl                LocalObjective             local             all                        j = k
     auglocal           Augmented                  local             all (see auxiliary.py)     j = k
+    momentum_auxiliary Momentum                   answered          all (see momentum.py)      j = k
     predsim            PredSim                    local             all (see objectives.py)    j = k
     infopro            InfoPro                    local             all (see objectives.py)    j = k
 
@@ -20,7 +21,8 @@
                  passed on
 
 Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking;
-Belilovsky et al. 2020 for dgl, which is greedy with other heads; for the last three see auxiliary.py and objectives.py.
+Belilovsky et al. 2020 for dgl, which is greedy with other heads; for the others see auxiliary.py, momentum.py and
+objectives.py.
 reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation.
 """
 
@@ -34,6 +36,7 @@ from decoupled.coupling import Coupling, Gradient, LocalHead, LocalObjective, Lo
 from decoupled.errors import UserError, unknown
 from decoupled.method import Facts, Method, own
 from decoupled.methods.local_parallelism.auxiliary import Augmented
+from decoupled.methods.local_parallelism.momentum import Momentum, answered
 from decoupled.methods.local_parallelism.objectives import InfoPro, PredSim
 from decoupled.order import Order, local, objectives, sync, truncated
 from decoupled.plan import Op, S
@@ -93,6 +96,15 @@ def auglocal(depth: int = 2, decline: float = 0.5) -> Method:
     if depth < 1 or not 0 <= decline <= 1:
         raise UserError(f"auglocal needs a depth of at least 1 and a decline from 0 to 1, got {depth} and {decline}")
     return Method(Augmented(depth, decline), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+
+
+@register("momentum_auxiliary")
+def momentum_auxiliary(momentum: float = 0.995, head: str = "auto") -> Method:
+    """Greedy, with a head that begins with a slowly following copy of the next block's first layer."""
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum_auxiliary needs a momentum of at least 0 and below 1, got {momentum}")
+    facts = Facts(exact=False, reach=own, locks=("backward", "update"))
+    return Method(Momentum(momentum, head), answered, facts, KeepNothing)
 
 
 @register("predsim")
