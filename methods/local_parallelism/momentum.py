@@ -49,17 +49,21 @@ class Momentum(Coupling):
     def lower(self, place: Place) -> Lower:
         if place.top:
             return Top(place)
+        if not place.modules:  # only the times of a network are known (decoupled.simulate): it waits everywhere
+            half = LocalHead(place, self.head)
+            half.awaits, half.replies = "A", 1
+            return half
         unit = first_unit(place, place.k + 1)
         return LocalHead(place, self.head) if unit is None else MomentumHead(place, self.head, self.momentum, unit)
 
     def upper(self, place: Place) -> Upper:
-        unit = first_unit(place, place.k)
+        unit = first_unit(place, place.k) if place.modules else nn.Identity()
         return Upper() if unit is None else SendWeights(unit)
 
 
 def first_unit(place: Place, k: int) -> nn.Module | None:
     """The first unit of block `k`, unless it has no weights or is the output of the network."""
-    units = list(place.modules[k].children()) if place.modules else []
+    units = list(place.modules[k].children())
     if not units or (k == place.K - 1 and len(units) == 1) or next(units[0].parameters(), None) is None:
         return None
     return units[0]

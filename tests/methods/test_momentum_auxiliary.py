@@ -12,6 +12,7 @@ from decoupled import Trainer
 from decoupled.errors import UserError
 from decoupled.messages import Down
 from decoupled.methods.local_parallelism.momentum import flat as weights_of
+from decoupled.simulate import simulate
 from decoupled.testing import OPTIMIZERS, Case, Tap, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6, 6, 6, 5))
@@ -106,6 +107,12 @@ def test_a_block_without_a_layer_to_follow_has_a_plain_head():
         trainer.fit(CASE.batches())
         assert [block.bytes_down for block in trainer.statistics()] == [0, 0, 0]
         assert [block.auxiliary_parameters for block in trainer.statistics()] == [5 * 3 + 3, 5 * 3 + 3, 0]
+
+
+def test_the_simulator_knows_that_blocks_wait_for_weights():
+    """One forward of the block above and its backward lie between two passes; a greedy block never waits."""
+    waiting, greedy = (simulate(method, blocks=4, batches=64).utilisation[0] for method in (SPEC, "greedy_local"))
+    assert waiting < 0.8 < greedy
 
 
 def test_wrong_momentum_is_one_line():
