@@ -109,7 +109,7 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
         for k, module in enumerate(modules):
-            place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]))
+            place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]), tuple(modules))
             device = recipe.devices[k % len(recipe.devices)] if here(f"block{k}") else torch.device("cpu")
             lower, upper = method.coupling.lower(place), method.coupling.upper(place) if k else Bottom()
             if lower.has_objective and not dtypes[k].is_floating_point:

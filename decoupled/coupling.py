@@ -38,6 +38,7 @@ class Place:
         loss: (output, target) -> scalar batch mean.
         shapes: output shape of every block without the batch dimension.
         inputs: shape of the network's input without the batch dimension.
+        modules: every block, its children being the units it was cut from; to build others like them, never to call.
     """
 
     k: int
@@ -45,6 +46,7 @@ class Place:
     loss: Loss
     shapes: tuple[tuple[int, ...], ...]
     inputs: tuple[int, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
 
     @property
     def top(self) -> bool:
@@ -59,6 +61,8 @@ class Lower:
         replies: Down messages per pass.
         has_objective: whether J_k exists here.
         needs_data: whether it reads targets or sample indices.
+        relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
+            one that B or W takes alone (else they follow the sum).
         module: parameters of its own (dropped when the network is used), or None.
     """
 
@@ -66,6 +70,7 @@ class Lower:
     replies: int = 0
     has_objective: bool = False
     needs_data: bool = False
+    relays: bool = False
     module: nn.Module | None = None
 
     @property
@@ -107,13 +112,15 @@ class Upper:
     """The half that lives with block k+1.
 
     Attributes:
-        replies: whether it sends a Down, so that the block's input gradient is needed.
+        replies: whether it sends a Down.
+        needs_gradient: whether the reply is made of the gradient for the block's input (else none is computed).
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
         module: parameters of its own, or None.
     """
 
     replies: bool = False
+    needs_gradient: bool = True
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
@@ -123,7 +130,7 @@ class Upper:
         return payload[0]
 
     def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Payload of Down, from the gradient for the block's input."""
+        """Payload of Down, from the gradient for the block's input (meaningless unless `needs_gradient`)."""
         return (gradient,)
 
 
@@ -153,10 +160,16 @@ class Top(Lower):
 
 
 class Coupling(ABC):
-    """Builds the halves of every edge. `up` and `down` name the payload tensors, in order."""
+    """Builds the halves of every edge.
+
+    Attributes:
+        up, down: names of the payload tensors, in order.
+        down_per_sample: whether tensors that go down have one row per sample.
+    """
 
     up: tuple[str, ...] = ("activation",)
     down: tuple[str, ...] = ()
+    down_per_sample: bool = True
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:
@@ -215,7 +228,7 @@ class LocalHead(Lower):
 class LocalObjective(Coupling):
     """Activation up, nothing down: every block follows its own loss."""
 
-    head: str = "linear"
+    head: str = "auto"
     down: tuple[str, ...] = field(default=(), init=False)
 
     def lower(self, place: Place) -> Lower:

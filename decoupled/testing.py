@@ -23,7 +23,8 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from decoupled import registry
-from decoupled.messages import Message
+from decoupled.coupling import Lower
+from decoupled.messages import Data, Message
 from decoupled.method import Method
 from decoupled.runtime.contract import Edge, Observer
 from decoupled.runtime.simulated import Timing
@@ -178,20 +179,23 @@ def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS
     """Every block's weights after each of its updates, from the declared facts alone.
 
     Update n of block k is the gradient on minibatch n of the objectives in ``facts.reach(k, K)``, by autograd on the
-    whole network with `detach` below the lowest block that an objective reaches. The forward runs block k with the
+    whole network with `detach` below the lowest block that an objective reaches, and with the weights of the blocks in
+    between held fixed that it only passes through. The forward runs block k with the
     weights it had ``facts.delay(k, K)`` updates ago, never older than the epoch; the backward goes through those, or
     through today's (`backward_weights`). A minibatch is one update: micro-batches only re-associate a mean.
     """
     facts, feed, K, blocks = point(method).facts, point(method).feed, case.K, case.blocks()
-    heads = [*_heads(case, method)[:-1], nn.Identity()]
-    optimizers = [optimizer(list(m.parameters())) for m in [*blocks, *heads] if m is not None and _has_weights(m)]
+    halves = _halves(case, method)
+    modules = [*blocks, *(half.module for half in halves)]
+    optimizers = [optimizer(list(m.parameters())) for m in modules if m is not None and _has_weights(m)]
     history = [[_leaves(block)] for block in blocks]
     repeated = [b for b in case.batches() for _ in range(feed.rounds if isinstance(feed, Repeat) else 1)]
     for _ in range(epochs):
         start = len(history[0]) - 1
-        for n, (x, y, _) in enumerate(repeated, start):
+        for n, (x, y, indices) in enumerate(repeated, start):
+            data = Data(n, batch=n, inputs=x, targets=y, indices=indices)
             old = [history[k][max(start, n - facts.delay(k, K))] for k in range(K)]
-            _gradients(blocks, heads, old, facts.backward_weights == "current", point(method), x, y)
+            _gradients(blocks, halves, old, facts.backward_weights == "current", point(method), data)
             for made in optimizers:
                 made.step()
                 made.zero_grad()
@@ -201,16 +205,12 @@ def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS
 
 
 def _gradients(
-    blocks: Sequence[nn.Module],
-    heads: Sequence[nn.Module | None],
-    old: Sequence[dict[str, Tensor]],
-    today: bool,
-    method: Method,
-    x: Tensor,
-    y: Tensor,
-) -> None:
+    blocks: Sequence[nn.Module], halves: Sequence[Lower], old: Sequence[dict[str, Tensor]], today: bool, method: Method,
+    data: Data,
+) -> None:  # fmt: skip
     """Leave in `.grad` of blocks and heads what the method declares; `old` are the weights of the forward."""
-    K = len(blocks)
+    K, x = len(blocks), data.inputs
+    assert x is not None
     inputs = [x]  # what each block met in the forward
     for block, weights in zip(blocks, old, strict=True):
         inputs.append(functional_call(block, weights, inputs[-1]).detach())
@@ -218,29 +218,27 @@ def _gradients(
     leaves = [{name: w.clone().requires_grad_() for name, w in weights.items()} for weights in used]
     for j in sorted({j for k in range(K) for j in method.facts.reach(k, K)}):
         reached = [k for k in range(K) if j in method.facts.reach(k, K)]
-        assert reached == list(range(reached[0], j + 1)), f"objective {j} reaches blocks {reached}: not a run up to {j}"
         h = x
         for k in range(j + 1):
             if k == reached[0]:
                 h = h.detach()
             if today:
                 h = inputs[k] + (h - h.detach())  # the stale input, with the gradient of today's
-            h = functional_call(blocks[k], leaves[k], h)
+            h = functional_call(blocks[k], leaves[k] if k in reached else used[k], h)
             for correction in method.corrections if k < j and h.requires_grad else ():
                 h.register_hook(correction.cotangent)
-        head = heads[j]
-        assert head is not None, f"block {j} has an objective and no head"
-        nn.functional.cross_entropy(head(h), y).backward()
+        objective = halves[j].objective(h, data)
+        assert objective is not None, f"block {j} has nothing to learn from minibatch {data.batch}"
+        objective.backward()
     for block, weights in zip(blocks, leaves, strict=True):
         for name, parameter in block.named_parameters():
             parameter.grad = weights[name].grad
 
 
-def _heads(case: Case, method: Spec) -> list[nn.Module | None]:
-    """The auxiliary heads that the library makes for this case (they are drawn from the trainer's seed)."""
-    once = replace(case, sizes=case.sizes[:1])
-    frozen = train(once, method, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    return [copy.deepcopy(worker.lower.module) for worker in frozen.trainer.workers]
+def _halves(case: Case, method: Spec) -> list[Lower]:
+    """The lower halves, with the heads that the library draws from the trainer's seed."""
+    frozen = train(replace(case, sizes=case.sizes[:1]), method, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    return [copy.deepcopy(worker.lower) for worker in frozen.trainer.workers]
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -107,6 +107,7 @@ class Worker(Actor):
         self.steps, self.counters = steps, Counters()
         self._corrections, self._on_nonfinite, self._method = corrections, on_nonfinite, method
         self.needs_data = lower.needs_data or upper.needs_data
+        self._to_input = upper.replies and upper.needs_gradient
         self._start, self._plan = 0, order.plan(place.k, place.K)
         self._passes: dict[int, _Pass] = {}
         self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
@@ -202,7 +203,7 @@ class Worker(Actor):
             return [] if state.offered else self._up(n, state, ())
         payload = next((message.payload for message in messages if isinstance(message, Up)), ())
         x = self.upper.receive(payload, state.data).to(self.block.device)
-        y = self.retention.keep(n, x.detach().requires_grad_(self.upper.replies and x.is_floating_point()))
+        y = self.retention.keep(n, x.detach().requires_grad_(self._to_input and x.is_floating_point()))
         self.counters.samples += x.shape[0]
         payload = self.lower.emit(y, state.data)
         return [] if state.offered else self._up(n, state, payload)
@@ -212,9 +213,9 @@ class Worker(Actor):
         before, state.total = state.total, None
         self._collect(n, state, messages)
         latest = state.total
-        if before is not None:
+        if before is not None and not self.lower.relays:
             state.total = before if latest is None else before + latest
-        to_input, to_weights = self.upper.replies and kind in "BI", kind in "BW"
+        to_input, to_weights = self._to_input and kind in "BI", kind in "BW"
         gradient = None
         cotangent = latest if kind == "I" else state.total
         if cotangent is not None and not state.void:
@@ -227,7 +228,7 @@ class Worker(Actor):
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        return self._down(n, state, gradient) if to_input else []
+        return self._down(n, state, gradient) if self.upper.replies and kind in "BI" else []
 
     def _collect(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
@@ -290,10 +291,11 @@ class Worker(Actor):
         return [("up", message)]
 
     def _down(self, n: int, state: _Pass, gradient: Tensor | None) -> Sends:
-        payload = () if gradient is None else self.upper.reply(gradient)
+        void = state.void or (gradient is None and self._to_input)
+        payload = () if void else self.upper.reply(torch.empty(0) if gradient is None else gradient)
         message = Down(
             n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
-            payload=payload, void=gradient is None, hops=state.hops,
+            payload=payload, void=void, hops=state.hops,
         )  # fmt: skip
         self.counters.bytes_down += message.nbytes
         state.sent += 1

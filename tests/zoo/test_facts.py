@@ -77,7 +77,7 @@ def test_messages_and_bytes_follow_from_the_shapes(spec, data):
             assert rows(down[k]) == answers(method, k, K) * sum(case.sizes)
         for message in up[k]:
             assert [t.shape[1:] for t in message.payload] == [(features[k],)] * len(method.coupling.up)
-        for message in down[k]:
+        for message in down[k] if method.coupling.down_per_sample else ():
             assert [t.shape[1:] for t in message.payload] == [(features[k - 1],)] * len(method.coupling.down)
 
 
@@ -94,8 +94,8 @@ def rows(messages):
 
 
 def answers(method, k, K):
-    """Gradients that block k sends down per pass: one per objective that it hands on."""
-    return len([j for j in method.facts.reach(k - 1, K) if j >= k]) if k else 0
+    """Gradients that block k sends down per pass: one per objective that a block below hears."""
+    return len({j for below in range(k) for j in method.facts.reach(below, K) if j >= k})
 
 
 @pytest.mark.parametrize("spec", variants(), ids=label)
