@@ -89,6 +89,10 @@ class Lower:
         """The cotangent for `y` that a Down stands for."""
         return payload[0]
 
+    def returned(self, payload: tuple[Tensor, ...]) -> Tensor | None:
+        """The block's own output as a Down brings it back, or None if it brings none."""
+        return None
+
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         """Take a Down in an operation A (update of an auxiliary variable); None if its pass was dropped above."""
 
@@ -125,6 +129,10 @@ class Upper:
     def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
         """Payload of Down, from the gradient for the block's input."""
         return (gradient,)
+
+    def reply_with(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """As `reply`, for couplings that also send the block's input `x`, as the backward has it."""
+        return self.reply(gradient)
 
 
 class Bottom(Upper):
@@ -228,3 +236,27 @@ class LocalObjective(Coupling):
 def parameters(half: Lower | Upper) -> list[nn.Parameter]:
     """The trainable parameters a half owns."""
     return [] if half.module is None else [p for p in half.module.parameters() if p.requires_grad]
+
+
+def needed(
+    kind: str, lower: Lower, upper: Upper, replies: int, own_taken: bool = False, data_taken: bool = False
+) -> tuple[str, ...]:
+    """The ports an operation waits for, from what the halves declare.
+
+    Args:
+        kind: of the operation, not S. lower, upper: the halves around the block.
+        replies: Down messages of this pass still to come.
+        own_taken: the block's own objective has been used. data_taken: the pass has its data.
+    """
+    if kind in "EF":
+        data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
+        return data + (("up",) if kind == "F" and upper.waits_up else ())
+    if kind == "A":
+        return (down_port(0),) if lower.awaits == "A" else ()
+    own_first = kind == "I" and lower.has_objective and not own_taken
+    return (down_port(lower.replies - replies),) if lower.awaits == "B" and replies and not own_first else ()
+
+
+def down_port(part: int) -> str:
+    """The port of the Down with this number within its pass: each has a channel, so that none can overtake another."""
+    return f"down{part}" if part else "down"

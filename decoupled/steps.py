@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from decoupled.correction import Acting
 from decoupled.errors import UserError
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -28,6 +29,7 @@ class Steps:
 
     Attributes:
         owed: whether gradients have been accumulated since the last step.
+        corrections: those at work at this block; the worker sets them.
     """
 
     def __init__(
@@ -46,6 +48,12 @@ class Steps:
                 )
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler else []
         self.owed = False
+        self.corrections = Acting()
+
+    @property
+    def block_optimizer(self) -> Optimizer | None:
+        """The optimizer of the block itself; None if it has nothing to train."""
+        return self.optimizers[0] if self.block_parameters else None
 
     def accumulate(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Add gradients (in the order of the trainable ones among `parameters`) to `.grad`."""
@@ -57,8 +65,10 @@ class Steps:
 
     def step(self) -> None:
         """One step of every optimizer, then forget the gradients."""
+        self.corrections.before_step()
         for optimizer in self.optimizers:
             optimizer.step()
+        self.corrections.after_step()
         for scheduler in self.schedulers:
             scheduler.step()
         self.clear()
@@ -74,6 +84,7 @@ class Steps:
             "kinds": [type(o).__name__ for o in self.optimizers],
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
+            "corrections": self.corrections.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,3 +94,4 @@ class Steps:
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
+        self.corrections.load_state_dict(state["corrections"])
