@@ -30,6 +30,7 @@ from decoupled.specs import parse
 
 Weights = list[Tensor]
 Gradients = Sequence[Tensor | None]
+HOOKS = ("at", "forward", "backward", "cotangent", "gradients", "before_step", "after_step")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Acting:
             part.load_state_dict(saved)
 
     def _those(self, hook: str) -> list[Correction]:
-        return [part for part in self.parts if overrides(part, hook)]
+        return [part for part in self.parts if hook in hooks(part)]
 
     def _chain(self, hook: str) -> Callable[[Weights], Weights] | None:
         parts = self._those(hook)
@@ -162,9 +163,9 @@ class Acting:
         return run if parts else None
 
 
-def overrides(correction: Correction, hook: str) -> bool:
-    """Whether a correction does anything in this hook."""
-    return getattr(type(correction), hook) is not getattr(Correction, hook)
+def hooks(correction: Correction) -> set[str]:
+    """The hooks in which a correction does something ("at" where it differs from block to block)."""
+    return {hook for hook in HOOKS if getattr(type(correction), hook) is not getattr(Correction, hook)}
 
 
 # --- names, for configurations ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
     queues(length)        F t, then B [t-length(K-1-k)], S                 length(K-1-k)    length(K-1-k)+1
     accumulate(order, M)  the operations of `order`, one S per M passes    ceil, floor of delay/M    as `order`
     pinned(order, lag)    the same operations; forwards see older weights  lag(K)           as `order`
-    two_buffered(M)       1F1B, S per M, forwards see the version before   min(1, K-1)      K-k
+    two_buffered(M)       1F1B, S per M, forwards see the version before   ceil((K-1)/M)    K-k
     zero_bubble(M)        1F1B per M of F and I; W fills the gaps, then S  0                min(M, K)
     truncated(reach)      F0 I0 .. W0 S ...                                0                1
     rounds(sweep)         E0 F0 B0 S A0 ...   (sweep: E0 F0 A0 B0 S ...)   0                1
@@ -165,17 +165,11 @@ def pinned(order: Order, lag: Callable[[int], int]) -> Order:
 
 
 def two_buffered(M: int) -> Order:
-    """1F1B over micro-batches, one step per `M`; every forward sees the version before the last (PipeDream-2BW)."""
-    inner = accumulate(one_f_one_b, M)
+    """1F1B over micro-batches, one step per `M`; forwards see the version before the last (PipeDream-2BW).
 
-    def rule(k: int, K: int) -> Iterator[Op]:
-        if M < K - 1:
-            raise UserError(
-                f"two buffered versions do for {M + 1} blocks at {M} microbatches, not {K}; use more of them"
-            )
-        return inner.operations(k, K)
-
-    return replace(pinned(replace(inner, rule=rule), lambda K: min(1, K - 1)), name=f"two_buffered({M})")
+    That takes M >= K-1; with fewer micro-batches the weights are ceil((K-1) / M) versions old.
+    """
+    return replace(pinned(accumulate(one_f_one_b, M), lambda K: -((K - 1) // -M)), name=f"two_buffered({M})")
 
 
 def rounds(sweep: bool = False) -> Order:
