@@ -30,7 +30,7 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
 A forward sees the newest weights unless the order says that it sees fewer steps (`sees`: vertical sync, two buffers).
 
 Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B) and 2021 (double buffers), Zhuang et al. 2021 (tick,
-backward first), Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2023 (zero bubble), Gaunt et al. 2017
+backward first), Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017
 (free).
 """
 

@@ -7,7 +7,7 @@
     zero_bubble   Gradient   zero_bubble(M)         Split(M)    KeepGraph, or KeepInput with recompute
 
 Sources: Rumelhart et al. 1986; GPipe, Huang et al. 2019 (arXiv 1811.06965); 1F1B with flush, Narayanan et al. 2021
-(arXiv 2006.09503); Zero Bubble, Qi et al. 2023 (arXiv 2401.10241).
+(arXiv 2006.09503); Zero Bubble, Qi et al. 2024 (arXiv 2401.10241).
 """
 
 from __future__ import annotations

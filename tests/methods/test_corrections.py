@@ -286,13 +286,12 @@ def test_coasting_is_what_momentum_does_when_no_gradient_comes():
 def test_motion_counts_the_decoupled_decay():
     p = torch.nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
     made = torch.optim.AdamW([p], lr=0.02, weight_decay=0.3, eps=0)
-    for _ in range(2):
-        before = p.detach().clone()
-        p.grad = torch.tensor([0.5, -2.0], dtype=torch.float64)
-        made.step()
-    expected = 0.02 * (p.grad.sign() + 0.3 * p.detach())
-    torch.testing.assert_close(motion(site(made, 1, p), p), expected)
-    torch.testing.assert_close(before - p.detach(), 0.02 * (p.grad.sign() + 0.3 * before))
+    p.grad = gradient = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    made.step()
+    expected, before = motion(site(made, 1, p), p), p.detach().clone()
+    torch.testing.assert_close(expected, 0.02 * (gradient.sign() + 0.3 * before))
+    made.step()
+    torch.testing.assert_close(before - p.detach(), expected)
 
 
 def test_a_constant_drift_is_corrected_exactly():

@@ -231,6 +231,7 @@ def test_two_buffers_do_from_k_minus_1_micro_batches_on(K):
     """B6: every gradient is one update late, in all blocks; a forward never wants weights that are not there yet."""
     for M, k in itertools.product(range(1, 8), range(K)):
         order = two_buffered(M)
+        assert order.sees is not None
         assert set(order.delays(k, K)) == {-(-(K - 1) // M)}
         for n in range(60):
             assert order.sees(k, K, n) <= orders.versions(order.operations(k, K), n)[0]
