@@ -111,13 +111,15 @@ class Upper:
     """The half that lives with block k+1.
 
     Attributes:
-        replies: whether it sends a Down, so that the block's input gradient is needed.
+        replies: whether it sends a Down.
+        differentiates: whether that needs the gradient for the block's input.
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
         module: parameters of its own, or None.
     """
 
     replies: bool = False
+    differentiates: bool = True
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
@@ -130,8 +132,15 @@ class Upper:
         """Payload of Down, from the gradient for the block's input."""
         return (gradient,)
 
-    def reply_with(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """As `reply`, for couplings that also send the block's input `x`, as the backward has it."""
+    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `reply`, for couplings that send something else.
+
+        Args:
+            gradient: for the block's input; None unless it `differentiates`.
+            x: the block's input, as the backward has it.
+            heard: payload of the Down just taken; at the top of the network the gradient of the loss for its output.
+        """
+        assert gradient is not None
         return self.reply(gradient)
 
 

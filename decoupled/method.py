@@ -28,6 +28,7 @@ class Facts:
     Attributes:
         exact: its updates equal those of plain backpropagation with the same minibatches.
         reach: objectives J_j whose gradient reaches the weights of block k.
+        surrogate: what reaches them is not the gradient itself, but something random or learned in its place.
         delay: own updates between forward and backward of a pass in the steady state; the most, where it varies.
         least_delay: the fewest, where that is another number (gradients accumulated over micro-batches).
         in_flight: most passes a block holds between forward and backward.
@@ -38,6 +39,7 @@ class Facts:
 
     exact: bool
     reach: Callable[[int, int], Collection[int]]
+    surrogate: bool = False
     delay: Callable[[int, int], int] = lambda k, K: 0
     least_delay: Callable[[int, int], int] | None = None
     in_flight: Callable[[int, int], int] = lambda k, K: 1

@@ -196,14 +196,16 @@ class Worker(Actor):
         latest = state.total
         if before is not None:
             state.total = before if latest is None else before + latest
-        to_input, to_weights = self.upper.replies and kind in "BI", kind in "BW"
+        answers, to_weights = self.upper.replies and kind in "BI", kind in "BW"
+        to_input = answers and self.upper.differentiates
         payload: tuple[Tensor, ...] | None = None
         cotangent = latest if kind == "I" else state.total
         if cotangent is not None and not state.void:
             tape = self.retention.open(n)
             gradient, grads = tape.vjp(cotangent, to_input=to_input, to_weights=to_weights, again=kind == "I")
-            if gradient is not None:
-                payload = self.upper.reply_with(gradient, tape.x.detach())
+            if answers:
+                heard = next((message.payload for message in messages if isinstance(message, Down)), (cotangent,))
+                payload = self.upper.reply_with(gradient, tape.x.detach(), heard)
             if to_weights:
                 grads = self.corrections.gradients(grads, tape.weights)
                 self.steps.accumulate(self.block.parameters, grads)
@@ -212,7 +214,7 @@ class Worker(Actor):
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        return self._down(n, state, payload) if to_input else []
+        return self._down(n, state, payload) if answers else []
 
     def _collect(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""

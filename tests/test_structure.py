@@ -142,6 +142,8 @@ OPTIONS = {
     "pipeoptim": {},
     "async_nesterov": {"gamma": 0.9, "stash": True, "adaptive": False},
     "petra": {"microbatches": 1},
+    "dfa": {"recompute": False},
+    "drtp": {},
     "greedy_local": {"head": "linear"},
     "chunked_local": {"chunks": 2, "head": "linear"},
     "overlapping_local": {"reach": 2, "head": "linear"},

@@ -26,7 +26,8 @@ class _Takes(Lower):
 class _Returns(Upper):
     replies = True
 
-    def reply_with(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert gradient is not None
         return x, gradient
 
 
