@@ -59,6 +59,7 @@ class Lower:
         replies: Down messages per pass.
         has_objective: whether J_k exists here.
         needs_data: whether it reads targets or sample indices.
+        learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
         module: parameters of its own (dropped when the network is used), or None.
     """
 
@@ -66,6 +67,7 @@ class Lower:
     replies: int = 0
     has_objective: bool = False
     needs_data: bool = False
+    learns_from_answers: bool = False
     module: nn.Module | None = None
 
     @property

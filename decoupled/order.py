@@ -14,6 +14,7 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
     local                 F0 B0 S F1 B1 S ... (no Down is waited for)      0                1
     gpipe(M)              F0 .. F[M-1] B0 .. B[M-1] S ...                  0                M
     one_f_one_b_flush(M)  K-1-k forwards, then B F alternating, S per M    0                min(M, K-k)
+    answered              F0 B0 S A0 F1 B1 S ... (A takes the Down)        0                1
     lockstep              F t, then B [t-(K-1-k)], S                       K-1-k            K-k
     one_f_one_b           the same operations, read as 1F1B                K-1-k            K-k
     tick                  F t, then B [t-2(K-1-k)], S                      2(K-1-k)         2(K-1-k)+1
@@ -129,6 +130,15 @@ def _shifted(shift: Callable[[int, int], int], backward_first: bool = False) -> 
 
 sync = Order("sync", _cycle("F", "B", "S"))
 local = Order("local", _cycle("F", "B", "S"))
+
+
+def _answered(k: int, K: int) -> Iterator[Op]:
+    for n in itertools.count():
+        yield from [Op("A", n - 1)] if n else []
+        yield from (Op("F", n), Op("B", n), S)
+
+
+answered = Order("answered", _answered)
 lockstep = Order("lockstep", _shifted(lambda k, K: K - 1 - k))
 one_f_one_b = Order("one_f_one_b", _shifted(lambda k, K: K - 1 - k))
 tick = Order("tick", _shifted(lambda k, K: 2 * (K - 1 - k)))

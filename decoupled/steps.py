@@ -64,14 +64,29 @@ class Steps:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def step(self) -> None:
-        """One step of every optimizer, then forget the gradients."""
+        """One step of every optimizer that has gradients, then forget them."""
         self.corrections.before_step()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        stepped = [self._advance(optimizer) for optimizer in self.optimizers]
         self.corrections.after_step()
-        for scheduler in self.schedulers:
-            scheduler.step()
+        for scheduler, moved in zip(self.schedulers, stepped, strict=False):  # there may be none
+            if moved:
+                scheduler.step()
         self.clear()
+
+    def step_lower(self) -> None:
+        """One step of the lower half's optimizer alone, if it has gradients."""
+        at = int(bool(self.block_parameters))  # its place among the optimizers
+        if self.lower_parameters and self._advance(self.optimizers[at]):
+            if self.schedulers:
+                self.schedulers[at].step()
+            self.optimizers[at].zero_grad(set_to_none=True)
+
+    @staticmethod
+    def _advance(optimizer: Optimizer) -> bool:
+        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return False
+        optimizer.step()
+        return True
 
     def clear(self) -> None:
         """Forget accumulated gradients."""

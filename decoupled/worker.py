@@ -146,6 +146,8 @@ class Worker(Actor):
             for message in messages:
                 assert isinstance(message, Down)
                 self.lower.answer(None if message.void else message.payload)
+                if self.lower.learns_from_answers:
+                    self.steps.step_lower()
             return []
         if kind in "EF":
             state = self._open(n, messages)

@@ -142,6 +142,7 @@ OPTIONS = {
     "pipeoptim": {},
     "async_nesterov": {"gamma": 0.9, "stash": True, "adaptive": False},
     "petra": {"microbatches": 1},
+    "dni": {"conditional": False, "hidden": 0},
     "dfa": {"recompute": False},
     "drtp": {},
     "greedy_local": {"head": "linear"},

@@ -29,6 +29,7 @@ from decoupled.plan import ANY, FixedPlan, FreePlan, Op, S
 DELAYED = {
     "sync": orders.sync,
     "local": orders.local,
+    "answered": orders.answered,
     "lockstep": orders.lockstep,
     "one_f_one_b": orders.one_f_one_b,
     "tick": orders.tick,
@@ -49,12 +50,16 @@ places = st.integers(1, 6).flatmap(lambda K: st.tuples(st.integers(0, K - 1), st
 def golden(name, k, K):
     """Updates between forward and backward of one batch: the table of notes/methods.md 1.2, typed in."""
     d = K - 1 - k
-    return {"sync": 0, "local": 0, "lockstep": d, "one_f_one_b": d, "tick": 2 * d}.get(name, max(0, 2 * d - 1))
+    return {"sync": 0, "local": 0, "answered": 0, "lockstep": d, "one_f_one_b": d, "tick": 2 * d}.get(
+        name, max(0, 2 * d - 1)
+    )
 
 
 def in_flight(name, k, K):
     d = K - 1 - k
-    return {"sync": 1, "local": 1, "lockstep": d + 1, "one_f_one_b": d + 1, "tick": 2 * d + 1}.get(name, max(1, 2 * d))
+    return {"sync": 1, "local": 1, "answered": 1, "lockstep": d + 1, "one_f_one_b": d + 1, "tick": 2 * d + 1}.get(
+        name, max(1, 2 * d)
+    )
 
 
 # --- golden vectors (B8) ------------------------------------------------------------------------------------------
@@ -105,6 +110,7 @@ def test_lockstep_and_asynchronous_1f1b_are_the_same_operations():
             orders.tick_backward_first,
             ["F0 F1 F2 B0 S B1 S B2 S", "F0 F1 B0 S F2 B1 S B2 S", "F0 B0 S F1 B1 S F2 B2 S"],
         ),
+        (orders.answered, ["F0 B0 S A0 F1 B1 S A1 F2 B2 S A2"] * 3),
         (gpipe(2), ["F0 F1 B0 B1 S F2 B2 S"] * 3),
         (one_f_one_b_flush(3), ["F0 F1 F2 B0 B1 B2 S", "F0 F1 B0 F2 B1 B2 S", "F0 B0 F1 B1 F2 B2 S"]),
         (
