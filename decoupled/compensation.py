@@ -98,7 +98,7 @@ class _Gap(Remembers):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._lengths, self._count = state["lengths"], state["count"]
+        self._lengths, self._count = self.placed(state["lengths"]), state["count"]
 
 
 @named("spike_compensation")

@@ -68,7 +68,11 @@ class Remembers(Correction):
         return {} if self.change is None else {"change": self.change}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.change = state.get("change")
+        self.change = self.placed(state["change"]) if "change" in state else None
+
+    def placed(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Loaded tensors, one per trainable parameter, on the devices of those."""
+        return [t.to(p.device) for t, p in zip(tensors, self.site.trainable, strict=True)]
 
     def moved(self, weights: Weights, by: list[Tensor] | None, factor: float) -> Weights:
         """weights + factor * by, for the trainable ones among them."""
@@ -230,4 +234,4 @@ class _Drift(Remembers):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._average = state["average"]
+        self._average = self.placed(state["average"])

@@ -81,6 +81,10 @@ class Worker(Actor):
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
         self.steps, self.counters = steps, Counters()
         self._on_nonfinite, self._method = on_nonfinite, method
+        if order.sees is not None and retention.today:
+            raise UserError(
+                f"order {order} runs with older weights, {type(retention).__name__} with today's; keep graphs"
+            )
         delays = order.delays(place.k, place.K)
         site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
         self.corrections = steps.corrections = Acting(corrections, site)
