@@ -63,6 +63,7 @@ class Lower:
         needs_data: whether it reads targets or sample indices.
         relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
             one that B or W takes alone (else they follow the sum).
+        learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
         module: parameters of its own (dropped when the network is used), or None.
     """
 
@@ -71,6 +72,7 @@ class Lower:
     has_objective: bool = False
     needs_data: bool = False
     relays: bool = False
+    learns_from_answers: bool = False
     module: nn.Module | None = None
 
     @property
@@ -94,6 +96,10 @@ class Lower:
         """The cotangent for `y` that a Down stands for."""
         return payload[0]
 
+    def returned(self, payload: tuple[Tensor, ...]) -> Tensor | None:
+        """The block's own output as a Down brings it back, or None if it brings none."""
+        return None
+
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         """Take a Down in an operation A (update of an auxiliary variable); None if its pass was dropped above."""
 
@@ -113,14 +119,14 @@ class Upper:
 
     Attributes:
         replies: whether it sends a Down.
-        needs_gradient: whether the reply is made of the gradient for the block's input (else none is computed).
+        differentiates: whether that needs the gradient for the block's input.
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
         module: parameters of its own, or None.
     """
 
     replies: bool = False
-    needs_gradient: bool = True
+    differentiates: bool = True
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
@@ -130,8 +136,19 @@ class Upper:
         return payload[0]
 
     def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Payload of Down, from the gradient for the block's input (meaningless unless `needs_gradient`)."""
+        """Payload of Down, from the gradient for the block's input."""
         return (gradient,)
+
+    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `reply`, for couplings that send something else.
+
+        Args:
+            gradient: for the block's input; None unless it `differentiates`.
+            x: the block's input, as the backward has it.
+            heard: payload of the Down just taken; at the top of the network the gradient of the loss for its output.
+        """
+        assert gradient is not None
+        return self.reply(gradient)
 
 
 class Bottom(Upper):
@@ -164,12 +181,12 @@ class Coupling(ABC):
 
     Attributes:
         up, down: names of the payload tensors, in order.
-        down_per_sample: whether tensors that go down have one row per sample.
+        down_like_up: whether tensors that go down have the shape of what went up.
     """
 
     up: tuple[str, ...] = ("activation",)
     down: tuple[str, ...] = ()
-    down_per_sample: bool = True
+    down_like_up: bool = True
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:
@@ -241,3 +258,27 @@ class LocalObjective(Coupling):
 def parameters(half: Lower | Upper) -> list[nn.Parameter]:
     """The trainable parameters a half owns."""
     return [] if half.module is None else [p for p in half.module.parameters() if p.requires_grad]
+
+
+def needed(
+    kind: str, lower: Lower, upper: Upper, replies: int, own_taken: bool = False, data_taken: bool = False
+) -> tuple[str, ...]:
+    """The ports an operation waits for, from what the halves declare.
+
+    Args:
+        kind: of the operation, not S. lower, upper: the halves around the block.
+        replies: Down messages of this pass still to come.
+        own_taken: the block's own objective has been used. data_taken: the pass has its data.
+    """
+    if kind in "EF":
+        data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
+        return data + (("up",) if kind == "F" and upper.waits_up else ())
+    if kind == "A":
+        return (down_port(0),) if lower.awaits == "A" else ()
+    own_first = kind == "I" and lower.has_objective and not own_taken
+    return (down_port(lower.replies - replies),) if lower.awaits == "B" and replies and not own_first else ()
+
+
+def down_port(part: int) -> str:
+    """The port of the Down with this number within its pass: each has a channel, so that none can overtake another."""
+    return f"down{part}" if part else "down"

@@ -174,7 +174,7 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip:
     plan = method.order.plan(k, K)
     plan.end(1)
     kinds = [op.kind for op in walk(plan)]
-    last = flops.both if (upper.replies and upper.needs_gradient) or not skip else flops.weights
+    last = flops.both if (upper.replies and upper.differentiates) or not skip else flops.weights
     price = {"F": flops.forward + flops.head, "B": last, "I": flops.inputs, "W": flops.weights}
     if not skip and "I" not in kinds:
         price["W"] = flops.both

@@ -5,8 +5,8 @@
     expected = reference(case, "pipedream")                        the same from the declared facts, by plain autograd
     compare(run.weights, expected)
 
-The reference knows what a method *declares* (`Method.facts`), never how the library does it: no worker, no order, no
-retention is used. `cases` and `timings` are Hypothesis strategies and need the extra `dev`.
+The reference knows what a method *declares* (`Method.facts`), never how the library does it. `cases` and `timings` are
+Hypothesis strategies and need the extra `dev`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from decoupled import registry
+from decoupled.correction import hooks
 from decoupled.coupling import Lower
 from decoupled.messages import Data, Message
 from decoupled.method import Method
@@ -48,7 +49,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network, where it is cut, and the minibatches it sees; the same each time it is asked.
+    """A network of `K` float64 blocks and its (inputs, targets, sample indices); the same each time it is asked.
 
     Attributes:
         widths: features, hidden widths, classes; unit i maps widths[i] to widths[i + 1], tanh on all but the last.
@@ -64,11 +65,9 @@ class Case:
 
     @property
     def K(self) -> int:
-        """Number of blocks."""
         return len(self.cuts) + 1
 
     def blocks(self) -> list[nn.Module]:
-        """Freshly initialised blocks, float64."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             units = [nn.Sequential(nn.Linear(a, b)) for a, b in itertools.pairwise(self.widths)]
@@ -77,7 +76,6 @@ class Case:
         return [nn.Sequential(*units[a:b]).double() for a, b in itertools.pairwise([0, *self.cuts, len(units)])]
 
     def batches(self) -> list[Batch]:
-        """(inputs, targets, sample indices), each sample once."""
         draw = torch.Generator().manual_seed(self.seed)
         total, features, classes = sum(self.sizes), self.widths[0], self.widths[-1]
         x = torch.randn(total, features, generator=draw, dtype=torch.float64)
@@ -106,28 +104,27 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     **options: Any,
 ) -> Run:
-    """Train a case with a method and record every block's weights after each of its updates.
-
-    `blocks` and `batches` replace those of the case; everything else is as in `Trainer`.
-    """
+    """Train a case (or `blocks` on `batches`) as `Trainer` does, and record all weights after each update."""
     blocks = case.blocks() if blocks is None else blocks
-    weights = [[flat(block)] for block in blocks]
+    weights: Weights = [[] for _ in blocks]
     owner = {id(next(block.parameters())): k for k, block in enumerate(blocks) if _has_weights(block)}
 
     def recording(parameters: list[nn.Parameter]) -> Optimizer:
         made = optimizer(parameters)
         if (k := owner.get(id(parameters[0]))) is not None:
-            made.register_step_post_hook(lambda *_: weights[k].append(flat(blocks[k])))
+            made.register_step_pre_hook(lambda *_: weights[k].append(flat(blocks[k])))  # what corrections left too
         return made
 
     given: dict[str, Any] = {"loss": loss, "optimizer": recording, "runtime": runtime, **options}
     with Trainer(blocks, method, **given) as trainer:
         history = trainer.fit(case.batches() if batches is None else batches, epochs)
+    for versions, block in zip(weights, blocks, strict=True):
+        versions.append(flat(block))
     return Run(trainer, weights, history)
 
 
 def point(method: Spec) -> Method:
-    """The `Method` that a name, a mapping or a `Method` stands for."""
+    """The `Method` that a spec stands for."""
     return method if isinstance(method, Method) else registry.make(method)
 
 
@@ -153,11 +150,7 @@ def flat(module: nn.Module) -> Tensor:
 
 
 def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None:
-    """Check that two trajectories agree block by block and update by update.
-
-    Raises:
-        AssertionError: names the first block and update that differ, and by how much.
-    """
+    """Check that two trajectories agree; the AssertionError names the first block and update that differ."""
     assert len(found) == len(expected), f"{len(found)} blocks instead of {len(expected)}"
     for k, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert len(mine) == len(theirs), f"block {k}: {len(mine) - 1} updates instead of {len(theirs) - 1}"
@@ -169,10 +162,17 @@ def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None
 # --- the reference ------------------------------------------------------------------------------------------------
 
 
+def sends_gradients(method: Method, K: int) -> bool:
+    """Whether activations go up, gradients (or nothing) down, in a fixed order."""
+    plain = method.coupling.up == ("activation",) and method.coupling.down in ((), ("gradient",))
+    return method.order.rule is not None and ((plain and not method.facts.surrogate) or K == 1)
+
+
 def has_reference(method: Method, K: int) -> bool:
-    """Whether `reference` can predict it: activations up, gradients (or nothing) down, and a fixed order."""
-    plain = method.coupling.up == ("activation",) and set(method.coupling.down) <= {"gradient"}
-    return method.order.rule is not None and (plain or K == 1)
+    """Whether `reference` can predict it: plain gradients, late by one number of updates, not corrected further."""
+    least, most = method.facts.least_delay or method.facts.delay, method.facts.delay
+    steady = all(least(k, K) == most(k, K) for k in range(K))
+    return sends_gradients(method, K) and steady and all(hooks(c) <= {"cotangent"} for c in method.corrections)
 
 
 def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS["sgd"], epochs: int = 1) -> Weights:

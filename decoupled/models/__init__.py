@@ -16,12 +16,18 @@ from torch import nn
 from decoupled.errors import UserError, unknown
 from decoupled.models.mlp import mlp
 from decoupled.models.resnet import resnet
+from decoupled.models.revnet import revnet
 from decoupled.models.transformer import transformer
 from decoupled.specs import check_options, parse
 
-__all__ = ["build", "mlp", "names", "resnet", "transformer"]
+__all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer"]
 
-_BUILDERS: dict[str, Callable[..., list[nn.Module]]] = {"mlp": mlp, "resnet": resnet, "transformer": transformer}
+_BUILDERS: dict[str, Callable[..., list[nn.Module]]] = {
+    "mlp": mlp,
+    "resnet": resnet,
+    "revnet": revnet,
+    "transformer": transformer,
+}
 
 
 def names() -> list[str]:

@@ -44,7 +44,7 @@ class Momentum(Coupling):
     momentum: float
     head: str
     down: tuple[str, ...] = field(default=("weights",), init=False)
-    down_per_sample: bool = field(default=False, init=False)
+    down_like_up: bool = field(default=False, init=False)
 
     def lower(self, place: Place) -> Lower:
         if place.top:
@@ -77,12 +77,12 @@ def flat(module: nn.Module) -> Tensor:
 class SendWeights(Upper):
     """Replies with the weights of a unit, as they are before the step of the pass."""
 
-    replies, needs_gradient = True, False
+    replies, differentiates = True, False
 
     def __init__(self, unit: nn.Module) -> None:
         self._unit = unit
 
-    def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (flat(self._unit),)
 
 

@@ -84,7 +84,7 @@ def test_weights_come_down_and_no_gradient():
     for k in range(1, K - 1):
         for n, message in enumerate(sent[k]):
             assert torch.equal(message.payload[0], run.weights[k][n])  # as they were before the step on batch n
-    inputs = [worker._to_input for worker in run.trainer.workers]
+    inputs = [w.upper.replies and w.upper.differentiates for w in run.trainer.workers]
     assert inputs == [False] * K
 
 
