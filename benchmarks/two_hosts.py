@@ -11,7 +11,6 @@ all equal, 1 not, 77 where namespaces are not permitted.
 from __future__ import annotations
 
 import argparse
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from decoupled.benchmarks.page import exit_on_termination
 from decoupled.benchmarks.peers import training
 from decoupled.benchmarks.peers.network import ADDRESSES, Link, Network, Unavailable
 
@@ -134,11 +134,6 @@ def compare(link: Link, methods: Sequence[str], say: Callable[[str], None]) -> b
         verdict = f"NOT equal: {', '.join(wrong[:5])}" if wrong else "equal bit for bit"
         say(f"{method}: {len(expected)} tensors, {numbers} numbers, two hosts and simulator {verdict}")
     return equal
-
-
-def exit_on_termination() -> None:
-    """Let SIGTERM unwind the stack, so that what was made is removed."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
