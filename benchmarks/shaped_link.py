@@ -2,11 +2,12 @@
 
     host a: block 0   <-- 1 Gbit/s .. 50 Mbit/s, 0 .. 20 ms each way -->   host b: block 1
 
-Two network namespaces (`decoupled.benchmarks.peers.network`) with one process of one thread each. A round visits every
-setting of the line, the unshaped one first, and lets every contestant train there, one at a time, in turned order.
-Throughput is divided by the contestant's own unshaped throughput of the same round. Whether a line can carry what a
-contestant sends at full speed follows from the bytes that were counted on the interfaces. Results go to
-``benchmarks/results/shaped_link.md`` and ``shaped_link.svg``. Exit code 77 where namespaces are not permitted.
+Two network namespaces (`decoupled.benchmarks.peers.network`) with one process of one thread each. A lap visits the
+unshaped line and then one rate with every delay, and lets every contestant train there, one at a time, in turned order;
+a round has a lap for every rate. Throughput is divided by the contestant's own unshaped throughput of the lap. Whether
+a line can carry what a contestant sends at full speed follows from the bytes that were counted on the interfaces.
+Results go to ``benchmarks/results/shaped_link.md`` and ``shaped_link.svg``. Exit code 77 where namespaces are not
+permitted.
 """
 
 from __future__ import annotations
@@ -44,27 +45,27 @@ class Options:
     """The command line; see `--help`."""
 
     rounds: int = 2
-    seconds: float = 3.0
+    seconds: float = 2.5
     rates: Sequence[float] = RATES
     delays: Sequence[float] = DELAYS
     credit: int = 4
     out: Path = RESULTS
     setting: Setting = field(default_factory=Setting)
 
-    def links(self) -> list[Link]:
-        """What every round visits."""
-        return [FULL, *itertools.starmap(Link, itertools.product(self.rates, self.delays))]
+    def laps(self) -> list[list[Link]]:
+        """The lines that every lap of a round visits."""
+        return [[FULL, *(Link(rate, delay) for delay in self.delays)] for rate in self.rates]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant on one link in one round: samples/s, and bytes per sample from host a and from host b."""
+    """One contestant on one link in one lap: samples/s, and bytes per sample from host a and from host b."""
 
     speed: float
     sent: tuple[float, float]
 
 
-Round = Mapping[Link, Mapping[str, Run]]
+Lap = Mapping[Link, Mapping[str, Run]]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -72,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m decoupled.benchmarks.shaped_link", description=__doc__)
     add = parser.add_argument
     add("--rounds", type=int, default=Options.rounds, help="default 2")
-    add("--seconds", type=float, default=Options.seconds, help="of one measured run, about (default 3)")
+    add("--seconds", type=float, default=Options.seconds, help="of one measured run, about (default 2.5)")
     add("--rates", type=float, nargs="+", default=RATES, help="Mbit/s (default 1000 500 200 50)")
     add("--delays", type=float, nargs="+", default=DELAYS, help="ms, each way (default 0 5 20)")
     add("--credit", type=int, default=Options.credit, help="of the free order (default 4)")
@@ -93,15 +94,15 @@ def groups(credit: int) -> list[Group]:
     ]
 
 
-def hold_rounds(options: Options, network: Network, say: Callable[[str], None]) -> Iterator[Round]:
-    """Yield one round after the other; the first link of a round is the unshaped one."""
+def hold_laps(options: Options, network: Network, say: Callable[[str], None]) -> Iterator[Lap]:
+    """Yield one lap after the other, all rounds."""
     chosen = groups(options.credit)
     with contest.start(options.setting, chosen, network) as hosts:
         entries = [(n, host, run) for g, host in zip(chosen, hosts, strict=True) for run, n in g.runs.items()]
-        for number in range(options.rounds):
+        for number, lap in itertools.product(range(options.rounds), options.laps()):
             turned = entries[number % len(entries) :] + entries[: number % len(entries)]
             found: dict[Link, dict[str, Run]] = {}
-            for link in options.links():
+            for link in lap:
                 network.shape(link)
                 found[link] = {n: _measure(host, run, network, options) for n, host, run in turned}
                 texts = ", ".join(f"{n} {found[link][n].speed:.0f}" for n, _, _ in entries)
@@ -122,30 +123,30 @@ def _measure(host: Host, run: str, network: Network, options: Options) -> Run:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the rounds say."""
+    """What the laps say."""
 
-    rounds: Sequence[Round]
+    laps: Sequence[Lap]
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (*DECOUPLED, "torch 1F1B", "DDP") if name in self.rounds[0][FULL]]
+        return [name for name in (*DECOUPLED, "torch 1F1B", "DDP") if name in self.laps[0][FULL]]
 
     @property
     def links(self) -> list[Link]:
         """The shaped ones."""
-        return [link for link in self.rounds[0] if link != FULL]
+        return list(dict.fromkeys(link for lap in self.laps for link in lap if link != FULL))
 
     def speed(self, name: str) -> Spread:
         """Unshaped samples/s."""
-        return Spread.of([r[FULL][name].speed for r in self.rounds])
+        return Spread.of([lap[FULL][name].speed for lap in self.laps])
 
     def kept(self, name: str, link: Link) -> Spread:
-        """Throughput on `link` over the unshaped one of the same round."""
-        return Spread.of([r[link][name].speed / r[FULL][name].speed for r in self.rounds])
+        """Throughput on `link` over the unshaped one of the same lap."""
+        return Spread.of([lap[link][name].speed / lap[FULL][name].speed for lap in self.laps if link in lap])
 
     def sent(self, name: str) -> tuple[float, float]:
         """Bytes per sample from a to b and from b to a, on the unshaped line."""
-        a, b = zip(*(r[FULL][name].sent for r in self.rounds), strict=True)
+        a, b = zip(*(lap[FULL][name].sent for lap in self.laps), strict=True)
         return statistics.median(a), statistics.median(b)
 
     def needed(self, name: str) -> float:
@@ -174,9 +175,10 @@ def page(found: Findings, options: Options, relayed: bool, facts: Mapping[str, A
         + ("The kernel has no netem: where there is a delay, packets pass a relay, which uses some of the cores. "
            if relayed else "Delays are made by netem. ")
         + f"The free order holds at most {options.credit} passes unanswered; torch 1F1B is Schedule1F1B with 4 "
-        f"micro-batches. {options.rounds} rounds; in each, every line, and on it every contestant for about "
-        f"{options.seconds:g} s, one at a time in turned order. Warm-up is excluded, filling and draining included. "
-        "Ratios are throughput over the contestant's own unshaped throughput of the round, medians over the rounds."
+        f"micro-batches. {options.rounds} rounds of a lap for every rate: the unshaped line, then every delay, and on "
+        f"each line every contestant for about {options.seconds:g} s (at least {_LEAST} batches), one at a time in "
+        "turned order. Warm-up is excluded, filling and draining are included. Ratios are throughput over the "
+        "contestant's own unshaped throughput of the lap, medians over the rounds. Figures hold for an idle machine."
     )  # fmt: skip
     parts = [
         "# Shaped line",
@@ -262,7 +264,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     with Network() as network:
-        found = Findings(list(hold_rounds(options, network, say)))
+        found = Findings(list(hold_laps(options, network, say)))
         relayed = network.relays
     facts, seconds = machine(started), time.monotonic() - begun
     return {"shaped_link.md": page(found, options, relayed, facts, seconds), "shaped_link.svg": picture(found)}

@@ -3,8 +3,8 @@
     lower block, its own speed  --activation-->  upper block, twice its time on average, unevenly
                                 <--gradient----
 
-The slow block sleeps after every forward and every backward r times what that took, r uniform on [0, 2] from a fixed
-seed (`decoupled.benchmarks.peers.slowed`). The contestants differ in the order: free(credit), where every block takes
+The slow block sleeps after every forward and every backward r times the processor time that took; r goes through
+1/8 .. 15/8 in random order from a fixed seed (`decoupled.benchmarks.peers.slowed`). The contestants differ in the order: free(credit), where every block takes
 what has arrived; pipedream's fixed 1F1B; and 1F1B with a flush after every batch, cut into micro-batches. Results go to
 ``benchmarks/results/slow_block.md``.
 """
@@ -111,8 +111,9 @@ def page(
         for name in rounds[0]
     ]
     how = (
-        f"The upper block sleeps after each of its forwards and backwards r times what that took, r uniform on [0, 2], "
-        "drawn anew every time from a fixed seed: twice its time on average, with jitter. The lower block runs at its "
+        "The upper block sleeps after each of its forwards and backwards r times the processor time that took; r goes "
+        "through 1/8, 3/8, .. 15/8 in an order drawn from a fixed seed, over and over: twice its time on average, with "
+        "jitter, and equally much for everybody. The lower block runs at its "
         "own speed. free and one_f_one_b are pipedream (weights as at the forward, one step per batch); "
         "one_f_one_b_flush steps after M micro-batches that make up the same batch, with the exact gradient. "
         f"{options.rounds} rounds of {options.batches} batches, contestants one at a time in turned order; ratios of "
@@ -133,7 +134,8 @@ def page(
 
 
 def _command(options: Options) -> str:
-    return "slow_block" + (f" --patience {options.patience:g}" if options.patience else "")
+    patience = f" --patience {options.patience:g}" if options.patience else ""
+    return f"slow_block --rounds {options.rounds} --batches {options.batches} --credit {options.credit}{patience}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ all equal, 1 not, 77 where namespaces are not permitted.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -91,9 +92,9 @@ def _fate(code: int | None) -> str:
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    """The end of what the training wrote, without torchrun's summary behind it."""
-    text = log.read_text(encoding="utf-8", errors="replace").split("\n=====", 1)[0]
-    return "\n".join(text.splitlines()[-lines:])
+    """The end of what the training wrote, without what torchrun adds."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(re.split(r"\nE\d+ .*failed \(exitcode", text)[0].splitlines()[-lines:])
 
 
 def differences(found: State, expected: State) -> list[str]:

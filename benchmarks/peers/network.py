@@ -139,8 +139,8 @@ class Network:
     def close(self) -> None:
         """End all processes in the namespaces and remove these; idempotent."""
         if self._relay is not None:
-            self._relay.kill()
-            self._relay.wait()
+            with self._relay as process:  # waits for it and closes its pipes
+                process.kill()
             self._relay = None
         for name in self.namespaces:
             _kill_all(name)
