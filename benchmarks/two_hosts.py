@@ -11,7 +11,7 @@ all equal, 1 not, 77 where namespaces are not permitted.
 from __future__ import annotations
 
 import argparse
-import signal
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from decoupled.benchmarks.page import exit_on_termination
 from decoupled.benchmarks.peers import training
 from decoupled.benchmarks.peers.network import ADDRESSES, Link, Network, Unavailable
 
@@ -91,9 +92,9 @@ def _fate(code: int | None) -> str:
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    """The end of what the training wrote, without torchrun's summary behind it."""
-    text = log.read_text(encoding="utf-8", errors="replace").split("\n=====", 1)[0]
-    return "\n".join(text.splitlines()[-lines:])
+    """The end of what the training wrote, without what torchrun adds."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(re.split(r"\nE\d+ .*failed \(exitcode", text)[0].splitlines()[-lines:])
 
 
 def differences(found: State, expected: State) -> list[str]:
@@ -134,11 +135,6 @@ def compare(link: Link, methods: Sequence[str], say: Callable[[str], None]) -> b
         verdict = f"NOT equal: {', '.join(wrong[:5])}" if wrong else "equal bit for bit"
         say(f"{method}: {len(expected)} tensors, {numbers} numbers, two hosts and simulator {verdict}")
     return equal
-
-
-def exit_on_termination() -> None:
-    """Let SIGTERM unwind the stack, so that what was made is removed."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

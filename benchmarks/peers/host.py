@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from decoupled.benchmarks.peers.network import Network, Place
+from decoupled.benchmarks.peers.network import Network, join
 from decoupled.benchmarks.peers.setting import Run, Setting
 
 Build = Callable[..., dict[str, Run]]
@@ -76,12 +76,13 @@ class Host:
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")
-        place = None if network is None else Place.on(network)
-        job = (build, setting, options, ranks, os.path.join(self._folder.name, "store"), limit, place)
+        job = (build, setting, options, ranks, os.path.join(self._folder.name, "store"), limit)
         try:
             for rank in range(ranks):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(there, rank, *job), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(there, rank, *job, network and network.namespaces[rank]), daemon=True
+                )
                 with _environment(environment or {}):
                     process.start()
                 there.close()
@@ -172,13 +173,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(
     pipe: Connection, rank: int, build: Build, setting: Setting, options: dict, ranks: int, store: str, limit: float,
-    place: Place | None,
+    namespace: str | None,
 ) -> None:  # fmt: skip
     """The life of one child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it ends its children
     try:
-        if place is not None:
-            place.join(rank)
+        if namespace is not None:
+            join(namespace)
         torch.set_num_threads(1)
         if ranks > 1:
             if sys.platform.startswith("linux"):

@@ -33,7 +33,6 @@ _BURST, _QUEUE = "128kb", "50ms"  # of tbf: bytes sent at once, longest wait for
 _HELD = 20_000  # packets that netem may hold
 _CLONE_NEWNET = 0x40000000
 _counter = itertools.count()
-_ports = itertools.count(29500)
 
 
 class Unavailable(RuntimeError):
@@ -130,7 +129,7 @@ class Network:
         self._delay_by_relay(0.0)
 
     def sent(self) -> tuple[int, int]:
-        """Bytes that each host has put on the line so far (a segment that the interface would cut counts one header)."""
+        """Bytes that each host has put on the line so far; what TCP sends as one large segment counts one header."""
         totals = []
         for name in self.namespaces:
             interfaces = json.loads(_do("ip", "-n", name, "-s", "-j", "link", "show"))
@@ -140,8 +139,8 @@ class Network:
     def close(self) -> None:
         """End all processes in the namespaces and remove these; idempotent."""
         if self._relay is not None:
-            self._relay.kill()
-            self._relay.wait()
+            with self._relay as process:  # waits for it and closes its pipes
+                process.kill()
             self._relay = None
         for name in self.namespaces:
             _kill_all(name)
@@ -208,31 +207,13 @@ class Network:
             _do("ip", "-n", name, "link", "set", _RELAYED, "up")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the two processes of a contestant live; made in the parent, `join`ed in each of them."""
-
-    namespaces: tuple[str, str]
-    port: int
-
-    @classmethod
-    def on(cls, network: Network) -> Place:
-        """A place with a rendezvous port of its own."""
-        return cls(network.namespaces, next(_ports))
-
-    def join(self, rank: int) -> None:
-        """Move this process to host `rank`, and set what a launcher would; before any thread or socket exists."""
-        library = ctypes.CDLL(None, use_errno=True)
-        with open(f"/run/netns/{self.namespaces[rank]}") as namespace:
-            if library.setns(namespace.fileno(), _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), f"cannot enter {self.namespaces[rank]}")
-        os.environ.update(
-            GLOO_SOCKET_IFNAME=INTERFACE,
-            MASTER_ADDR=ADDRESSES[0],
-            MASTER_PORT=str(self.port),
-            RANK=str(rank),
-            WORLD_SIZE=str(len(self.namespaces)),
-        )
+def join(namespace: str) -> None:
+    """Move this process to one of the hosts; before any thread or socket exists."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as descriptor:
+        if library.setns(descriptor.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    os.environ.update(GLOO_SOCKET_IFNAME=INTERFACE, MASTER_ADDR=ADDRESSES[0])
 
 
 def _do(*words: str) -> str:

@@ -1,10 +1,13 @@
-"""This library's contestants with one process per block: started by the runtime, or one on each of two hosts."""
+"""This library's contestants with one process per block, on one host or two."""
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from decoupled import Trainer, registry
@@ -23,6 +26,7 @@ def build(setting: Setting, rank: int, method: Any, credit: int = 0, slow: bool 
         credit: not 0: in the order ``free(credit)`` instead of the method's own.
         slow: let the upper block take twice its time, see `slowed`.
     """
+    _launch(rank)
     point = registry.make(method)
     lower, upper = setting.halves()
     trainer = Trainer(
@@ -30,13 +34,22 @@ def build(setting: Setting, rank: int, method: Any, credit: int = 0, slow: bool 
         freed(point, credit) if credit else point,
         loss=F.cross_entropy,
         optimizer=sgd,
-        runtime=Processes(processes=2, intra_op=1),
+        runtime=Processes(intra_op=1),
     )
 
     def run(batches: int) -> None:
         trainer.fit(setting.batches(batches) if rank == 0 else ())
 
     return {"run": run}
+
+
+def _launch(rank: int) -> None:
+    """Tell the runtime what torchrun would: who this is, and where all meet."""
+    with socket.create_server(("", 0)) as free:
+        port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port[0]), RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
 
 
 def freed(method: Method, credit: int) -> Method:

@@ -1,10 +1,11 @@
 """A block that takes twice its time, unevenly: a slower device, or one that is shared with others.
 
-    forward     the block, then sleep r times what it took      r uniform on [0, 2], drawn anew for every pass and
-    backward    the block, then sleep r times what it took      direction from a fixed seed; 1 on average
+    forward     the block, then sleep r times the processor time that took
+    backward    the block, then sleep r times the processor time that took
 
-It sleeps rather than computes, as a slow device would: the core is left to nobody else's advantage or harm. Only
-training is slowed.
+r goes through 1/8, 3/8, .. 15/8 in an order drawn from a fixed seed, and again in another order: 1 on average, so every
+contestant is slowed by the same amount. Processor time does not grow when others use the cores. It sleeps rather than
+computes, as waiting for a slow device would: nobody else gains or loses a core. Only training is slowed.
 """
 
 from __future__ import annotations
@@ -16,41 +17,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+STEPS = 8
+
+
+class Jitter:
+    """Factors between 0 and 2 whose average over every `STEPS` of them is 1."""
+
+    def __init__(self, seed: int) -> None:
+        self._random, self._left = random.Random(seed), list[float]()
+
+    def draw(self) -> float:
+        """The next factor."""
+        if not self._left:
+            self._left = [(2 * step + 1) / STEPS for step in range(STEPS)]
+            self._random.shuffle(self._left)
+        return self._left.pop()
+
 
 class Slowed(nn.Module):
-    """`block`, twice as slow on average.
+    """`block`, twice as slow on average; torch's work for it is to run in the calling thread.
 
     Args:
-        block: a module from one tensor to one tensor.
-        seed: of the random factors.
-        mean: average of r; 1 doubles the time.
+        block: a module from one tensor to one tensor. Its backward is slowed if its input needs a gradient.
+        seed: of the order of the factors.
     """
 
-    def __init__(self, block: nn.Module, seed: int = 0, mean: float = 1.0) -> None:
+    def __init__(self, block: nn.Module, seed: int = 0) -> None:
         super().__init__()
-        self.block, self._draw, self._mean = block, random.Random(seed), mean
+        self.block = block
+        self._forward, self._backward = Jitter(seed), Jitter(seed + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.block(x)
-        timer = _Timer(self)
-        start = time.perf_counter()
+        timer = _Timer(self._backward)
+        start = time.thread_time()
         if x.requires_grad:
             x = _Last.apply(x, timer)
         y = _First.apply(self.block(x), timer)
-        self.pause(time.perf_counter() - start)
+        time.sleep((time.thread_time() - start) * self._forward.draw())
         return y
-
-    def pause(self, took: float) -> None:
-        """Sleep r times `took` seconds."""
-        time.sleep(took * self._draw.uniform(0.0, 2.0 * self._mean))
 
 
 class _Timer:
-    """Of one pass: when its backward began."""
+    """Of one pass: when its backward began, in the thread's processor time."""
 
-    def __init__(self, module: Slowed) -> None:
-        self.module, self.start = module, 0.0
+    def __init__(self, jitter: Jitter) -> None:
+        self.jitter, self.start = jitter, 0.0
 
 
 class _First(torch.autograd.Function):
@@ -63,7 +76,7 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.timer.start = time.perf_counter()
+        ctx.timer.start = time.thread_time()
         return gradients[0], None
 
 
@@ -77,5 +90,5 @@ class _Last(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.timer.module.pause(time.perf_counter() - ctx.timer.start)
+        time.sleep((time.thread_time() - ctx.timer.start) * ctx.timer.jitter.draw())
         return gradients[0], None

@@ -1,0 +1,70 @@
+"""What the benchmarks' commands have in common: how they end, and pieces of their pages in ``results/``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from decoupled.benchmarks.peers.host import HostError
+from decoupled.benchmarks.peers.setting import Setting
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def environment(facts: Mapping[str, Any], command: str, seconds: float) -> str:
+    """The beginning of every page; `facts` as from `speed.machine`."""
+    return (
+        f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
+        f"{facts['system']}; `python -m decoupled.benchmarks.{command}`, {seconds / 60:.1f} minutes."
+    )
+
+
+def task(setting: Setting) -> str:
+    """What everybody trains."""
+    return (
+        f"{setting.model}, inputs {'x'.join(map(str, setting.image))}, batch {setting.batch_size}, SGD with momentum, "
+        f"cross entropy, synthetic data; two blocks, cut before unit {setting.cut}; one process per block (or replica) "
+        "with one intra-op thread."
+    )
+
+
+def verdict(reached: bool | None) -> str:
+    """A cell: yes, a no that is seen, or nothing where nothing is asked."""
+    return {None: "", True: "yes", False: "**no**"}[reached]
+
+
+def exit_on_termination() -> None:
+    """Let SIGTERM unwind the stack, so that what was made is removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def produce(make: Callable[[Callable[[str], None]], Mapping[str, str]], out: Path) -> int:
+    """Run a benchmark and write its files; returns the exit code.
+
+    Args:
+        make: (say) -> file name -> text; the page is the one that ends in ``.md``.
+        out: the folder.
+    """
+    exit_on_termination()
+    start = time.monotonic()
+    try:
+        files = make(lambda line: print(f"[{time.monotonic() - start:4.0f} s] {line}", flush=True))
+    except HostError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing written", file=sys.stderr)
+        return 130
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (out / name).write_text(text, encoding="utf-8")
+    print("\n" + "\n".join(text for name, text in files.items() if name.endswith(".md")))
+    return 0
