@@ -84,7 +84,7 @@ class _HandsOn(Upper):
 class DirectError(Coupling):
     """Activation up; the gradient of the loss for the network's output down, the same for every block."""
 
-    down, down_like_up = ("error",), False
+    down = ("error",)
 
     def lower(self, place: Place) -> Lower:
         return Top(place) if place.top else _TakesError(place)

@@ -253,7 +253,6 @@ SCRIPT = textwrap.dedent("""
     from torch import nn
     from torch.nn import functional as F
     from decoupled import Trainer
-from decoupled.cli import main
 
     def endless():
         n = 0
