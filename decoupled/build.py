@@ -219,7 +219,7 @@ def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int) -> Run
     check_options("runtime", name, RUNTIMES[name], options)
     if name == "processes" and not under_torchrun():
         options.setdefault("processes", blocks)
-    made = RUNTIMES[name](intra_op=intra_op, **options)
+    made = RUNTIMES[name](**{"intra_op": intra_op} | options)
     if isinstance(made, Processes) and made.world > blocks:
         raise UserError(f"{made.world} processes for {blocks} blocks: some would be idle; use at most {blocks}")
     return made

@@ -74,8 +74,8 @@ class Group:
         Raises:
             UserError: a number below 1, or not the launcher's.
         """
-        if processes is not None and processes < 1:
-            raise UserError(f"processes must be at least 1, got {processes}")
+        if processes is not None and (not isinstance(processes, int) or processes < 1):
+            raise UserError(f"runtime processes: processes must be an integer of at least 1, got {processes!r}")
         if not under_torchrun():
             return cls(0, processes or 1, starts=True, follows=False)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -35,12 +35,12 @@ class Processes(Runtime):
     """Runs graphs on several processes.
 
     Args:
+        group: which process this is, and how the others come to be; default: found out.
         processes: how many, the caller's included. Under torchrun it is the world size, and must not be given.
         intra_op: torch intra-op threads per worker; default: leave as it is.
         heartbeat: seconds of silence after which a process is given up.
         patience: seconds in which nothing moves anywhere until the run counts as stalled.
         startup: seconds the processes and the edges have to come up.
-        group: which process this is, and how the others come to be; default: found out.
 
     Attributes:
         startup_seconds: how long the processes took to come up, once they have.
@@ -51,16 +51,17 @@ class Processes(Runtime):
 
     def __init__(
         self,
+        group: Group | None = None,
         *,
         processes: int | None = None,
         intra_op: int | None = None,
         heartbeat: float = 10.0,
         patience: float = 20.0,
         startup: float = 120.0,
-        group: Group | None = None,
     ) -> None:
-        if heartbeat <= 0 or patience <= 0 or startup <= 0:
-            raise UserError("heartbeat, patience and startup are seconds and must be positive")
+        for name, seconds in (("heartbeat", heartbeat), ("patience", patience), ("startup", startup)):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+                raise UserError(f"runtime processes: {name} must be a positive number of seconds, got {seconds!r}")
         self._group = group or Group.find(processes)
         self.rank, self.world = self._group.rank, self._group.world
         self._intra_op, self._beats, self._startup = intra_op, Beats(heartbeat, patience), startup
@@ -188,7 +189,7 @@ class Processes(Runtime):
         self._channels = Channels(self.rank, self._places, endpoint, addresses, offsets, self._startup)
         self._channels.lost = control.wait_lost
         atexit.register(self.close)
-        self.startup_seconds = time.perf_counter() - began
+        self.startup_seconds = time.perf_counter() - began if self.world > 1 else None
         return control
 
     def _aborted(self, number: int, error: BaseException) -> None:
