@@ -12,6 +12,7 @@ from torch import nn
 
 from decoupled.build import Recipe
 from decoupled.checkpoint import load_worker_state, worker_state
+from decoupled.errors import PeerLost
 from decoupled.runtime.contract import Runtime
 from decoupled.statistics import BlockStatistics
 from decoupled.worker import Worker
@@ -55,10 +56,13 @@ def answer(workers: Iterable[Worker], what: str) -> dict[int, Any]:
     return {worker.k: _ANSWERS[what](worker) for worker in workers}
 
 
-def join(answers: Iterable[Mapping[int, Any]]) -> list[Any]:
+def join(answers: Iterable[Mapping[int, Any]], blocks: int) -> list[Any]:
     """Answers of several processes in the order of the blocks."""
     found = {k: value for one in answers for k, value in one.items()}
-    return [found[k] for k in sorted(found)]
+    if len(found) < blocks:
+        missing = ", ".join(f"block{k}" for k in range(blocks) if k not in found)
+        raise PeerLost(f"nobody has an answer for {missing}: its process did not get so far")
+    return [found[k] for k in range(blocks)]
 
 
 def owned(workers: Iterable[Worker], runtime: Runtime) -> list[Worker]:

@@ -10,7 +10,6 @@ Every epoch ends drained: all passes are answered, nothing is in flight, and the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,6 +103,7 @@ class Trainer:
         self._final: list[BlockStatistics] | None = None  # once the other processes have ended
         self._closed = self._hosted = False
         self._behind = self._newer = False  # other processes have blocks; with newer weights
+        self._failed = False  # the user has heard of it
 
     @property
     def method(self) -> Method:
@@ -123,7 +123,9 @@ class Trainer:
     @property
     def model(self) -> nn.Sequential:
         """The forward network with the trained weights, without auxiliary heads."""
-        if self._newer and not self._closed:
+        if self._newer:
+            if self._closed:
+                raise PeerLost("the weights of blocks in other processes were lost with them")
             for worker, state in zip(self._workers, self._everywhere("module"), strict=True):
                 worker.block.module.load_state_dict(state)
             self._newer = False
@@ -169,9 +171,9 @@ class Trainer:
         """
         if not self._workers or self._closed:
             return evaluate(self._units, batches, self._recipe.loss)
-        self._runtime.lead(self, "evaluate", ())
         blocks = [worker.block for worker in self._workers]
-        return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._classes)
+        with self._runtime.call(self, "evaluate", ()):
+            return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._classes)
 
     def statistics(self) -> list[BlockStatistics]:
         """One frozen record per block, counted since the trainer was made."""
@@ -205,38 +207,56 @@ class Trainer:
         if self._runtime.rank == 0:
             check(state or {}, self.method.name, len(self._cuts) + 1)
         self._host()
-        self._runtime.lead(self, "load_state_dict", None)
-        state = self._runtime.agree(state)
-        assert state is not None
-        shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
-        self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
-        self._build(torch.zeros(2, *shape, dtype=dtype))
-        load_worker_states(self._workers, copy.deepcopy(state["blocks"]))
-        self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
+        with self._runtime.call(self, "load_state_dict", None):
+            state = self._runtime.agree(state)
+            assert state is not None
+            shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
+            self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
+            self._build(torch.zeros(2, *shape, dtype=dtype))
+            load_worker_states(self._workers, copy.deepcopy(state["blocks"]))
+            self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
+            self._runtime.agree(None)  # all have it
 
     def close(self) -> None:
-        """End the workers; the trained model stays usable."""
-        if not self._closed:
-            if self._behind and self._runtime.rank == 0:
-                with contextlib.suppress(PeerLost):
-                    self._final = self._everywhere("statistics")
-                    bring_home(self._workers, self._runtime, self._everywhere("state"))
-            self._closed = True
-            self._runtime.release(self)
-        if self._owns_runtime:
-            self._runtime.close()
+        """End the workers; the trained model stays usable.
+
+        Raises:
+            PeerLost: a process has ended since the last call, and the weights of its blocks with it.
+        """
+        try:
+            if not self._closed and self._behind and self._runtime.rank == 0:
+                self._final = self._everywhere("statistics")
+                bring_home(self._workers, self._runtime, self._everywhere("state"))
+                self._newer = False
+        except PeerLost:
+            if not self._failed:
+                raise
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._runtime.release(self)
+            if self._owns_runtime:
+                self._runtime.close()
 
     def __enter__(self) -> Trainer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._failed = self._failed or exception[0] is not None
         self.close()
 
     def _run_epoch(self, batches: Iterable[Any]) -> dict[str, float]:
         """One epoch; every process of the runtime goes through this, only the leader has batches."""
         iterator = self._begin(batches) if self._runtime.rank == 0 else iter(())
         self._host()
-        self._runtime.lead(self, "fit", ())
+        try:
+            with self._runtime.call(self, "fit", ()):
+                return self._train(iterator)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _train(self, iterator: Iterator[Any]) -> dict[str, float]:
         position = self._epoch, self._batch, self._key
         cuts, sample, position = self._runtime.agree((self._cuts, self._first, position))
         self._epoch, self._batch, self._key = position
@@ -281,13 +301,14 @@ class Trainer:
     def _host(self) -> None:
         """Let the other processes, if there are any, have a trainer like this one."""
         if not self._hosted:
-            self._hosted = True
             self._runtime.host(self, follower(Trainer, self._recipe, nn.Sequential(*self._units), list(self._cuts)))
+            self._hosted = True
 
     def _everywhere(self, what: str) -> list[Any]:
         """What is asked of every block, from the process where it lives."""
         away = self._workers and not self._closed
-        return join(self._runtime.ask(self, "_answer", what) if away else [answer(self._workers, what)])
+        answers = self._runtime.ask(self, "_answer", what) if away else [answer(self._workers, what)]
+        return join(answers, len(self._workers))
 
     def _answer(self, what: str) -> dict[int, Any]:
         return answer(owned(self._workers, self._runtime), what)

@@ -19,7 +19,10 @@ METHODS = sorted((ROOT / "methods").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # file -> why it may be longer than its budget
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "decoupled/trainer.py": "a third of it is the public docstrings; every method is a few lines",
+    "decoupled/runtime/processes.py": "one run, and who follows whom: apart they would share all their state",
+}
 # an order has the name of the method that made it known
 ORDERS = {"decoupled/order.py": {"one_f_one_b"}}
 

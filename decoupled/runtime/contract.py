@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -213,8 +213,12 @@ class Runtime(ABC):
     def host(self, thing: Any, make: Callable[[Runtime], Any]) -> None:  # noqa: B027 - one process has nobody to tell
         """Let every other process hold its own `thing`: what `make(its runtime)` returns."""
 
-    def lead(self, thing: Any, method: str, *args: Any) -> None:  # noqa: B027
-        """Have the other processes call this method of theirs, too; on a process that follows: nothing."""
+    def call(self, thing: Any, method: str, *args: Any) -> AbstractContextManager[None]:
+        """Within: this method of `thing`, which every process goes through (with `args` where it follows the leader).
+
+        What one process leaves it by, those that wait for it get, too.
+        """
+        return nullcontext()
 
     def ask(self, thing: Any, method: str, *args: Any) -> list[Any]:
         """What this method returns in every process, by rank."""

@@ -1,11 +1,13 @@
 """`python -m decoupled.runtime.follow`: a process that rank 0 has started. It does as it is told, and ends with it."""
 
 import faulthandler
+import json
 import os
 import signal
 import sys
 import warnings
 
+from decoupled.runtime.launch import FOLLOW
 from decoupled.runtime.processes import Processes
 
 
@@ -16,7 +18,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     code = 1
     try:
-        runtime = Processes()
+        runtime = Processes(**json.loads(os.environ[FOLLOW]))
         runtime.serve()
         code = 0
     finally:

@@ -10,6 +10,7 @@ own lines. A started process needs nothing from the caller's `__main__`, so scri
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import secrets
 import signal
@@ -27,7 +28,7 @@ from decoupled.errors import PeerLost, UserError
 from decoupled.runtime.control import Beats, Control, Member
 from decoupled.runtime.hub import Hub
 
-FOLLOW = "DECOUPLED_FOLLOW"  # set in processes that rank 0 has started
+FOLLOW = "DECOUPLED_FOLLOW"  # in processes that rank 0 has started: the options of their runtime
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _made = itertools.count()  # runtimes of this program: every rank makes the same ones in the same order
 
@@ -58,13 +59,14 @@ class Group:
         starts: whether rank 0 starts the others (else a launcher does).
         follows: whether this process was started by rank 0.
         host: the address that this process is reached at.
-        store: where they meet.
+        store: where they meet. options: of the runtime, for the processes that are started.
     """
 
     store: Store
 
     def __init__(self, rank: int, world: int, starts: bool, follows: bool) -> None:
         self.rank, self.world, self.starts, self.follows, self.host = rank, world, starts, follows, "127.0.0.1"
+        self.options: Mapping[str, Any] = {}
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     @classmethod
@@ -100,12 +102,16 @@ class Group:
         if self.rank:
             token = self.store.get("token")
             host, port = self.store.get("hub").decode().rsplit(":", 1)
-            return Member(self.rank, self.world, (host, int(port)), token, beats, serve), token
+            return Member(self.rank, self.world, (host, int(port)), token, beats, serve, timeout), token
         token = secrets.token_hex(16).encode()
         hub = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
         self.store.set("token", token.decode())
         self.store.set("hub", f"{self.host}:{hub.port}")
-        hub.gather(timeout, self._look_after)
+        try:
+            hub.gather(timeout, self._look_after)
+        except BaseException:
+            hub.close()
+            raise
         return hub, token
 
     def _meet(self, wait: timedelta) -> None:
@@ -141,7 +147,7 @@ class Group:
         for rank in range(1, self.world):
             names = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world,
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, FOLLOW: 1, "PYTHONPATH": path,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, FOLLOW: json.dumps(self.options), "PYTHONPATH": path,
             }  # fmt: skip
             environment = os.environ | {name: str(value) for name, value in names.items()}
             self._children[rank] = subprocess.Popen(

@@ -12,8 +12,10 @@ everywhere (`decoupled.runtime.control`); then all channels are closed, and the 
 from __future__ import annotations
 
 import atexit
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import cloudpickle
@@ -21,12 +23,13 @@ import cloudpickle
 from decoupled.errors import PeerLost, ProtocolError, UserError
 from decoupled.runtime import memory
 from decoupled.runtime.channels import Channels
-from decoupled.runtime.contract import Edge, Graph, Observer, Runtime, Timings, intra_op_threads
+from decoupled.runtime.contract import Graph, Observer, Runtime, Timings, intra_op_threads
 from decoupled.runtime.control import Beats, Control, Member, pack, unpack
 from decoupled.runtime.events import Events
 from decoupled.runtime.hub import Hub
 from decoupled.runtime.launch import Group
 from decoupled.runtime.local import LocalRun, Pools
+from decoupled.runtime.places import Places
 from decoupled.transport.contract import Closed
 from decoupled.transport.endpoint import Endpoint
 
@@ -69,41 +72,46 @@ class Processes(Runtime):
         self._pools = Pools(intra_op)
         self._run: LocalRun | None = None
         self._number = 0
-        self.places = self._places = dict[str, int]()
-        self._edges: tuple[Edge, ...] = ()
+        self.places = self._places = Places(self.world)
         self._things: dict[int, Any] = {}
-        self._things_made = 0
-        self._failure: BaseException | None = None
+        self._things_made = self._calls = 0
+        self._group.options = {
+            "intra_op": intra_op, "heartbeat": heartbeat, "patience": patience, "startup": startup,
+        }  # fmt: skip
 
     # --- one run -------------------------------------------------------------------------------------------------
 
     def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
+        control = self.start()
         try:
-            return self._whole_run(graph, observers)
+            return self._whole_run(control, graph, observers)
         except BaseException as error:
-            self._failure = error  # known to all ranks
+            self._channels.close()
+            if self._run is not None:  # interrupted on the way to an outcome
+                control.abort(self._number, error)
+                self._run = None
             raise
 
-    def _whole_run(self, graph: Graph, observers: Sequence[Observer]) -> Timings:
+    def _whole_run(self, control: Control, graph: Graph, observers: Sequence[Observer]) -> Timings:
         memory.keep()
-        control, began = self.start(), time.perf_counter()
-        self.place([actor.name for actor in graph.actors if not actor.in_caller])
+        began = time.perf_counter()
+        self._places.add([actor.name for actor in graph.actors if not actor.in_caller])
         self._places.update({actor.name: 0 for actor in graph.actors if actor.in_caller})
-        self._number, self._edges = self._number + 1, tuple(graph.edges)
-        watched = control.exchange("run", (tuple(map(str, graph.edges)), bool(observers)))
-        if len({edges for edges, _ in watched}) > 1:
+        self._places.edges = graph.edges
+        watched = control.exchange("run", (tuple(map(str, graph.edges)), bool(observers), self._number + 1))
+        if len({edges for edges, *_ in watched}) > 1:
             raise ProtocolError("the processes run different graphs; every rank must build the same model and method")
+        self._number = number = watched[0][2]
         events = Events(control.offset) if self.rank and watched[0][1] else None
-        problem = self._channels.open(graph.edges, self._number)
+        problem = self._channels.open(graph.edges, number)
         mine = [actor.name for actor in graph.actors if self.owns(actor.name)]
         run = LocalRun(
             graph, [events] if events else observers, None, mine,
-            self._channels.outlets(graph.edges), self._number, lambda error: control.abort(self._number, error),
+            self._channels.outlets(graph.edges), number,
+            lambda error: threading.Thread(target=control.abort, args=(number, error), daemon=True).start(),
         )  # fmt: skip
         self._run = self._channels.run = run
-        self._settle(
-            [problem and pack(problem)] if control.world == 1 else control.exchange("open", problem and pack(problem))
-        )
+        self._settle(control.exchange("open", problem and pack(problem)))
         start = time.perf_counter()
         failure: BaseException | None = None
         try:
@@ -140,31 +148,16 @@ class Processes(Runtime):
         self._channels.close()
         raise mine if mine is not None else unpack(failures[first], first)
 
-    # --- who is where --------------------------------------------------------------------------------------------
-
     def place(self, actors: Sequence[str]) -> None:
-        new = [name for name in actors if name not in self._places]
-        self._places.update({name: i * self.world // len(new) for i, name in enumerate(new)})
+        self._places.add(actors)
 
     def owns(self, actor: str) -> bool:
         return self._places[actor] == self.rank
 
     def _obituary(self, rank: int, reason: str) -> str:
-        """Who is lost, why, and what is known of it."""
-        actors = [name for name, place in self._places.items() if place == rank]
-        pid, host = self._who[rank] if rank < len(self._who) else ("?", "?")
-        text = f"rank {rank} ({', '.join(actors) or 'no blocks'}; process {pid} on {host}): {reason}"
-        run, known = self._run, []
-        if run is not None:
-            status = self._control.heard_of(rank) if isinstance(self._control, Hub) else None
-            if status is not None and status.run == run.number:
-                known += [f"{actor} was last at {operation}" for actor, operation in status.operations.items()]
-            for edge in self._edges:
-                if rank in (self._places[edge.source], self._places[edge.target]):
-                    last = f", last batch {run.last[edge]}" if edge in run.last else ""
-                    if self._places[edge.source] != self._places[edge.target]:
-                        known.append(f"edge {edge}{last}")
-        return "; ".join([text, *known])
+        last = self._run.last if self._run is not None else None
+        heard = self._control.heard_of(rank) if isinstance(self._control, Hub) else None
+        return self._places.obituary(rank, reason, heard, last)
 
     # --- the processes -------------------------------------------------------------------------------------------
 
@@ -179,15 +172,21 @@ class Processes(Runtime):
                 raise self._control.lost
             return self._control
         began = time.perf_counter()
-        control, token = self._group.connect(self._beats, self._startup, self._obituary, self._serve)
-        self._control = control
-        control.on_abort, control.on_lost, control.status = self._aborted, self._lost, self._status
-        self._who: list[tuple[int, str]] = []
-        endpoint = Endpoint(token, self._group.host)
-        all_ranks = control.exchange("start", (endpoint.address, control.offset, self._group.me()), self._startup)
-        addresses, offsets, self._who = (list(column) for column in zip(*all_ranks, strict=True))
+        control = None
+        try:
+            control, token = self._group.connect(self._beats, self._startup, self._obituary, self._serve)
+            control.on_abort, control.on_lost, control.status = self._aborted, self._lost, self._status
+            endpoint = Endpoint(token, self._group.host)
+            all_ranks = control.exchange("start", (endpoint.address, control.offset, self._group.me()), self._startup)
+        except BaseException:
+            if control is not None:
+                control.close()
+            self._group.end(0.0)
+            raise
+        addresses, offsets, self._places.who = (list(column) for column in zip(*all_ranks, strict=True))
         self._channels = Channels(self.rank, self._places, endpoint, addresses, offsets, self._startup)
         self._channels.lost = control.wait_lost
+        self._control = control
         atexit.register(self.close)
         self.startup_seconds = time.perf_counter() - began if self.world > 1 else None
         return control
@@ -209,24 +208,40 @@ class Processes(Runtime):
     # --- things that every rank holds ----------------------------------------------------------------------------
 
     def host(self, thing: Any, make: Callable[[Runtime], Any]) -> None:
-        if not self._group.follows:
-            self._things_made += 1
-            self._things[self._things_made] = thing
-            if self._group.starts and self.world > 1:
-                try:
-                    payload = cloudpickle.dumps(make)
-                except Exception as error:
-                    raise UserError(
-                        f"the model, loss, optimizer or method cannot be sent to another process ({error}); leave out "
-                        "what cannot be pickled, such as open files, locks and generators"
-                    ) from error
-                self.start()
-                self._tell("host", self._things_made, payload)
-
-    def lead(self, thing: Any, method: str, *args: Any) -> None:
-        if self.rank == 0 and self._group.starts and self.world > 1:
+        if self._group.follows:
+            return
+        payload = b""
+        if self._group.starts and self.world > 1:
+            try:
+                payload = cloudpickle.dumps(make)
+            except Exception as error:
+                raise UserError(
+                    f"the model, loss, optimizer or method cannot be sent to another process ({error}); leave out "
+                    "what cannot be pickled, such as open files, locks and generators"
+                ) from error
             self.start()
-            self._tell("call", self._name(thing), method, args)
+        self._things_made += 1
+        self._things[self._things_made] = thing
+        if payload:
+            self._tell("host", self._things_made, payload)
+
+    @contextmanager
+    def call(self, thing: Any, method: str, *args: Any) -> Iterator[None]:
+        if self.world == 1:
+            yield
+            return
+        control = self.start()
+        if not self._group.follows:  # those that follow have got the number with the order
+            self._calls += 1
+        control.begin(self._calls, method)
+        try:
+            if self.rank == 0 and self._group.starts:
+                self._tell("call", self._name(thing), self._calls, method, args)
+            yield
+        except BaseException as error:
+            control.leave(error)
+            self._channels.close()
+            raise
 
     def ask(self, thing: Any, method: str, *args: Any) -> list[Any]:
         if self.rank:
@@ -250,12 +265,18 @@ class Processes(Runtime):
         if self._group.follows or self._control is None or all(known is not thing for known in self._things.values()):
             return
         name = self._name(thing)
-        if self._control.lost is None and self._group.starts:
+        if self._control.lost is None and self._group.starts and self.world > 1:
             self._tell("drop", name)
-        elif self._control.lost is None:
-            self.agree(None)  # the leader may still ask until it comes here itself
-        del self._things[name]
+        elif self._control.lost is None:  # the leader may still ask until it comes here itself
+            with suppress(PeerLost, ProtocolError), self.call(thing, "release"):
+                self.agree(None)
+        self._drop(name)
+
+    def _drop(self, name: int) -> None:
+        self._things.pop(name, None)
         self._channels.close()
+        if not self._things:
+            self._places.clear()
 
     def serve(self) -> None:
         """Follow the leader until it says goodbye: the life of a process that rank 0 has started."""
@@ -263,18 +284,24 @@ class Processes(Runtime):
         assert isinstance(control, Member)
         while (order := control.orders.get()) is not None:
             kind, name, *rest = order
-            try:
-                if kind == "host":
+            if kind == "host":
+                try:
                     self._things[name] = cloudpickle.loads(rest[0])(self)
-                elif kind == "call":
-                    getattr(self._things[name], rest[0])(*rest[1])
-                elif kind == "drop":
-                    del self._things[name]
-                    self._channels.close()
-            except BaseException as error:
-                if error is not self._failure:
-                    control.break_off(error)
-                    return
+                except Exception as error:
+                    self._things[name] = error  # to be raised when it is called
+            elif kind == "drop":
+                self._drop(name)
+            else:
+                self._calls, method, args = rest
+                self._follow(control, self._things[name], method, args)
+
+    def _follow(self, control: Member, thing: Any, method: str, args: Sequence[Any]) -> None:
+        control.begin(self._calls, method)
+        if isinstance(thing, Exception):
+            control.leave(thing)
+            return
+        with suppress(Exception):  # the leader has been told, by `call`
+            getattr(thing, method)(*args)
 
     def close(self) -> None:
         control, self._control = self._control, None

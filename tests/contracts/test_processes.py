@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -173,18 +174,15 @@ def test_wrong_settings_are_refused(runtime, message):
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
-def followers():
-    """Processes on this machine that follow a rank 0."""
-    found = []
+def followers(leader):
+    """Processes that follow `leader`: process number -> a descriptor that becomes readable when it ends."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except (OSError, IndexError):
-                continue
-            if "decoupled.runtime.follow" in command and state != "Z":
-                found.append(int(entry.name))
+            with contextlib.suppress(OSError, IndexError):
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if parent == leader and b"decoupled.runtime.follow" in (entry / "cmdline").read_bytes():
+                    found[int(entry.name)] = os.pidfd_open(int(entry.name))
     return found
 
 
@@ -244,7 +242,6 @@ def test_killed_and_frozen_at_random_batches():
         number, after = draw.choice([signal.SIGKILL, signal.SIGSTOP]), draw.randint(1, 120)
         text = strike(number, after, heartbeat=3.0, patience=2.0 if number == signal.SIGKILL else 3.0 + SLACK)
         assert text.startswith("rank 1 (block2, block3; process "), text
-    assert followers() == []
     assert sorted(os.listdir("/dev/shm")) == before
 
 
@@ -272,21 +269,22 @@ SCRIPT = textwrap.dedent("""
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_stays_behind_when_rank_0_is_ended(number):
-    before = sorted(os.listdir("/dev/shm")), followers()
+    before = sorted(os.listdir("/dev/shm"))
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "under way\n"
-        assert len(followers()) == len(before[1]) + 2
+        others = followers(process.pid)
+        assert len(others) == 2
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
-    deadline = time.monotonic() + 3
-    while followers() != before[1] and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert (sorted(os.listdir("/dev/shm")), followers()) == before
+    for descriptor in others.values():
+        assert select.select([descriptor], [], [], 3.0)[0], "a process is still there"
+        os.close(descriptor)
+    assert sorted(os.listdir("/dev/shm")) == before
 
 
 # --- torchrun -----------------------------------------------------------------------------------------------------
