@@ -77,14 +77,19 @@ class Figure:
         return median > self.must if self.strict else median >= self.must
 
 
+OURS = ("greedy_local", "pipedream", "greedy_local, processes", "pipedream, processes")
+
+
 def _against(theirs: str, label: str, must: float, strict: bool = False) -> list[Figure]:
-    return [Figure(f"{ours} / {label}", ours, theirs, must, strict) for ours in ("greedy_local", "pipedream")]
+    return [Figure(f"{ours} / {label}", ours, theirs, must, strict) for ours in OURS]
 
 
 FIGURES = [
     Figure("1 block through the runtime / plain loop, 1 thread each", "1 block", "plain", 0.97),
     Figure("greedy_local, 2 blocks / plain loop", "greedy_local", "plain", 1.85, limit="local"),
     Figure("pipedream, 2 blocks / plain loop", "pipedream", "plain", 1.80, limit="gradient"),
+    Figure("greedy_local, 2 processes / plain loop", "greedy_local, processes", "plain", 1.85, limit="local"),
+    Figure("pipedream, 2 processes / plain loop", "pipedream, processes", "plain", 1.80, limit="gradient"),
     *_against("pipelining", "best torch pipelining schedule of the round", 1.3),
     *_against("DDP", "DistributedDataParallel, 2 ranks", 1.0, strict=True),
     *_against("plain, 2 threads", "plain loop with 2 intra-op threads", 1.0, strict=True),

@@ -277,7 +277,8 @@ def markdown(found: Sequence[Mapping[str, float]], facts: Mapping[str, Any], sec
     how = (
         f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
         f"{facts['system']}; `python -m decoupled.benchmarks.transport`, {seconds:.0f} s. "
-        f"Two processes of one thread each on one host, Gloo over loopback; {len(found)} rounds, contestants one at a time in turned order, ratios within a round; "
+        f"Two processes of one thread each on one host, Gloo over loopback; {len(found)} rounds, contestants one at a "
+        f"time in turned order, ratios within a round; "
         f"median (lowest .. highest). At most {_IN_FLIGHT} messages are under way. Figures hold for an idle machine."
     )
     return (

@@ -11,7 +11,7 @@ same numbers on every runtime, whatever other blocks do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Block:
         device: where the module lives and its inputs are moved to.
         overwrites_input: whether it changes its input in place, so that it must be given a copy; None: if any layer
             says `inplace`.
+        autocast: run it, and its objective, under `torch.autocast` to this type; None: as it is.
 
     Attributes:
         version: number of optimizer steps so far.
@@ -54,6 +55,7 @@ class Block:
         seed: int = 0,
         device: torch.device | str = "cpu",
         overwrites_input: bool | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.module, self.name, self.version = module.to(device), name, 0
         self.device = torch.device(device)
@@ -66,6 +68,11 @@ class Block:
         if overwrites_input is None:  # a layer may reach the input through views and identities, not only as the first
             overwrites_input = any(getattr(layer, "inplace", False) for layer in module.modules())
         self._overwrites_input = overwrites_input
+        self._autocast = autocast
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast that the block runs under."""
+        return torch.autocast(self.device.type, self._autocast) if self._autocast is not None else nullcontext()
 
     def freeze(self) -> Weights:
         """Copies of the current weights as new leaves, in the order of `parameters`."""
@@ -86,15 +93,26 @@ class Block:
             replay: generator state to draw from (a recompute); the generator goes on from where it was afterwards.
             again: this input was run before, so running statistics must not move.
         """
-        if self._overwrites_input:
-            x = x.clone()
+        x = self._given(x)
         state: dict[str, Tensor] = {}
         if weights is not None:
             state.update(zip(self._names, weights, strict=True))
         if again:
             state.update((name, buffer.clone()) for name, buffer in self.module.named_buffers())
-        with self._randomness(replay):
+        with self._randomness(replay), self.precision():
             return functional_call(self.module, state, (x,)) if state else self.module(x)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Output for `x` without a graph; for evaluation mode, in which nothing is drawn."""
+        with torch.no_grad(), self.precision():
+            return self.module(self._given(x))
+
+    def _given(self, x: Tensor) -> Tensor:
+        """The input as the module may have it: its own, and of its own type where a neighbour computes in another."""
+        if self._autocast is None and x.dtype in (torch.bfloat16, torch.float16):
+            own = next((p.dtype for p in self.parameters if p.is_floating_point()), x.dtype)
+            x = x.to(own) if own != x.dtype else x
+        return x.clone() if self._overwrites_input else x
 
     @contextmanager
     def _randomness(self, replay: Tensor | None) -> Iterator[None]:

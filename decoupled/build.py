@@ -33,6 +33,7 @@ from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
 from decoupled.worker import Worker, down_port
 
 Model = nn.Sequential | Sequence[nn.Module]
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}
 POLICIES = ("stop", "skip")
 RUNTIMES: dict[str, Callable[..., Runtime]] = {"simulated": Simulated, "threads": Threads, "processes": Processes}
 
@@ -48,8 +49,24 @@ class Recipe:
     devices: Sequence[torch.device]
     seed: int
     on_nonfinite: str
+    precision: str | Sequence[str] = "float32"
+
+    def autocast(self, k: int, K: int) -> torch.dtype | None:
+        """What block k of K computes in, None for its own type.
+
+        Raises:
+            UserError: not one precision per block.
+        """
+        if isinstance(self.precision, str):
+            return PRECISIONS[self.precision]
+        if len(self.precision) != K:
+            raise UserError(f"precision names {len(self.precision)} blocks of {K}; give one for all, or one per block")
+        return PRECISIONS[self.precision[k]]
 
     def __post_init__(self) -> None:
+        for one in [self.precision] if isinstance(self.precision, str) else self.precision:
+            if one not in PRECISIONS:
+                raise unknown("precision", one, PRECISIONS)
         if self.on_nonfinite not in POLICIES:
             raise unknown("on_nonfinite policy", self.on_nonfinite, POLICIES)
         functions = {"loss": self.loss, "optimizer": self.optimizer, "scheduler": self.scheduler or self.optimizer}
@@ -92,7 +109,7 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
         for k, module in enumerate(modules):
-            place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]))
+            place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]), tuple(modules))
             device = recipe.devices[k % len(recipe.devices)] if here(f"block{k}") else torch.device("cpu")
             lower, upper = method.coupling.lower(place), method.coupling.upper(place) if k else Bottom()
             if lower.has_objective and not dtypes[k].is_floating_point:
@@ -101,7 +118,7 @@ def chain(
                 if half.module is not None:
                     half.module.to(device=device, dtype=dtypes[k])
             seed = recipe.seed * 1_000_003 + k
-            block = Block(module, f"block{k}", seed, device, overwrites[k])
+            block = Block(module, f"block{k}", seed, device, overwrites[k], recipe.autocast(k, K))
             groups = (block.parameters, _parameters(lower.module), _parameters(upper.module))
             steps = Steps(groups, recipe.optimizer, recipe.scheduler)
             retention = method.retention(block, _steps_between(method, k, K))

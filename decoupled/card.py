@@ -60,6 +60,7 @@ class Card:
             "retention": self.method.retention.__name__,
             "corrections": [str(correction) for correction in self.method.corrections],
             "exact": facts.exact,
+            "surrogate": facts.surrogate,
             "objectives that reach block k": {k: list(facts.reach(k, K)) for k in range(K)},
             "updates between forward and backward": [facts.delay(k, K) for k in range(K)],
             "passes in flight": [facts.in_flight(k, K) for k in range(K)],

@@ -1,29 +1,223 @@
-"""Corrections: what is done about staleness. They compose, in the order they are listed.
+"""Corrections: what is done about staleness. They compose, in the order they are listed; a hook that is not overridden
+changes nothing.
+
+    F   forward(weights)             weights to run the forward with         linear_prediction, lookahead
+    B   backward(weights)            weights to recompute a backward with    discrepancy, lookahead
+        cotangent(gradient)          every gradient from above               shrink
+        gradients(grads, weights)    weight gradients of one pass            delay_compensation, gap_aware
+    S   before_step, after_step      around the optimizer step               spike_compensation, rescale, clip
+
+`forward` and `backward` get copies and return copies: live weights are never predicted in place, so there is nothing to
+undo. What is listed in a method is the configuration; `at(site)` makes what acts at one block (with that block's delay
+and optimizer), and state lives there only.
 
 Shrink(factor)   the gradient from above is multiplied by `factor` at every hop, so block k of K sees
-                 factor ** (K-1-k) of it (FDG, Zhuang et al. 2021)
+                 factor ** (K-1-k) of it (FDG, Zhuang et al. 2021); the others: `decoupled.prediction`, `.compensation`
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-from decoupled.errors import UserError
+from decoupled.errors import UserError, unknown
+from decoupled.specs import parse
+
+Weights = list[Tensor]
+Gradients = Sequence[Tensor | None]
+HOOKS = ("at", "forward", "backward", "cotangent", "gradients", "before_step", "after_step")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a correction knows of its block.
+
+    Attributes:
+        k, K: the block's number, and how many there are.
+        delay: own updates between forward and backward of a pass in the steady state, on average.
+        parameters: of the block, in the order of all weight lists.
+        optimizer: of the block; None if it has nothing to train.
+    """
+
+    k: int
+    K: int
+    delay: float
+    parameters: Sequence[Tensor]
+    optimizer: Optimizer | None
+
+    @property
+    def trainable(self) -> list[Tensor]:
+        """The parameters that gradients are for, in the order of all gradient lists."""
+        return [p for p in self.parameters if p.requires_grad]
 
 
 class Correction:
-    """Changes nothing until a method of it is overridden."""
+    """Changes nothing until a method of it is overridden.
+
+    Attributes:
+        needs: "stale" (a backward with the weights of the forward), "today" (one with today's weights), "gradient"
+            (gradients come from above), or "" (anything).
+        about_delay: whether it is meaningless where nothing is late.
+        moves_forward: whether forwards run with other weights than today's.
+    """
+
+    needs: ClassVar[str] = ""
+    about_delay: ClassVar[bool] = True
+    moves_forward: ClassVar[bool] = False
+
+    def at(self, site: Site) -> Correction | None:
+        """What acts at this block; None if nothing is to be done there.
+
+        Raises:
+            UserError: it cannot work with this optimizer.
+        """
+        return self
+
+    def forward(self, weights: Weights) -> Weights:
+        """The weights of a forward, made of copies of today's."""
+        return weights
+
+    def backward(self, weights: Weights) -> Weights:
+        """The weights of a backward that is recomputed, made of today's."""
+        return weights
 
     def cotangent(self, gradient: Tensor) -> Tensor:
         """Called with every gradient that a block receives from above."""
         return gradient
 
+    def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
+        """Called with the weight gradients of a pass and the weights (trainable ones) that they were taken at."""
+        return grads
 
+    def before_step(self) -> None:
+        """Called before the optimizers' step, with the gradients in `.grad`."""
+
+    def after_step(self) -> None:
+        """Called after the optimizers' step, before gradients are forgotten and schedulers tick."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of what acts at a block: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state_dict`."""
+
+
+class Acting:
+    """The corrections at work at one block, one method per hook.
+
+    Attributes:
+        parts: those that have something to do here.
+        forward, backward: weights -> weights, or None if no part changes them.
+    """
+
+    def __init__(self, corrections: Sequence[Correction] = (), site: Site | None = None) -> None:
+        made = (correction if site is None else correction.at(site) for correction in corrections)
+        self.parts = [part for part in made if part is not None]
+        self.forward, self.backward = self._chain("forward"), self._chain("backward")
+        self._cotangent, self._gradients = self._those("cotangent"), self._those("gradients")
+
+    def cotangent(self, gradient: Tensor) -> Tensor:
+        for part in self._cotangent:
+            gradient = part.cotangent(gradient)
+        return gradient
+
+    def gradients(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
+        if self._gradients:
+            trainable = [w for w in weights if w.requires_grad]
+            for part in self._gradients:
+                grads = part.gradients(grads, trainable)
+        return grads
+
+    def before_step(self) -> None:
+        for part in self.parts:
+            part.before_step()
+
+    def after_step(self) -> None:
+        for part in reversed(self.parts):
+            part.after_step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load_state_dict(saved)
+
+    def _those(self, hook: str) -> list[Correction]:
+        return [part for part in self.parts if hook in hooks(part)]
+
+    def _chain(self, hook: str) -> Callable[[Weights], Weights] | None:
+        parts = self._those(hook)
+
+        def run(weights: Weights) -> Weights:
+            for part in parts:
+                weights = getattr(part, hook)(weights)
+            return weights
+
+        return run if parts else None
+
+
+def hooks(correction: Correction) -> set[str]:
+    """The hooks in which a correction does something ("at" where it differs from block to block)."""
+    return {hook for hook in HOOKS if getattr(type(correction), hook) is not getattr(Correction, hook)}
+
+
+# --- names, for configurations ------------------------------------------------------------------------------------
+
+_named: dict[str, type[Correction]] = {}
+
+
+def named(name: str) -> Callable[[type], type]:
+    """Give the decorated frozen dataclass the name `name`; its fields are its options."""
+
+    def add(kind: type[Correction]) -> type[Correction]:
+        if name in _named and _named[name].__qualname__ != kind.__qualname__:
+            raise ValueError(f"correction {name!r} is registered already; choose another name")
+        _named[name] = kind
+        return kind
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all corrections that have been loaded, sorted."""
+    return sorted(_named)
+
+
+def make(spec: str | Mapping[str, Any]) -> Correction:
+    """Build a correction from its name, or from a mapping with `name` and options.
+
+    Raises:
+        UserError: unknown name or option (with the nearest one), or a value that it refuses.
+    """
+    name, given = parse("correction", spec)
+    if name not in _named:
+        raise unknown("correction", name, names())
+    known: dict[str, Any] = {field.name: field for field in dataclasses.fields(_named[name])}  # type: ignore[arg-type]
+    for key, value in given.items():
+        if key not in known:
+            raise unknown(f"option of correction {name!r}:", key, list(known))
+        kinds = {"float": (int, float), "int": int, "bool": bool, "str": str}[known[key].type]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and known[key].type != "bool"):
+            raise UserError(f"correction {name!r}: option {key!r} must be {known[key].type}, got {value!r}")
+    missing = [key for key, field in known.items() if key not in given and field.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"correction {name!r} needs {', '.join(missing)}; write {{name: {name}, {missing[0]}: ...}}")
+    return _named[name](**given)
+
+
+@named("shrink")
 @dataclass(frozen=True)
 class Shrink(Correction):
     """Gradient shrinking; `factor` in (0, 1], 1 is off."""
+
+    needs: ClassVar[str] = "gradient"
 
     factor: float
 

@@ -38,6 +38,7 @@ class Place:
         loss: (output, target) -> scalar batch mean.
         shapes: output shape of every block without the batch dimension.
         inputs: shape of the network's input without the batch dimension.
+        modules: every block, its children being the units it was cut from; to build others like them, never to call.
     """
 
     k: int
@@ -45,6 +46,7 @@ class Place:
     loss: Loss
     shapes: tuple[tuple[int, ...], ...]
     inputs: tuple[int, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
 
     @property
     def top(self) -> bool:
@@ -59,6 +61,9 @@ class Lower:
         replies: Down messages per pass.
         has_objective: whether J_k exists here.
         needs_data: whether it reads targets or sample indices.
+        relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
+            one that B or W takes alone (else they follow the sum).
+        learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
         module: parameters of its own (dropped when the network is used), or None.
     """
 
@@ -66,6 +71,8 @@ class Lower:
     replies: int = 0
     has_objective: bool = False
     needs_data: bool = False
+    relays: bool = False
+    learns_from_answers: bool = False
     module: nn.Module | None = None
 
     @property
@@ -89,6 +96,10 @@ class Lower:
         """The cotangent for `y` that a Down stands for."""
         return payload[0]
 
+    def returned(self, payload: tuple[Tensor, ...]) -> Tensor | None:
+        """The block's own output as a Down brings it back, or None if it brings none."""
+        return None
+
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         """Take a Down in an operation A (update of an auxiliary variable); None if its pass was dropped above."""
 
@@ -107,13 +118,15 @@ class Upper:
     """The half that lives with block k+1.
 
     Attributes:
-        replies: whether it sends a Down, so that the block's input gradient is needed.
+        replies: whether it sends a Down.
+        differentiates: whether that needs the gradient for the block's input.
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
         module: parameters of its own, or None.
     """
 
     replies: bool = False
+    differentiates: bool = True
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
@@ -125,6 +138,17 @@ class Upper:
     def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
         """Payload of Down, from the gradient for the block's input."""
         return (gradient,)
+
+    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `reply`, for couplings that send something else.
+
+        Args:
+            gradient: for the block's input; None unless it `differentiates`.
+            x: the block's input, as the backward has it.
+            heard: payload of the Down just taken; at the top of the network the gradient of the loss for its output.
+        """
+        assert gradient is not None
+        return self.reply(gradient)
 
 
 class Bottom(Upper):
@@ -153,10 +177,16 @@ class Top(Lower):
 
 
 class Coupling(ABC):
-    """Builds the halves of every edge. `up` and `down` name the payload tensors, in order."""
+    """Builds the halves of every edge.
+
+    Attributes:
+        up, down: names of the payload tensors, in order.
+        down_like_up: whether tensors that go down have the shape of what went up.
+    """
 
     up: tuple[str, ...] = ("activation",)
     down: tuple[str, ...] = ()
+    down_like_up: bool = True
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:
@@ -215,7 +245,7 @@ class LocalHead(Lower):
 class LocalObjective(Coupling):
     """Activation up, nothing down: every block follows its own loss."""
 
-    head: str = "linear"
+    head: str = "auto"
     down: tuple[str, ...] = field(default=(), init=False)
 
     def lower(self, place: Place) -> Lower:
@@ -228,3 +258,27 @@ class LocalObjective(Coupling):
 def parameters(half: Lower | Upper) -> list[nn.Parameter]:
     """The trainable parameters a half owns."""
     return [] if half.module is None else [p for p in half.module.parameters() if p.requires_grad]
+
+
+def needed(
+    kind: str, lower: Lower, upper: Upper, replies: int, own_taken: bool = False, data_taken: bool = False
+) -> tuple[str, ...]:
+    """The ports an operation waits for, from what the halves declare.
+
+    Args:
+        kind: of the operation, not S. lower, upper: the halves around the block.
+        replies: Down messages of this pass still to come.
+        own_taken: the block's own objective has been used. data_taken: the pass has its data.
+    """
+    if kind in "EF":
+        data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
+        return data + (("up",) if kind == "F" and upper.waits_up else ())
+    if kind == "A":
+        return (down_port(0),) if lower.awaits == "A" else ()
+    own_first = kind == "I" and lower.has_objective and not own_taken
+    return (down_port(lower.replies - replies),) if lower.awaits == "B" and replies and not own_first else ()
+
+
+def down_port(part: int) -> str:
+    """The port of the Down with this number within its pass: each has a channel, so that none can overtake another."""
+    return f"down{part}" if part else "down"

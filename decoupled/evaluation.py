@@ -92,12 +92,12 @@ class Stage(Actor):
         given, data = messages[0], messages[-1]
         x = given.inputs if isinstance(given, Data) else given.payload[0] if isinstance(given, Up) else None
         assert x is not None
+        y = self._block.infer(x.to(self.device))
+        if not self._last:
+            up = Up(given.key, batch=0, round=0, indices=None, version=self._block.version, payload=(y,))
+            return Outcome(f"F{given.key}", [("up", up)])
+        assert isinstance(data, Data) and data.targets is not None
         with torch.no_grad():
-            y = self._block.module(x.to(self.device))
-            if not self._last:
-                up = Up(given.key, batch=0, round=0, indices=None, version=self._block.version, payload=(y,))
-                return Outcome(f"F{given.key}", [("up", up)])
-            assert isinstance(data, Data) and data.targets is not None
             self.score.add(y, data.targets, self._loss)
         return Outcome(f"F{given.key}")
 

@@ -125,6 +125,7 @@ def make_trainer(setting: Setting, spec: str | Mapping[str, Any], seed: int, **m
         optimizer=optimizer_for(recipe),
         scheduler=scheduler_for(recipe, updates),
         runtime=setting.task.runtime,
+        precision=setting.task.precision,
         seed=seed,
         **more,
     )

@@ -3,18 +3,19 @@
     coupling     what goes up and down on an edge, and each block's objective: decides the truncation
     retention    what a block keeps between sending and hearing back: decides which weights its backward uses
     order        the sequence of operations of each block: decides the delay
-    corrections  what is done about staleness
+    corrections  what is done about staleness; more can be added to any method: `corrected`
 
 `Facts` are the claims of a method's card as code; generic tests measure every one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from decoupled.correction import Correction
 from decoupled.coupling import Coupling
+from decoupled.errors import UserError
 from decoupled.order import Order
 from decoupled.retention import KeepGraph, Retention
 from decoupled.source import Whole
@@ -27,7 +28,9 @@ class Facts:
     Attributes:
         exact: its updates equal those of plain backpropagation with the same minibatches.
         reach: objectives J_j whose gradient reaches the weights of block k.
-        delay: own updates between forward and backward of a pass in the steady state.
+        surrogate: what reaches them is not the gradient itself, but something random or learned in its place.
+        delay: own updates between forward and backward of a pass in the steady state; the most, where it varies.
+        least_delay: the fewest, where that is another number (gradients accumulated over micro-batches).
         in_flight: most passes a block holds between forward and backward.
         backward_weights: "forward" (those its forward used), "current", or "none" (nothing is held over an update).
         reads_indices: whether batches must carry sample indices.
@@ -36,7 +39,9 @@ class Facts:
 
     exact: bool
     reach: Callable[[int, int], Collection[int]]
+    surrogate: bool = False
     delay: Callable[[int, int], int] = lambda k, K: 0
+    least_delay: Callable[[int, int], int] | None = None
     in_flight: Callable[[int, int], int] = lambda k, K: 1
     backward_weights: str = "none"
     reads_indices: bool = False
@@ -55,6 +60,38 @@ class Method:
     feed: Whole = field(default_factory=Whole)
     channel: int = 2
     name: str = ""
+
+
+def corrected(method: Method, more: Sequence[Correction]) -> Method:
+    """`method` with further corrections behind its own.
+
+    Raises:
+        UserError: a correction that means nothing there, or two that contradict each other; says why.
+    """
+    both, late = (*method.corrections, *more), any(method.facts.delay(k, 8) for k in range(8))
+    for correction in more:
+        name = type(correction).__name__
+        if correction.about_delay and not late:
+            raise UserError(f"{name} is about late gradients, and those of {method.name!r} never are; leave it out")
+        if correction.needs == "gradient" and "gradient" not in method.coupling.down:
+            raise UserError(f"{name} changes gradients from above, and {method.name!r} sends none down; leave it out")
+        if correction.needs == "stale" and method.retention.today:
+            raise UserError(
+                f"{name} compares today's weights with those of the forward, which {method.name!r} does not keep "
+                f"({method.retention.__name__}); use a method that does, or leave it out"
+            )
+        if correction.needs == "today" and not method.retention.today:
+            raise UserError(
+                f"{name} estimates the weights of the forward, which {method.name!r} keeps anyway "
+                f"({method.retention.__name__}); leave it out"
+            )
+    kinds = [type(correction).__name__ for correction in both]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise UserError(f"{twice[0]} is there twice; give it once, or set the option of {method.name!r}")
+    moved = [type(c).__name__ for c in both if c.moves_forward]
+    if len(moved) > 1:
+        raise UserError(f"{' and '.join(moved)} each say which weights a forward runs with; use one of them")
+    return replace(method, corrections=both, facts=replace(method.facts, exact=False))
 
 
 def own(k: int, K: int) -> Collection[int]:

@@ -14,27 +14,36 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
     local                 F0 B0 S F1 B1 S ... (no Down is waited for)      0                1
     gpipe(M)              F0 .. F[M-1] B0 .. B[M-1] S ...                  0                M
     one_f_one_b_flush(M)  K-1-k forwards, then B F alternating, S per M    0                min(M, K-k)
+    answered              F0 B0 S A0 F1 B1 S ... (A takes the Down)        0                1
     lockstep              F t, then B [t-(K-1-k)], S                       K-1-k            K-k
     one_f_one_b           the same operations, read as 1F1B                K-1-k            K-k
     tick                  F t, then B [t-2(K-1-k)], S                      2(K-1-k)         2(K-1-k)+1
     tick_backward_first   B [t-2(K-1-k)], S, then F t                      2(K-1-k)-1 (>=0) max(1, 2(K-1-k))
+    queues(length)        F t, then B [t-length(K-1-k)], S                 length(K-1-k)    length(K-1-k)+1
+    accumulate(order, M)  the operations of `order`, one S per M passes    ceil, floor of delay/M    as `order`
+    pinned(order, lag)    the same operations; forwards see older weights  lag(K)           as `order`
+    two_buffered(M)       1F1B, S per M, forwards see the version before   ceil((K-1)/M)    K-k
+    zero_bubble(M)        1F1B per M of F and I; W fills the gaps, then S  0                min(M, K)
     truncated(reach)      F0 I0 .. W0 S ...                                0                1
     rounds(sweep)         E0 F0 B0 S A0 ...   (sweep: E0 F0 A0 B0 S ...)   0                1
     free(credit)          whatever has arrived, Down before Up             measured         credit(k, K)
 
-Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B), Zhuang et al. 2021 (tick, backward first),
-Huang et al. 2019 (GPipe), Gaunt et al. 2017 (free).
+A forward sees the newest weights unless the order says that it sees fewer steps (`sees`: vertical sync, two buffers).
+
+Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B) and 2021 (double buffers), Zhuang et al. 2021 (tick,
+backward first), Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017
+(free).
 """
 
 from __future__ import annotations
 
 import itertools
-import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from decoupled.errors import UserError
-from decoupled.plan import KINDS, FixedPlan, FreePlan, Op, S, walk
+from decoupled.plan import FixedPlan, FreePlan, Op, S, parse, walk
 
 Rule = Callable[[int, int], Iterator[Op]]
 
@@ -44,11 +53,14 @@ class Order:
     """An order of operations: `rule(k, K)` yields the operations of block k without end.
 
     `credit(k, K)` is set for free orders only (then there is no rule): the most passes a block holds unanswered.
+    `sees(k, K, n)`: how many S of this run the weights of forward n have seen; None: all. `period`: passes per S.
     """
 
     name: str
     rule: Rule | None = None
     credit: Callable[[int, int], int] | None = None
+    sees: Callable[[int, int, int], int] | None = None
+    period: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -77,24 +89,13 @@ class Order:
             return self.credit(k, K)
         return _profile(self, k, K)[0]
 
+    def delays(self, k: int, K: int) -> list[int]:
+        """Own updates between F and B of each pass of one period in the steady state (free: at most this many)."""
+        return [self.credit(k, K) - 1] if self.credit is not None else _profile(self, k, K)[1]
+
     def delay(self, k: int, K: int) -> int:
-        """Own updates between F and B of one pass in the steady state."""
-        return _profile(self, k, K)[1]
-
-
-def parse(text: str) -> list[Op]:
-    """Read ``"F0 F1 B0 S"`` back into operations.
-
-    Raises:
-        UserError: a word is not an operation.
-    """
-    ops = []
-    for word in text.split():
-        match = re.fullmatch(rf"([{KINDS}])(\d*)", word)
-        if match is None or (match[1] == "S") != (match[2] == ""):
-            raise UserError(f"{word!r} is not an operation: use F, B, I, W, E or A with a pass number, or S")
-        ops.append(Op(match[1], int(match[2] or 0)))
-    return ops
+        """The most own updates between F and B of one pass in the steady state."""
+        return max(self.delays(k, K))
 
 
 def explicit(texts: Sequence[str]) -> Order:
@@ -129,10 +130,56 @@ def _shifted(shift: Callable[[int, int], int], backward_first: bool = False) -> 
 
 sync = Order("sync", _cycle("F", "B", "S"))
 local = Order("local", _cycle("F", "B", "S"))
+
+
+def _answered(k: int, K: int) -> Iterator[Op]:
+    for n in itertools.count():
+        yield from [Op("A", n - 1)] if n else []
+        yield from (Op("F", n), Op("B", n), S)
+
+
+answered = Order("answered", _answered)
 lockstep = Order("lockstep", _shifted(lambda k, K: K - 1 - k))
 one_f_one_b = Order("one_f_one_b", _shifted(lambda k, K: K - 1 - k))
 tick = Order("tick", _shifted(lambda k, K: 2 * (K - 1 - k)))
 tick_backward_first = Order("tick_backward_first", _shifted(lambda k, K: 2 * (K - 1 - k), backward_first=True))
+
+
+def queues(length: int) -> Order:
+    """A forward and a backward per tick; a pass is `length` ticks on its way up an edge and down it again."""
+    if length < 1:
+        raise UserError(f"queues need a length of at least 1, got {length}: one activation up, one gradient down")
+    return Order(f"queues({length})", _shifted(lambda k, K: length * (K - 1 - k)))
+
+
+def accumulate(order: Order, M: int) -> Order:
+    """The operations of `order` with one step per `M` passes."""
+    if M < 1:
+        raise UserError(f"gradients are accumulated over at least 1 micro-batch, got {M}")
+
+    def rule(k: int, K: int) -> Iterator[Op]:
+        closed = 0
+        for op in order.operations(k, K):
+            closed += op.kind in "BW"
+            if op.kind != "S" or closed % M == 0:
+                yield op
+
+    return Order(f"accumulate({order}, {M})", rule, sees=order.sees, period=M * order.period)
+
+
+def pinned(order: Order, lag: Callable[[int], int]) -> Order:
+    """All blocks run a pass with the weights of one moment: forwards see `lag(K)` steps fewer than passes are begun."""
+    return replace(
+        order, name=f"pinned({order})", sees=lambda k, K, n: max(0, n // order.period - lag(K))
+    )  # fmt: skip
+
+
+def two_buffered(M: int) -> Order:
+    """1F1B over micro-batches, one step per `M`; forwards see the version before the last (PipeDream-2BW).
+
+    That takes M >= K-1; with fewer micro-batches the weights are ceil((K-1) / M) versions old.
+    """
+    return replace(pinned(accumulate(one_f_one_b, M), lambda K: -((K - 1) // -M)), name=f"two_buffered({M})")
 
 
 def rounds(sweep: bool = False) -> Order:
@@ -142,21 +189,35 @@ def rounds(sweep: bool = False) -> Order:
 
 def gpipe(M: int) -> Order:
     """All `M` forwards of a minibatch, then all backwards, then one step (Huang et al. 2019)."""
-    return Order(f"gpipe({M})", lambda k, K: _groups(M, M))
+    return Order(f"gpipe({M})", lambda k, K: _groups(M, M), period=M)
 
 
 def one_f_one_b_flush(M: int) -> Order:
     """1F1B within a minibatch of `M` micro-batches, then one step: exact gradient (PipeDream-Flush)."""
-    return Order(f"one_f_one_b_flush({M})", lambda k, K: _groups(M, min(M, K - k)))
+    return Order(f"one_f_one_b_flush({M})", lambda k, K: _groups(M, min(M, K - k)), period=M)
 
 
-def _groups(M: int, ahead: int) -> Iterator[Op]:
+def zero_bubble(M: int) -> Order:
+    """1F1B with flush whose backward is split: I sends the gradient down, W of block k waits for k more of them.
+
+    What waits fills the gaps at the end of a minibatch; block k holds min(M, K) passes, as block 0 of 1F1B does.
+    """
+    return Order(f"zero_bubble({M})", lambda k, K: _groups(M, min(M, K - k), k), period=M)
+
+
+def _groups(M: int, ahead: int, late: int | None = None) -> Iterator[Op]:
+    """Minibatches of `M` passes, `ahead` forwards first; `late`: split backwards, W follows `late` I's behind."""
     for first in itertools.count(0, M):
         forwards = iter(range(first, first + M))
         yield from (Op("F", n) for n in itertools.islice(forwards, ahead))
         for n in range(first, first + M):
-            yield Op("B", n)
+            if late is None:
+                yield Op("B", n)
+            else:
+                yield Op("I", n)
+                yield from [Op("W", n - late)] if n - late >= first else []
             yield from (Op("F", m) for m in itertools.islice(forwards, 1))
+        yield from (Op("W", n) for n in range(first + max(0, M - (late or 0)), first + M) if late)
         yield S
 
 
@@ -205,10 +266,27 @@ def versions(operations: Iterable[Op], batch: int) -> tuple[int, int]:
     raise ValueError(f"the operations hold no backward of pass {batch}")
 
 
-def _profile(order: Order, k: int, K: int) -> tuple[int, int]:
-    """(most passes in flight, delay) read off the first few thousand operations."""
-    late = 6 * K + 64
-    ops = list(itertools.takewhile(lambda op: op.batch <= late, order.operations(k, K)))
-    held = itertools.accumulate({"F": 1, "B": -1, "W": -1}.get(op.kind, 0) for op in ops)
-    forward, backward = versions(ops, max(op.batch for op in ops if op.kind in "BW"))
-    return max(held), backward - forward
+def _profile(order: Order, k: int, K: int) -> tuple[int, list[int]]:
+    """(most passes in flight, delays of the passes of one period), read off the operations up to the steady state.
+
+    Steady: the second period whose forwards have seen a step; of an order that ends before, its last pass.
+    """
+    steps = held = most = 0
+    forward: dict[int, int] = {}
+    delays: deque[int] = deque(maxlen=order.period)
+    first: int | None = None  # pass of the first period of interest
+    for op in order.operations(k, K):
+        if op.kind == "S":
+            steps += 1
+        elif op.kind == "F":
+            held += 1
+            most = max(most, held)
+            forward[op.batch] = steps if order.sees is None else order.sees(k, K, op.batch)
+            if first is None and forward[op.batch] and op.batch % order.period == 0:
+                first = op.batch + order.period
+        elif op.kind in "BW":
+            held -= 1
+            delays.append(steps - forward.pop(op.batch))
+            if first is not None and op.batch == first + order.period - 1:
+                break
+    return most, list(delays)

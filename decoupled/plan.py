@@ -7,6 +7,7 @@ what has arrived. Both answer `options()` (what may come next, best first) and a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,21 @@ class Op(NamedTuple):
 
 
 S = Op("S")
+
+
+def parse(text: str) -> list[Op]:
+    """Read ``"F0 F1 B0 S"`` back into operations.
+
+    Raises:
+        UserError: a word is not an operation.
+    """
+    ops = []
+    for word in text.split():
+        match = re.fullmatch(rf"([{KINDS}])(\d*)", word)
+        if match is None or (match[1] == "S") != (match[2] == ""):
+            raise UserError(f"{word!r} is not an operation: use F, B, I, W, E or A with a pass number, or S")
+        ops.append(Op(match[1], int(match[2] or 0)))
+    return ops
 
 
 class FixedPlan:

@@ -3,6 +3,9 @@
     @register("gpipe")
     def gpipe(microbatches: int = 4) -> Method: ...
 
+    make({"name": "gpipe", "microbatches": 8})
+    make({"name": "pipedream", "corrections": ["linear_prediction", {"name": "clip", "limit": 1.0}]})
+
 Families live in `decoupled/methods/<family>/method.py` and are found by looking there; other packages announce a module
 in the entry-point group `decoupled.methods`. Nothing is listed anywhere else.
 """
@@ -13,15 +16,16 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from decoupled import compensation, correction, prediction  # noqa: F401  (they name corrections)
 from decoupled.card import Card
 from decoupled.errors import UserError, nearest, unknown
-from decoupled.method import Method
+from decoupled.method import Method, corrected
 from decoupled.specs import parse
 
 GROUP = "decoupled.methods"
@@ -78,10 +82,16 @@ def options(name: str) -> dict[str, Any]:
 def make(spec: str | Mapping[str, Any]) -> Method:
     """Build a method from a name, or from a mapping with `name` and options (an OmegaConf node is one).
 
+    Every method takes `corrections`: a list of names, or mappings with name and options, see `decoupled.correction`.
+
     Raises:
-        UserError: unknown name or option (with the nearest one), or an option of the wrong type.
+        UserError: unknown name or option (with the nearest one), an option of the wrong type, or corrections that do
+            not go with the method.
     """
     name, given = parse("method", spec)
+    more = given.pop("corrections", [])
+    if isinstance(more, str | Mapping) or not isinstance(more, Sequence):
+        raise UserError(f"method {name!r}: corrections must be a list, got {more!r}; write [{{name: ..., ...}}]")
     entry = _entry(name)
     known = entry.options()
     hints = typing.get_type_hints(entry.make)
@@ -91,7 +101,8 @@ def make(spec: str | Mapping[str, Any]) -> Method:
                 f"method {name!r} has no option {key!r}.{nearest(key, known)} Options: {', '.join(known) or 'none'}."
             )
         given[key] = _coerce(name, key, value, hints.get(key, object))
-    return replace(entry.make(**given), name=name)
+    method = replace(entry.make(**given), name=name)
+    return corrected(method, [correction.make(one) for one in more]) if more else method
 
 
 def card(name: str) -> Card:

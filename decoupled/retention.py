@@ -7,12 +7,14 @@
     KeepInput            input                            today's                    recomputed with today's weights
 
 Weights are never changed under a live graph: where an order puts a step between F and B, the graph is built over a
-frozen copy, one copy per weight version however many passes use it. A recompute replays the random numbers of the
+frozen copy, one copy per weight version however many passes use it. Corrections that run a pass with other weights
+(predictions) change such a copy, never the live weights. A recompute replays the random numbers of the
 forward and leaves running statistics alone (notes: stash policies S0, S1, S2, S5).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,11 +70,16 @@ class Retention(ABC):
 
     Attributes:
         recomputes: whether a backward runs the forward again.
+        today: whether a backward uses today's weights, not those of the forward.
+        forward_weights, backward_weights: what corrections make of copies of today's weights before they are used.
         held_bytes, peak_held_bytes: bytes kept for passes in flight (inputs, saved activations, frozen weights).
         peak_passes: most passes kept at once.
     """
 
     recomputes: bool = False
+    today: bool = False
+    forward_weights: Callable[[Weights], Weights] | None = None
+    backward_weights: Callable[[Weights], Weights] | None = None
 
     def __init__(self, block: Block, steps_between: bool) -> None:
         self._block, self._steps_between = block, steps_between
@@ -80,15 +87,19 @@ class Retention(ABC):
         self._frozen: dict[int, tuple[Weights, set[int]]] = {}
         self._bytes: dict[int, int] = {}
         self._saved: dict[tuple, int] = {}
+        self._needed = math.inf  # oldest version that a forward to come will run with
         self.peak_held_bytes = self.peak_passes = 0
 
     @abstractmethod
-    def keep(self, n: int, x: Tensor) -> Tensor:
-        """Forward of pass `n` on leaf `x`; returns the output (it may carry a graph)."""
+    def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
+        """Forward of pass `n` on leaf `x`, with reserved weights `version` (default: today's); returns the output."""
 
     @abstractmethod
     def open(self, n: int) -> Tape:
         """The recorded pass `n`, recomputed if need be; called once or more before `close`."""
+
+    def restore(self, n: int, y: Tensor) -> None:  # noqa: B027
+        """The output of pass `n` comes back with its gradient; for policies that make the input from it."""
 
     def close(self, n: int) -> None:
         """Forget pass `n`."""
@@ -97,7 +108,7 @@ class Retention(ABC):
         for version, (_, users) in list(self._frozen.items()):
             if n in users:
                 users.discard(n)
-                if not users and version != self._block.version:
+                if not users and version != self._block.version and version < self._needed:
                     del self._frozen[version]
 
     def clear(self) -> None:
@@ -105,10 +116,20 @@ class Retention(ABC):
         self._kept.clear()
         self._bytes.clear()
         self._frozen.clear()
+        self._needed = math.inf
+
+    def reserve(self, needed: int) -> None:
+        """A step is next, and forwards to come run with the weights of version `needed` or later: keep today's."""
+        self._needed = needed
+        self._prune()
+        if needed <= self._block.version not in self._frozen:
+            self._frozen[self._block.version] = (self._copy(self.forward_weights), set())
+            self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
 
     @property
     def held_bytes(self) -> int:
-        frozen = sum(w.numel() * w.element_size() for weights, users in self._frozen.values() if users for w in weights)
+        kept = [w for v, (w, users) in self._frozen.items() if users or v >= self._needed]
+        frozen = sum(w.numel() * w.element_size() for weights in kept for w in weights)
         return sum(self._bytes.values()) + frozen
 
     def _hold(self, n: int, thing: Any, nbytes: int) -> None:
@@ -118,18 +139,32 @@ class Retention(ABC):
         self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
         self.peak_passes = max(self.peak_passes, len(self._kept))
 
-    def _weights(self, n: int) -> Weights | None:
-        """Leaves for pass `n`: a frozen copy of this version if a step may come before its backward, else None."""
-        if not self._steps_between:
+    def _weights(self, n: int, version: int | None) -> Weights | None:
+        """Leaves for the forward of pass `n`; None: the live weights, which no step changes before its backward."""
+        today = self._block.version
+        version = today if version is None else version
+        if version == today and not self._steps_between and self.forward_weights is None:
             return None
-        version = self._block.version
-        for old in [v for v, (_, users) in self._frozen.items() if not users and v != version]:
-            del self._frozen[old]
+        self._prune()
         if version not in self._frozen:
-            self._frozen[version] = (self._block.freeze(), set())
+            if version != today:
+                raise ProtocolError(f"{self._block.name}: weights {version} are not kept, only {list(self._frozen)}")
+            self._frozen[version] = (self._copy(self.forward_weights), set())
         weights, users = self._frozen[version]
         users.add(n)
         return weights
+
+    def _prune(self) -> None:
+        for old in [v for v, (_, users) in self._frozen.items() if not users]:
+            if old != self._block.version and old < self._needed:
+                del self._frozen[old]
+
+    def _copy(self, change: Callable[[Weights], Weights] | None) -> Weights:
+        """Today's weights as new leaves, changed by a correction."""
+        copies = self._block.freeze()
+        if change is None:
+            return copies
+        return [w.detach().requires_grad_(c.requires_grad) for w, c in zip(change(copies), copies, strict=True)]
 
     def _record(self, x: Tensor, weights: Weights | None, **how: Any) -> Tape:
         with torch.enable_grad():
@@ -170,8 +205,8 @@ def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
 class KeepGraph(Retention):
     """Keeps the autograd graph; over frozen copies of the weights if steps come between."""
 
-    def keep(self, n: int, x: Tensor) -> Tensor:
-        weights = self._weights(n)
+    def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
+        weights = self._weights(n, version)
         tape, nbytes = self._graph_bytes(x, lambda: self._record(x, weights))
         self._hold(n, tape, nbytes)
         return tape.y
@@ -183,7 +218,7 @@ class KeepGraph(Retention):
 class KeepNothing(Retention):
     """The graph lives until the very next backward, over the live weights; a second pass or a step is refused."""
 
-    def keep(self, n: int, x: Tensor) -> Tensor:
+    def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
         if self._kept:
             raise ProtocolError(f"{self._block.name}: KeepNothing holds one pass at a time, {list(self._kept)} is open")
         tape, nbytes = self._graph_bytes(x, lambda: self._record(x, None))
@@ -202,8 +237,8 @@ class _Recompute(Retention):
 
     recomputes = True
 
-    def keep(self, n: int, x: Tensor) -> Tensor:
-        weights = self._weights(n)
+    def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
+        weights = self._weights(n, version)
         state = self._block.random_state()
         with torch.no_grad():
             y = self._block.run(x, weights)
@@ -223,7 +258,23 @@ class KeepInputAndWeights(_Recompute):
 
 
 class KeepInput(_Recompute):
-    """Keeps the input; recomputes with today's weights (Features Replay)."""
+    """Keeps the input; recomputes with today's weights (Features Replay), or with what corrections make of them."""
+
+    today = True
 
     def __init__(self, block: Block, steps_between: bool) -> None:
         super().__init__(block, steps_between=False)
+
+    def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
+        state = self._block.random_state()
+        with torch.no_grad():
+            y = self._block.run(x, None if self.forward_weights is None else self._copy(self.forward_weights))
+        self._hold(n, (x, None, state), x.numel() * x.element_size())
+        return y
+
+    def open(self, n: int) -> Tape:
+        kept = self._kept[n]
+        if not isinstance(kept, Tape) and self.backward_weights is not None:
+            x, _, state = kept
+            kept = self._kept[n] = self._record(x, self._copy(self.backward_weights), replay=state, again=True)
+        return super().open(n)

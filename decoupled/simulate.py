@@ -132,7 +132,7 @@ class _Planned(Actor):
         self.lower: Lower = method.coupling.lower(place)
         self.upper: Upper = method.coupling.upper(place) if place.k else Bottom()
         self.needs_data = self.lower.needs_data or self.upper.needs_data
-        self._plan = method.order.plan(place.k, place.K)
+        self._order, self._plan = method.order, method.order.plan(place.k, place.K)
         self._forward: dict[int, list[int]] = {}  # pass -> version at F, Down messages to come, Down messages sent
         self._data: set[int] = set()
         self._own: set[int] = set()
@@ -173,7 +173,9 @@ class _Planned(Actor):
             self._early.add(n)
             return [("up", Message(n))]
         if kind == "F":
-            self._forward[n] = [self.version, self.lower.replies, 0]
+            sees = self._order.sees
+            version = self.version if sees is None else sees(self.k, self.K, n)
+            self._forward[n] = [version, self.lower.replies, 0]
             self.most = max(self.most, len(self._forward))
             return [] if n in self._early else [("up", Message(n))]
         if kind == "A":

@@ -13,12 +13,25 @@ from torch import nn
 from decoupled.build import Recipe
 from decoupled.checkpoint import load_worker_state, worker_state
 from decoupled.runtime.contract import Runtime
+from decoupled.statistics import BlockStatistics
 from decoupled.worker import Worker
+
+
+def statistics(worker: Worker) -> BlockStatistics:
+    """What one worker has counted so far."""
+    halves = [half.module for half in (worker.lower, worker.upper) if half.module is not None]
+    return worker.counters.record(
+        block=worker.k, device=str(worker.block.device),
+        peak_held_bytes=worker.retention.peak_held_bytes + worker.lower.held_bytes,
+        peak_in_flight=worker.retention.peak_passes, parameters=sum(p.numel() for p in worker.block.parameters),
+        auxiliary_parameters=sum(p.numel() for module in halves for p in module.parameters()),
+    )  # fmt: skip
+
 
 _ANSWERS: dict[str, Callable[[Worker], Any]] = {
     "module": lambda worker: worker.block.module.state_dict(),
     "state": worker_state,
-    "statistics": lambda worker: worker.statistics(),
+    "statistics": statistics,
 }
 
 
@@ -31,6 +44,7 @@ def follower(
         return trainer(
             model, recipe.method, cuts, loss=recipe.loss, optimizer=recipe.optimizer, scheduler=recipe.scheduler,
             runtime=runtime, devices=recipe.devices, seed=recipe.seed, on_nonfinite=recipe.on_nonfinite,
+            precision=recipe.precision,
         )  # fmt: skip
 
     return make

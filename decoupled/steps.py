@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from decoupled.correction import Acting
 from decoupled.errors import UserError
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -28,6 +29,7 @@ class Steps:
 
     Attributes:
         owed: whether gradients have been accumulated since the last step.
+        corrections: those at work at this block; the worker sets them.
     """
 
     def __init__(
@@ -46,6 +48,12 @@ class Steps:
                 )
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler else []
         self.owed = False
+        self.corrections = Acting()
+
+    @property
+    def block_optimizer(self) -> Optimizer | None:
+        """The optimizer of the block itself; None if it has nothing to train."""
+        return self.optimizers[0] if self.block_parameters else None
 
     def accumulate(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Add gradients (in the order of the trainable ones among `parameters`) to `.grad`."""
@@ -56,12 +64,29 @@ class Steps:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def step(self) -> None:
-        """One step of every optimizer, then forget the gradients."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for scheduler in self.schedulers:
-            scheduler.step()
+        """One step of every optimizer that has gradients, then forget them."""
+        self.corrections.before_step()
+        stepped = [self._advance(optimizer) for optimizer in self.optimizers]
+        self.corrections.after_step()
+        for scheduler, moved in zip(self.schedulers, stepped, strict=False):  # there may be none
+            if moved:
+                scheduler.step()
         self.clear()
+
+    def step_lower(self) -> None:
+        """One step of the lower half's optimizer alone, if it has gradients."""
+        at = int(bool(self.block_parameters))  # its place among the optimizers
+        if self.lower_parameters and self._advance(self.optimizers[at]):
+            if self.schedulers:
+                self.schedulers[at].step()
+            self.optimizers[at].zero_grad(set_to_none=True)
+
+    @staticmethod
+    def _advance(optimizer: Optimizer) -> bool:
+        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return False
+        optimizer.step()
+        return True
 
     def clear(self) -> None:
         """Forget accumulated gradients."""
@@ -74,6 +99,7 @@ class Steps:
             "kinds": [type(o).__name__ for o in self.optimizers],
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
+            "corrections": self.corrections.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,3 +109,4 @@ class Steps:
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
+        self.corrections.load_state_dict(state["corrections"])

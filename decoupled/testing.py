@@ -5,8 +5,8 @@
     expected = reference(case, "pipedream")                        the same from the declared facts, by plain autograd
     compare(run.weights, expected)
 
-The reference knows what a method *declares* (`Method.facts`), never how the library does it: no worker, no order, no
-retention is used. `cases` and `timings` are Hypothesis strategies and need the extra `dev`.
+The reference knows what a method *declares* (`Method.facts`), never how the library does it. `cases` and `timings` are
+Hypothesis strategies and need the extra `dev`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from decoupled import registry
-from decoupled.messages import Message
+from decoupled.correction import hooks
+from decoupled.coupling import Lower
+from decoupled.messages import Data, Message
 from decoupled.method import Method
 from decoupled.runtime.contract import Edge, Observer
 from decoupled.runtime.simulated import Timing
@@ -47,7 +49,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network, where it is cut, and the minibatches it sees; the same each time it is asked.
+    """A network of `K` float64 blocks and its (inputs, targets, sample indices); the same each time it is asked.
 
     Attributes:
         widths: features, hidden widths, classes; unit i maps widths[i] to widths[i + 1], tanh on all but the last.
@@ -63,11 +65,9 @@ class Case:
 
     @property
     def K(self) -> int:
-        """Number of blocks."""
         return len(self.cuts) + 1
 
     def blocks(self) -> list[nn.Module]:
-        """Freshly initialised blocks, float64."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             units = [nn.Sequential(nn.Linear(a, b)) for a, b in itertools.pairwise(self.widths)]
@@ -76,7 +76,6 @@ class Case:
         return [nn.Sequential(*units[a:b]).double() for a, b in itertools.pairwise([0, *self.cuts, len(units)])]
 
     def batches(self) -> list[Batch]:
-        """(inputs, targets, sample indices), each sample once."""
         draw = torch.Generator().manual_seed(self.seed)
         total, features, classes = sum(self.sizes), self.widths[0], self.widths[-1]
         x = torch.randn(total, features, generator=draw, dtype=torch.float64)
@@ -105,28 +104,27 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     **options: Any,
 ) -> Run:
-    """Train a case with a method and record every block's weights after each of its updates.
-
-    `blocks` and `batches` replace those of the case; everything else is as in `Trainer`.
-    """
+    """Train a case (or `blocks` on `batches`) as `Trainer` does, and record all weights after each update."""
     blocks = case.blocks() if blocks is None else blocks
-    weights = [[flat(block)] for block in blocks]
+    weights: Weights = [[] for _ in blocks]
     owner = {id(next(block.parameters())): k for k, block in enumerate(blocks) if _has_weights(block)}
 
     def recording(parameters: list[nn.Parameter]) -> Optimizer:
         made = optimizer(parameters)
         if (k := owner.get(id(parameters[0]))) is not None:
-            made.register_step_post_hook(lambda *_: weights[k].append(flat(blocks[k])))
+            made.register_step_pre_hook(lambda *_: weights[k].append(flat(blocks[k])))  # what corrections left too
         return made
 
     given: dict[str, Any] = {"loss": loss, "optimizer": recording, "runtime": runtime, **options}
     with Trainer(blocks, method, **given) as trainer:
         history = trainer.fit(case.batches() if batches is None else batches, epochs)
+    for versions, block in zip(weights, blocks, strict=True):
+        versions.append(flat(block))
     return Run(trainer, weights, history)
 
 
 def point(method: Spec) -> Method:
-    """The `Method` that a name, a mapping or a `Method` stands for."""
+    """The `Method` that a spec stands for."""
     return method if isinstance(method, Method) else registry.make(method)
 
 
@@ -152,11 +150,7 @@ def flat(module: nn.Module) -> Tensor:
 
 
 def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None:
-    """Check that two trajectories agree block by block and update by update.
-
-    Raises:
-        AssertionError: names the first block and update that differ, and by how much.
-    """
+    """Check that two trajectories agree; the AssertionError names the first block and update that differ."""
     assert len(found) == len(expected), f"{len(found)} blocks instead of {len(expected)}"
     for k, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert len(mine) == len(theirs), f"block {k}: {len(mine) - 1} updates instead of {len(theirs) - 1}"
@@ -168,30 +162,40 @@ def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None
 # --- the reference ------------------------------------------------------------------------------------------------
 
 
+def sends_gradients(method: Method, K: int) -> bool:
+    """Whether activations go up, gradients (or nothing) down, in a fixed order."""
+    plain = method.coupling.up == ("activation",) and method.coupling.down in ((), ("gradient",))
+    return method.order.rule is not None and ((plain and not method.facts.surrogate) or K == 1)
+
+
 def has_reference(method: Method, K: int) -> bool:
-    """Whether `reference` can predict it: activations up, gradients (or nothing) down, and a fixed order."""
-    plain = method.coupling.up == ("activation",) and set(method.coupling.down) <= {"gradient"}
-    return method.order.rule is not None and (plain or K == 1)
+    """Whether `reference` can predict it: plain gradients, late by one number of updates, not corrected further."""
+    least, most = method.facts.least_delay or method.facts.delay, method.facts.delay
+    steady = all(least(k, K) == most(k, K) for k in range(K))
+    return sends_gradients(method, K) and steady and all(hooks(c) <= {"cotangent"} for c in method.corrections)
 
 
 def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS["sgd"], epochs: int = 1) -> Weights:
     """Every block's weights after each of its updates, from the declared facts alone.
 
     Update n of block k is the gradient on minibatch n of the objectives in ``facts.reach(k, K)``, by autograd on the
-    whole network with `detach` below the lowest block that an objective reaches. The forward runs block k with the
+    whole network with `detach` below the lowest block that an objective reaches, and with the weights of the blocks in
+    between held fixed that it only passes through. The forward runs block k with the
     weights it had ``facts.delay(k, K)`` updates ago, never older than the epoch; the backward goes through those, or
     through today's (`backward_weights`). A minibatch is one update: micro-batches only re-associate a mean.
     """
     facts, feed, K, blocks = point(method).facts, point(method).feed, case.K, case.blocks()
-    heads = [*_heads(case, method)[:-1], nn.Identity()]
-    optimizers = [optimizer(list(m.parameters())) for m in [*blocks, *heads] if m is not None and _has_weights(m)]
+    halves = _halves(case, method)
+    modules = [*blocks, *(half.module for half in halves)]
+    optimizers = [optimizer(list(m.parameters())) for m in modules if m is not None and _has_weights(m)]
     history = [[_leaves(block)] for block in blocks]
     repeated = [b for b in case.batches() for _ in range(feed.rounds if isinstance(feed, Repeat) else 1)]
     for _ in range(epochs):
         start = len(history[0]) - 1
-        for n, (x, y, _) in enumerate(repeated, start):
+        for n, (x, y, indices) in enumerate(repeated, start):
+            data = Data(n, batch=n, inputs=x, targets=y, indices=indices)
             old = [history[k][max(start, n - facts.delay(k, K))] for k in range(K)]
-            _gradients(blocks, heads, old, facts.backward_weights == "current", point(method), x, y)
+            _gradients(blocks, halves, old, facts.backward_weights == "current", point(method), data)
             for made in optimizers:
                 made.step()
                 made.zero_grad()
@@ -201,16 +205,12 @@ def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS
 
 
 def _gradients(
-    blocks: Sequence[nn.Module],
-    heads: Sequence[nn.Module | None],
-    old: Sequence[dict[str, Tensor]],
-    today: bool,
-    method: Method,
-    x: Tensor,
-    y: Tensor,
-) -> None:
+    blocks: Sequence[nn.Module], halves: Sequence[Lower], old: Sequence[dict[str, Tensor]], today: bool, method: Method,
+    data: Data,
+) -> None:  # fmt: skip
     """Leave in `.grad` of blocks and heads what the method declares; `old` are the weights of the forward."""
-    K = len(blocks)
+    K, x = len(blocks), data.inputs
+    assert x is not None
     inputs = [x]  # what each block met in the forward
     for block, weights in zip(blocks, old, strict=True):
         inputs.append(functional_call(block, weights, inputs[-1]).detach())
@@ -218,29 +218,27 @@ def _gradients(
     leaves = [{name: w.clone().requires_grad_() for name, w in weights.items()} for weights in used]
     for j in sorted({j for k in range(K) for j in method.facts.reach(k, K)}):
         reached = [k for k in range(K) if j in method.facts.reach(k, K)]
-        assert reached == list(range(reached[0], j + 1)), f"objective {j} reaches blocks {reached}: not a run up to {j}"
         h = x
         for k in range(j + 1):
             if k == reached[0]:
                 h = h.detach()
             if today:
                 h = inputs[k] + (h - h.detach())  # the stale input, with the gradient of today's
-            h = functional_call(blocks[k], leaves[k], h)
+            h = functional_call(blocks[k], leaves[k] if k in reached else used[k], h)
             for correction in method.corrections if k < j and h.requires_grad else ():
                 h.register_hook(correction.cotangent)
-        head = heads[j]
-        assert head is not None, f"block {j} has an objective and no head"
-        nn.functional.cross_entropy(head(h), y).backward()
+        objective = halves[j].objective(h, data)
+        assert objective is not None, f"block {j} has nothing to learn from minibatch {data.batch}"
+        objective.backward()
     for block, weights in zip(blocks, leaves, strict=True):
         for name, parameter in block.named_parameters():
             parameter.grad = weights[name].grad
 
 
-def _heads(case: Case, method: Spec) -> list[nn.Module | None]:
-    """The auxiliary heads that the library makes for this case (they are drawn from the trainer's seed)."""
-    once = replace(case, sizes=case.sizes[:1])
-    frozen = train(once, method, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    return [copy.deepcopy(worker.lower.module) for worker in frozen.trainer.workers]
+def _halves(case: Case, method: Spec) -> list[Lower]:
+    """The lower halves, with the heads that the library draws from the trainer's seed."""
+    frozen = train(replace(case, sizes=case.sizes[:1]), method, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    return [copy.deepcopy(worker.lower) for worker in frozen.trainer.workers]
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -52,6 +52,7 @@ class Trainer:
         seed: of everything the library draws: auxiliary heads, dropout.
         on_nonfinite: a NaN or infinite loss stops the run ("stop") or drops the batch ("skip"; the running statistics
             of BatchNorm have seen its inputs all the same).
+        precision: "float32", or "bf16" for autocast; one for all blocks, or one per block.
         observers: look on at operations and messages (traces).
         on_batch: called with the number of samples after every minibatch fed (progress bars).
 
@@ -63,10 +64,8 @@ class Trainer:
     Example:
         >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)]
         >>> batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(4)]
-        >>> sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
-        >>> with Trainer(
-        ...     nn.Sequential(*layers), "pipedream", blocks=2, loss=nn.functional.cross_entropy, optimizer=sgd
-        ... ) as trainer:
+        >>> given = {"loss": nn.functional.cross_entropy, "optimizer": torch.optim.SGD}
+        >>> with Trainer(nn.Sequential(*layers), "pipedream", blocks=2, **given) as trainer:
         ...     history = trainer.fit(batches, epochs=2)
         >>> len(history), [block.updates for block in trainer.statistics()]
         (2, [8, 8])
@@ -85,11 +84,12 @@ class Trainer:
         devices: Sequence[Any] | None = None,
         seed: int = 0,
         on_nonfinite: str = "stop",
+        precision: str | Sequence[str] = "float32",
         observers: Sequence[Observer] = (),
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
         point = method if isinstance(method, Method) else registry.make(method)
-        self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite)
+        self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite, precision)
         self._given, self._blocks = model, blocks
         self._observers, self._on_batch = observers, on_batch
         units, self._cuts = cut(model, blocks, None)  # wrong input is refused now; timed again on the first batch

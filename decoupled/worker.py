@@ -16,42 +16,18 @@ import torch
 from torch import Tensor
 
 from decoupled.block import Block
-from decoupled.correction import Correction
-from decoupled.coupling import Lower, Place, Upper
+from decoupled.correction import Acting, Correction, Site
+from decoupled.coupling import Lower, Place, Upper, down_port, needed
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Message, Up
 from decoupled.order import Order
 from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
-from decoupled.statistics import BlockStatistics, Counters
+from decoupled.statistics import Counters
 from decoupled.steps import Steps
 
 Sends = list[tuple[str, Message]]
-
-
-def needed(
-    kind: str, lower: Lower, upper: Upper, replies: int, own_taken: bool = False, data_taken: bool = False
-) -> tuple[str, ...]:
-    """The ports an operation waits for, from what the halves declare.
-
-    Args:
-        kind: of the operation, not S. lower, upper: the halves around the block.
-        replies: Down messages of this pass still to come.
-        own_taken: the block's own objective has been used. data_taken: the pass has its data.
-    """
-    if kind in "EF":
-        data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
-        return data + (("up",) if kind == "F" and upper.waits_up else ())
-    if kind == "A":
-        return (down_port(0),) if lower.awaits == "A" else ()
-    own_first = kind == "I" and lower.has_objective and not own_taken
-    return (down_port(lower.replies - replies),) if lower.awaits == "B" and replies and not own_first else ()
-
-
-def down_port(part: int) -> str:
-    """The port of the Down with this number within its pass: each has a channel, so that none can overtake another."""
-    return f"down{part}" if part else "down"
 
 
 @dataclass(slots=True)
@@ -82,7 +58,7 @@ class Worker(Actor):
         upper: coupling half below it.
         retention: what it keeps between F and B.
         order: the order of its operations.
-        corrections: applied to every gradient from above.
+        corrections: as configured; what acts here is made of them.
         steps: optimizers of the block and the halves.
         on_nonfinite: "stop" (NonFiniteError) or "skip" (the pass is dropped here and in all blocks below).
         method: its name, for error messages only.
@@ -105,32 +81,33 @@ class Worker(Actor):
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
         self.device = block.device
         self.steps, self.counters = steps, Counters()
-        self._corrections, self._on_nonfinite, self._method = corrections, on_nonfinite, method
+        self._on_nonfinite, self._method = on_nonfinite, method
+        if order.sees is not None and retention.today:
+            raise UserError(
+                f"order {order} runs with older weights, {type(retention).__name__} with today's; keep graphs"
+            )
+        delays = order.delays(place.k, place.K)
+        site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
+        self.corrections = steps.corrections = Acting(corrections, site)
+        retention.forward_weights, retention.backward_weights = self.corrections.forward, self.corrections.backward
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
         self._passes: dict[int, _Pass] = {}
+        self._versions = [block.version]  # after each S of this run
+        self._begun = 0  # forwards of this run
         self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
 
     def begin(self, start: int) -> None:
         """Get ready for a run whose first pass has key `start`; passes of a broken run are forgotten."""
         self._start, self._plan = start, self.order.plan(self.k, self.K)
         self._passes.clear()
+        self._versions, self._begun = [self.block.version], 0
         self._dropped = False
         self.retention.clear()
         self.lower.clear()
         self.steps.clear()
         self.counters.take_loss()
         self.block.module.train()
-
-    def statistics(self) -> BlockStatistics:
-        """What has been counted so far."""
-        halves = [half.module for half in (self.lower, self.upper) if half.module is not None]
-        return self.counters.record(
-            block=self.k, device=str(self.block.device),
-            peak_held_bytes=self.retention.peak_held_bytes + self.lower.held_bytes,
-            peak_in_flight=self.retention.peak_passes, parameters=sum(p.numel() for p in self.block.parameters),
-            auxiliary_parameters=sum(p.numel() for module in halves for p in module.parameters()),
-        )  # fmt: skip
 
     def wants(self) -> Sequence[Want]:
         return [self._want(op) for op in self._plan.options()]
@@ -174,6 +151,8 @@ class Worker(Actor):
             for message in messages:
                 assert isinstance(message, Down)
                 self.lower.answer(None if message.void else message.payload)
+                if self.lower.learns_from_answers:
+                    self.steps.step_lower()
             return []
         if kind in "EF":
             state = self._open(n, messages)
@@ -197,37 +176,51 @@ class Worker(Actor):
         return [] if payload is None else self._up(n, state, payload)
 
     def _forward(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
-        state.version = self.block.version
+        self._begun = n - self._start + 1
+        state.version = self._sees(n - self._start)
         if state.void:
             return [] if state.offered else self._up(n, state, ())
         payload = next((message.payload for message in messages if isinstance(message, Up)), ())
         x = self.upper.receive(payload, state.data).to(self.block.device)
-        y = self.retention.keep(n, x.detach().requires_grad_(self.upper.replies and x.is_floating_point()))
+        wants = self.upper.replies and self.upper.differentiates and x.is_floating_point()
+        y = self.retention.keep(n, x.detach().requires_grad_(wants), state.version)
         self.counters.samples += x.shape[0]
         payload = self.lower.emit(y, state.data)
         return [] if state.offered else self._up(n, state, payload)
+
+    def _sees(self, n: int) -> int:
+        """The version of the weights that the n-th forward of this run uses (or the next one, if there is none yet)."""
+        if self.order.sees is None:
+            return self.block.version
+        steps = self.order.sees(self.k, self.K, n)
+        return self._versions[steps] if steps < len(self._versions) else self.block.version + 1
 
     def _backward(self, kind: str, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
         """B: all gradients, for weights and input. I: one gradient, for the input. W: the rest, for the weights."""
         before, state.total = state.total, None
         self._collect(n, state, messages)
         latest = state.total
-        if before is not None:
+        if before is not None and not self.lower.relays:
             state.total = before if latest is None else before + latest
-        to_input, to_weights = self.upper.replies and kind in "BI", kind in "BW"
-        gradient = None
+        answers, to_weights = self.upper.replies and kind in "BI", kind in "BW"
+        to_input = answers and self.upper.differentiates
+        payload: tuple[Tensor, ...] | None = None
         cotangent = latest if kind == "I" else state.total
         if cotangent is not None and not state.void:
             tape = self.retention.open(n)
             gradient, grads = tape.vjp(cotangent, to_input=to_input, to_weights=to_weights, again=kind == "I")
+            if answers:
+                heard = next((message.payload for message in messages if isinstance(message, Down)), (cotangent,))
+                payload = self.upper.reply_with(gradient, tape.x.detach(), heard)
             if to_weights:
+                grads = self.corrections.gradients(grads, tape.weights)
                 self.steps.accumulate(self.block.parameters, grads)
         if to_weights:
             if not state.void:
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        return self._down(n, state, gradient) if to_input else []
+        return self._down(n, state, payload) if answers else []
 
     def _collect(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
@@ -241,14 +234,14 @@ class Worker(Actor):
                 self._dropped = self._dropped or not state.void
                 state.void = True
                 continue
-            gradient = self.lower.pull(message.payload).to(self.block.device)
-            for correction in self._corrections:
-                gradient = correction.cotangent(gradient)
+            if (y := self.lower.returned(message.payload)) is not None:
+                self.retention.restore(n, y.to(self.block.device))
+            gradient = self.corrections.cotangent(self.lower.pull(message.payload).to(self.block.device))
             state.total = gradient if state.total is None else state.total + gradient
 
     def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
         y = self.retention.open(n).y.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.block.precision():
             objective = self.lower.objective(y, state.data)
         if objective is None:
             return None
@@ -274,26 +267,28 @@ class Worker(Actor):
             self._dropped = False
             self.steps.clear()
         if self.steps.owed:
+            if self.order.sees is not None:
+                self.retention.reserve(self._sees(self._begun))
             self.steps.step()
             self.block.version += 1
             self.counters.updates += 1
+        self._versions.append(self.block.version)
         return []
 
     def _up(self, n: int, state: _Pass, payload: tuple[Tensor, ...]) -> Sends:
         if self.k == self.K - 1:
             return []
         message = Up(
-            n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
+            n, batch=state.batch, round=state.round, indices=state.indices, version=state.version,
             payload=payload, void=state.void,
         )  # fmt: skip
         self.counters.bytes_up += message.nbytes
         return [("up", message)]
 
-    def _down(self, n: int, state: _Pass, gradient: Tensor | None) -> Sends:
-        payload = () if gradient is None else self.upper.reply(gradient)
+    def _down(self, n: int, state: _Pass, payload: tuple[Tensor, ...] | None) -> Sends:
         message = Down(
             n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
-            payload=payload, void=gradient is None, hops=state.hops,
+            payload=payload or (), void=payload is None, hops=state.hops,
         )  # fmt: skip
         self.counters.bytes_down += message.nbytes
         state.sent += 1

@@ -123,25 +123,44 @@ def test_no_test_sleeps() -> None:
 
 
 # The public surface. A change here is a change of the contract: it belongs into the CHANGELOG.
-TRAINER = "model method blocks loss optimizer scheduler runtime devices seed on_nonfinite observers on_batch"
+TRAINER = "model method blocks loss optimizer scheduler runtime devices seed on_nonfinite precision observers on_batch"
 OPTIONS = {
     "backprop": {},
     "gpipe": {"microbatches": 4, "recompute": False},
     "one_f_one_b": {"microbatches": 4, "recompute": False},
+    "zero_bubble": {"microbatches": 4, "recompute": False},
     "ddg": {"recompute": False},
-    "pipedream": {"recompute": False},
-    "features_replay": {},
+    "pipedream": {"recompute": False, "vertical_sync": False},
+    "pipedream_2bw": {"microbatches": 4, "recompute": False},
     "fdg": {"beta": 0.5, "recompute": False},
-    "greedy_local": {"head": "linear"},
-    "chunked_local": {"chunks": 2, "head": "linear"},
-    "overlapping_local": {"reach": 2, "head": "linear"},
+    "adl": {"microbatches": 4, "recompute": False},
+    "features_replay": {},
+    "dsp": {"queue": 2},
+    "pipemare": {"microbatches": 4, "anneal": 1000, "decay": 0.135},
+    "pipelined_backprop": {"prediction": "velocity", "spike_compensation": True},
+    "spectrain": {"stash": False},
+    "pipeoptim": {},
+    "async_nesterov": {"gamma": 0.9, "stash": True, "adaptive": False},
+    "petra": {"microbatches": 1},
+    "dni": {"conditional": False, "hidden": 0},
+    "dfa": {"recompute": False},
+    "drtp": {},
+    "greedy_local": {"head": "auto"},
+    "chunked_local": {"chunks": 2, "head": "auto"},
+    "overlapping_local": {"reach": 2, "head": "auto"},
+    "interlocking": {"n": 2, "head": "auto"},
+    "dgl": {"head": "mlp_sr"},
+    "auglocal": {"depth": 2, "decline": 0.5},
+    "momentum_auxiliary": {"momentum": 0.995, "head": "auto"},
+    "predsim": {"mode": "both", "beta": 0.99},
+    "infopro": {"lambda1": 1.0, "lambda2": 0.5, "contrast": False, "head": "mlp"},
     "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
     "penalty": {"beta": 0.1, "eta": 5.0, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
 }
 KEYS = {
     config.Recipe: "optimizer lr momentum weight_decay schedule batch_size epochs augment",
-    config.TrainConfig: "data model blocks runtime recipe method seed on_nonfinite resume",
-    config.CompareConfig: "data model blocks runtime recipe suite methods controls baseline seeds",
+    config.TrainConfig: "data model blocks runtime precision recipe method seed on_nonfinite resume",
+    config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds",
     config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
 }
 

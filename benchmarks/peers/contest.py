@@ -67,6 +67,8 @@ def groups() -> list[Group]:
         _one("1 block", library.build, method="backprop", blocks=1),
         _one("greedy_local", library.build, method="greedy_local", blocks=2),
         _one("pipedream", library.build, method="pipedream", blocks=2),
+        _one("greedy_local, processes", library.build, method="greedy_local", blocks=2, processes=True),
+        _one("pipedream, processes", library.build, method="pipedream", blocks=2, processes=True),
         Group(data_parallel.build, {"run": "DDP"}, ranks=2),
         Group(pipelining.build, schedules, ranks=2, share=0.5),
     ]

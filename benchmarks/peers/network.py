@@ -129,7 +129,7 @@ class Network:
         self._delay_by_relay(0.0)
 
     def sent(self) -> tuple[int, int]:
-        """Bytes that each host has put on the line so far; what TCP sends as one large segment counts one header."""
+        """Bytes that each host has put on the line so far: one header per segment, before the interface cuts it."""
         totals = []
         for name in self.namespaces:
             interfaces = json.loads(_do("ip", "-n", name, "-s", "-j", "link", "show"))

@@ -1,4 +1,4 @@
-"""What a dataset is: three splits of standardised images, and the augmentation that suits them.
+"""What a dataset is: three splits of standardised images or of sequences, and the augmentation that suits them.
 
 Standardising uses the mean and standard deviation of the *training* split, one value per channel, so nothing about the
 held-out samples leaks into training.
@@ -21,8 +21,8 @@ class Split:
     """One part of a dataset, in memory.
 
     Attributes:
-        inputs: float32, shape (N, *inputs).
-        targets: int64 class labels, shape (N,).
+        inputs: shape (N, *inputs); float32, or int64 token numbers.
+        targets: int64 class labels, shape (N,), or (N, length): one per position of a sequence.
 
     Raises:
         UserError: no samples, or not one target per input.
@@ -32,10 +32,10 @@ class Split:
     targets: Tensor
 
     def __post_init__(self) -> None:
-        if self.targets.dim() != 1 or self.targets.dtype != torch.int64:
+        if self.targets.dim() not in (1, 2) or self.targets.dtype != torch.int64:
             raise UserError(
-                f"targets must be int64 labels of shape (N,), got {self.targets.dtype} of shape "
-                f"{tuple(self.targets.shape)}; convert them with .long() and one label per sample"
+                f"targets must be int64 labels of shape (N,) or (N, length), got {self.targets.dtype} of shape "
+                f"{tuple(self.targets.shape)}; convert them with .long() and one label per sample or position"
             )
         if len(self.inputs) != len(self.targets):
             raise UserError(f"{len(self.inputs)} inputs but {len(self.targets)} targets; give one target per input")
@@ -58,6 +58,7 @@ class Dataset:
         validation: held out from training, for choices such as a learning rate.
         test: held out from both, for the number that is reported.
         augment: random changes that keep the class, for a training `Loader`; None where none is known.
+        description: what the samples were made from, where the name does not say it: size and hash of the source.
 
     Raises:
         UserError: a sample of another shape or a label outside the classes.
@@ -70,6 +71,7 @@ class Dataset:
     validation: Split
     test: Split
     augment: Augment | None = None
+    description: str = ""
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
@@ -140,3 +142,31 @@ def standardise(images: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], float
     std = np.where(std > 0, std, np.float32(1))
     scaled = {part: torch.from_numpy((values.astype(np.float32) - mean) / std) for part, values in images.items()}
     return scaled, float(scaled["train"].min())
+
+
+def assemble(
+    name: str,
+    classes: int,
+    images: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    padding: int = 1,
+    flip: bool = False,
+    description: str = "",
+) -> Dataset:
+    """Standardise the parts of an image set and put the dataset together.
+
+    Args:
+        name, classes, description: of the dataset.
+        images: (N, C, H, W), any numeric type. labels: (N,), integers. Both by part: train, validation, test.
+        padding, flip: of its augmentation, see `Augment`.
+    """
+    scaled, background = standardise(images)
+    splits = {part: Split(scaled[part], torch.from_numpy(labels[part].astype(np.int64))) for part in scaled}
+    return Dataset(
+        name=name,
+        inputs=tuple(splits["train"].inputs.shape[1:]),
+        classes=classes,
+        augment=Augment(padding=padding, flip=flip, fill=background),
+        description=description,
+        **splits,
+    )

@@ -10,10 +10,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from decoupled.data.augment import Augment
-from decoupled.data.dataset import Dataset, Split, standardise, take_apart
+from decoupled.data.dataset import Dataset, assemble, take_apart
 from decoupled.data.idx import read_idx
 from decoupled.errors import UserError
 
@@ -48,7 +46,7 @@ def digits(*, split_seed: int = 0, validation: int = 180, test: int = 360, limit
     images, labels = load_digits(return_X_y=True)
     images, labels = np.asarray(images).reshape(-1, 1, 8, 8), np.asarray(labels)
     parts = take_apart(len(labels), {"test": test, "validation": validation}, split_seed, limit)
-    return _dataset("digits", {p: images[i] for p, i in parts.items()}, {p: labels[i] for p, i in parts.items()})
+    return assemble("digits", 10, {p: images[i] for p, i in parts.items()}, {p: labels[i] for p, i in parts.items()})
 
 
 def fashion_mnist(
@@ -89,22 +87,7 @@ def fashion_mnist(
     train_images, train_labels = images["train"], labels["train"]
     for part, samples in parts.items():
         images[part], labels[part] = train_images[samples], train_labels[samples]
-    return _dataset("fashion_mnist", images, labels, padding=2, flip=True)
-
-
-def _dataset(
-    name: str, images: dict[str, np.ndarray], labels: dict[str, np.ndarray], padding: int = 1, flip: bool = False
-) -> Dataset:
-    """Standardise the parts and put the dataset of 10 classes together."""
-    scaled, background = standardise(images)
-    splits = {part: Split(scaled[part], torch.from_numpy(labels[part].astype(np.int64))) for part in scaled}
-    return Dataset(
-        name=name,
-        inputs=tuple(splits["train"].inputs.shape[1:]),
-        classes=10,
-        augment=Augment(padding=padding, flip=flip, fill=background),
-        **splits,
-    )
+    return assemble("fashion_mnist", 10, images, labels, padding=2, flip=True)
 
 
 def _folder(path: str | Path | None) -> Path:

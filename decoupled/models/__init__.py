@@ -16,16 +16,24 @@ from torch import nn
 from decoupled.errors import UserError, unknown
 from decoupled.models.mlp import mlp
 from decoupled.models.resnet import resnet
+from decoupled.models.revnet import revnet
+from decoupled.models.transformer import transformer
 from decoupled.specs import check_options, parse
 
-__all__ = ["build", "mlp", "names", "resnet"]
+__all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer"]
 
-_BUILDERS: dict[str, Callable[..., list[nn.Module]]] = {"mlp": mlp, "resnet": resnet}
+_BUILDERS: dict[str, Callable[..., list[nn.Module]]] = {
+    "mlp": mlp,
+    "resnet": resnet,
+    "revnet": revnet,
+    "transformer": transformer,
+}
 
 
 def names() -> list[str]:
     """Return the names `build` knows; ``resnetN`` works for every N = 6n + 2, the usual ones are listed."""
-    return ["mlp", "resnet", "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+    depths = (8, 14, 20, 32, 44, 56, 110)
+    return [*_BUILDERS, *(f"resnet{depth}" for depth in depths)]
 
 
 def build(spec: str | Mapping[str, Any], inputs: Sequence[int], classes: int, seed: int = 0) -> list[nn.Module]:

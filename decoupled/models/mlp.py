@@ -25,7 +25,8 @@ def mlp(
         inputs: shape of one sample, e.g. ``(1, 28, 28)``; flattened by the first unit.
         classes: number of outputs.
         width: features of every hidden layer.
-        depth: number of linear layers, the output layer included; also the number of units.
+        depth: number of linear layers, the output layer included; also the number of units. Eight hidden layers of
+            4096 are ``{name: mlp, depth: 9, width: 4096}``.
         batch_norm: put a BatchNorm1d between every hidden linear layer and its ReLU (training batches then need at
             least two samples).
 

@@ -46,6 +46,11 @@ class Beats:
     def interval(self) -> float:
         return min(1.0, self.limit / 4, self.patience / 4)
 
+    @property
+    def silence(self) -> float:
+        """Seconds of silence after which a rank is given up: looked for every `interval`, so that `limit` is kept."""
+        return self.limit - self.interval
+
 
 def pack(error: BaseException) -> tuple[bytes | None, str, str]:
     """An exception as bytes (None if it cannot be pickled), its text, and its traceback."""
@@ -274,6 +279,6 @@ class Member(Control):
                 self._line.heard = now
             last = now
             self._line.send("beat", self.status())
-            if now - self._line.heard > self.beats.limit:
+            if now - self._line.heard > self.beats.silence:
                 self._end(PeerLost(f"rank 0: no sign of life for {self.beats.limit:g} s; it hangs or was stopped"))
                 return

@@ -22,13 +22,13 @@ class Hub(Control):
     Args:
         world: number of ranks.
         token: what members must know. host: address to listen on.
-        describe: rank -> what errors call it and what is known of it, e.g. ``"rank 1 (block1, last at F17)"``.
+        describe: (rank, how it ended) -> what the error says: who that is, and what is known of it.
         reason: rank -> how its process ended, where this process can know.
     """
 
     def __init__(
         self, world: int, token: bytes, host: str, beats: Beats,
-        describe: Callable[[int], str], reason: Callable[[int], str] = lambda rank: "its process has ended",
+        describe: Callable[[int, str], str], reason: Callable[[int], str] = lambda rank: "its process has ended",
     ) -> None:  # fmt: skip
         super().__init__(0, world, beats)
         self._describe, self._reason = describe, reason
@@ -83,7 +83,7 @@ class Hub(Control):
                 if not fine:
                     raise unpack(value, rank)
                 return value
-        raise self.lost or PeerLost(f"{self._describe(rank)} has left")
+        raise self.lost or PeerLost(self._describe(rank, "it has left"))
 
     def tell(self, *words: Any) -> None:
         """Put `words` on every member's queue of orders."""
@@ -171,7 +171,7 @@ class Hub(Control):
     def _missing(self, number: int) -> str:
         with self._changed:
             given = self._given.get(number, {})
-        return ", ".join(self._describe(r) for r in range(self.world) if r not in given) or "a rank"
+        return ", ".join(f"rank {r}" for r in range(self.world) if r not in given)
 
     def _abort(self, run: int, packed: tuple[bytes | None, str, str], origin: int) -> None:
         with self._changed:
@@ -185,7 +185,7 @@ class Hub(Control):
             self.on_abort(run, unpack(packed, origin))
 
     def _lose_rank(self, rank: int, reason: str) -> None:
-        self._break(PeerLost(f"{self._describe(rank)}: {reason}"), rank)
+        self._break(PeerLost(self._describe(rank, reason)), rank)
 
     def _break(self, error: BaseException, rank: int) -> None:
         """Nobody can go on, because of `rank`."""
@@ -205,7 +205,7 @@ class Hub(Control):
             last = now
             for rank, line in list(self._lines.items()):
                 line.send("beat")
-                if rank not in self._left and now - line.heard > self.beats.limit:
+                if rank not in self._left and now - line.heard > self.beats.silence:
                     self._lose_rank(rank, f"no sign of life for {self.beats.limit:g} s; it hangs or was stopped")
             self._look_for_stall(now)
 

@@ -86,7 +86,7 @@ class Group:
         return cls(rank, world, starts=False, follows=False)
 
     def connect(
-        self, beats: Beats, timeout: float, describe: Callable[[int], str], serve: Callable[..., Any]
+        self, beats: Beats, timeout: float, describe: Callable[[int, str], str], serve: Callable[..., Any]
     ) -> tuple[Control, bytes]:
         """Start the others if that is this process's task, and meet them.
 

@@ -67,10 +67,11 @@ class Status(NamedTuple):
 
 
 class _Box:
-    """A mailbox with its lock."""
+    """A mailbox with its lock; `waiting`: who waits for a change of it, and for what."""
 
     def __init__(self, ports: dict[str, int]) -> None:
         self.mail, self.changed = Mailbox(ports), threading.Condition(threading.Lock())
+        self.waiting: set[str] = set()
 
 
 class LocalRun:
@@ -164,7 +165,7 @@ class LocalRun:
                 return
             self._on_take[id(message)] = inlet.taken
             box.mail.put(edge.port, message)
-            box.changed.notify_all()
+            self._wake(box)
         for observer in self._observers:
             observer.delivery(edge, message, sent, time.perf_counter())
 
@@ -224,7 +225,7 @@ class LocalRun:
                 found = box.mail.take(wants)
                 if found is not None:
                     if found[1]:
-                        box.changed.notify_all()
+                        self._wake(box)
                     self._waiting.pop(name, None)
                     self._moves[name] += 1
                     break
@@ -251,7 +252,7 @@ class LocalRun:
             self._waiting.pop(edge.source, None)
             self._moves[edge.source] += 1
             box.mail.put(edge.port, message)
-            box.changed.notify_all()
+            self._wake(box)
         for observer in self._observers:
             observer.delivery(edge, message, sent, time.perf_counter())
 
@@ -272,16 +273,18 @@ class LocalRun:
         self._moves[edge.source] += 1
         self.last[edge] = message.key
 
+    def _wake(self, box: _Box) -> None:
+        """The box has changed: who waits for that counts as awake from now on, however late it gets a processor."""
+        for name in box.waiting:
+            self._waiting.pop(name, None)
+        box.waiting.clear()
+        box.changed.notify_all()
+
     def _wait(self, box: _Box, name: str, what: str) -> None:
         self._waiting[name] = what
-        if self._patience is None:
-            box.changed.wait()
+        box.waiting.add(name)
+        if box.changed.wait(self._patience) or len(self._waiting) < len(self._boxes):
             return
-        for _ in range(2):  # twice: after the whole process was paused, the first wait may end before anyone could move
-            before = list(self._moves.values())
-            moved = box.changed.wait(self._patience) or before != list(self._moves.values())
-            if moved or len(self._waiting) < len(self._boxes):
-                return
         waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(self._waiting.items()))
         raise StallError(f"every actor waits and nothing moves: {waits}")
 

@@ -148,11 +148,11 @@ class Processes(Runtime):
     def owns(self, actor: str) -> bool:
         return self._places[actor] == self.rank
 
-    def _obituary(self, rank: int) -> str:
-        """What is known of a rank that is lost."""
+    def _obituary(self, rank: int, reason: str) -> str:
+        """Who is lost, why, and what is known of it."""
         actors = [name for name, place in self._places.items() if place == rank]
         pid, host = self._who[rank] if rank < len(self._who) else ("?", "?")
-        text = f"rank {rank} ({', '.join(actors) or 'no blocks'}; process {pid} on {host})"
+        text = f"rank {rank} ({', '.join(actors) or 'no blocks'}; process {pid} on {host}): {reason}"
         run, known = self._run, []
         if run is not None:
             status = self._control.heard_of(rank) if isinstance(self._control, Hub) else None
@@ -163,7 +163,7 @@ class Processes(Runtime):
                     last = f", last batch {run.last[edge]}" if edge in run.last else ""
                     if self._places[edge.source] != self._places[edge.target]:
                         known.append(f"edge {edge}{last}")
-        return text + (f" [{'; '.join(known)}]" if known else "")
+        return "; ".join([text, *known])
 
     # --- the processes -------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ class Processes(Runtime):
         self._channels.close()
         self._channels.endpoint.close()
         self._pools.close()
-        self._group.end()
+        self._group.end(5.0 if control.lost is None else 0.5)
         memory.release()
 
     def _serve(self, what: str, name: int, method: str, args: Sequence[Any]) -> Any:

@@ -27,7 +27,7 @@ class Bulk(ABC):
 
     Attributes:
         inline: bytes of tensors of a message that go behind the header.
-        ahead: messages that may be begun before the first of them is complete.
+        ahead: messages that the target may begin to receive before the first of them is complete.
     """
 
     inline: int = 5 << 14

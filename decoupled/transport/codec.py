@@ -13,6 +13,7 @@ tensor is sent from, and arrives in, CPU memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any, NamedTuple, TypeVar
@@ -35,11 +36,12 @@ _NAMES: dict[torch.dtype, str] = {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
         *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
         *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-        *(torch.complex32, torch.complex64, torch.complex128),
+        *(torch.complex64, torch.complex128),
     )
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 _DIMENSIONS = 64
+_TEXT = json.JSONEncoder(separators=(",", ":"))
 
 _kinds: dict[str, type[Message]] = {}
 
@@ -75,8 +77,8 @@ def encode(message: Message, edge: str) -> Encoded:
         raise ProtocolError(f"edge {edge}: messages of kind {kind.__name__!r} are unknown; codec.register them")
     pieces: list[Bytes] = []
     try:
-        fields = {field.name: _pack(getattr(message, field.name), pieces) for field in dataclasses.fields(message)}
-        meta = json.dumps({"kind": kind.__name__, "fields": fields}, separators=(",", ":")).encode()
+        fields = {name: _pack(getattr(message, name), pieces) for name in _fields(kind)}
+        meta = _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
     except (ValueError, RecursionError, ProtocolError) as error:
         raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
     size = sum(piece.nbytes for piece in pieces)
@@ -117,7 +119,7 @@ class Draft:
             raise ProtocolError(
                 f"edge {edge}: what arrived does not describe a known message: {type(error).__name__}: {error}"
             ) from None
-        if set(fields) != {field.name for field in dataclasses.fields(self._kind)}:
+        if fields.keys() != set(_fields(self._kind)):
             raise ProtocolError(f"edge {edge}: a {self._kind.__name__} arrived with the fields {', '.join(fields)}")
         if len(specs) != tensors or sum(spec.nbytes for spec in specs) != size:
             raise ProtocolError(
@@ -140,6 +142,11 @@ class Draft:
             raise ProtocolError(
                 f"edge {self._edge}: a {self._kind.__name__} arrived that is not one: {error}"
             ) from error
+
+
+@functools.cache
+def _fields(kind: type[Message]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 class _Spec(NamedTuple):
@@ -206,12 +213,13 @@ def _lay_out(tensor: Tensor, pieces: list[Bytes]) -> list[Any]:
         tensor = tensor.cpu()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    if not _is_dense(tensor.shape, tensor.stride()):
-        tensor = tensor.contiguous()
-    pieces.append(_bytes(tensor))
     description: list[Any] = [_NAMES[tensor.dtype], list(tensor.shape)]
     if tensor.stride() != _usual_strides(tensor.shape):
-        description.append(list(tensor.stride()))
+        if _is_dense(tensor.shape, tensor.stride()):
+            description.append(list(tensor.stride()))
+        else:
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    pieces.append(_bytes(tensor))
     return description
 
 
@@ -219,17 +227,16 @@ def _spec(dtype: Any, shape: Any, strides: Any = None) -> _Spec:
     """A checked description of a tensor: nothing absurd passes."""
     if type(dtype) is not str or dtype not in _BY_NAME:
         raise ProtocolError(f"unknown dtype {str(dtype)[:40]!r}")
-    for numbers in (shape, shape if strides is None else strides):
+    for numbers in (shape,) if strides is None else (shape, strides):
         if type(numbers) is not list or len(numbers) > _DIMENSIONS:
             raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
         if any(type(n) is not int or not 0 <= n <= PAYLOAD_LIMIT for n in numbers):
             raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
     shape = tuple(shape)
-    strides = _usual_strides(shape) if strides is None else tuple(strides)
-    spec = _Spec(_BY_NAME[dtype], shape, strides)
-    if spec.nbytes > PAYLOAD_LIMIT or any(n > PAYLOAD_LIMIT for n in strides):
+    spec = _Spec(_BY_NAME[dtype], shape, _usual_strides(shape) if strides is None else tuple(strides))
+    if spec.nbytes > PAYLOAD_LIMIT or any(n > PAYLOAD_LIMIT for n in spec.strides):
         raise ProtocolError(f"a tensor announces {spec.nbytes} bytes, more than the limit of {PAYLOAD_LIMIT}")
-    if len(shape) != len(strides) or not _is_dense(shape, strides):
+    if strides is not None and (len(shape) != len(strides) or not _is_dense(shape, spec.strides)):
         raise ProtocolError(f"strides {strides} do not fit the shape {shape}")
     return spec
 

@@ -9,8 +9,8 @@ group, the one way to wake a thread that waits - `abort` does just that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -84,34 +84,42 @@ class Pair(Bulk):
         options._threads = 1
         self._store = _Rendezvous(talk)
         self._other = 1 - rank
-        try:
+        with _connection():
             self._group = _Gloo(self._store, rank, 2, options)
-        except RuntimeError as error:
-            raise ConnectionError(f"Gloo: {error}") from error
         self._store.finish()
 
     def send(self, pieces: Sequence[Bytes], announce: Callable[[int], None], wait: Callable[[], None]) -> Complete:
         """Begin to send `pieces`."""
-        return self._complete([self._group.send([torch.from_numpy(piece)], self._other, 0) for piece in pieces])
+        return _begin(self._group.send, pieces, self._other)
 
     def receive(
         self, pieces: Sequence[Bytes], next_part: Callable[[], int], release: Callable[[int], None]
     ) -> Complete:
         """Begin to fill `pieces`, which have exactly the sizes that are being sent."""
-        return self._complete([self._group.recv([torch.from_numpy(piece)], self._other, 0) for piece in pieces])
+        return _begin(self._group.recv, pieces, self._other)
 
     def abort(self) -> None:
         """Close the connection and wake whoever waits on it, on both ends."""
         with suppress(RuntimeError):
             self._group.recv([torch.empty(1)], self._other, _NEVER_USED).wait(timedelta(milliseconds=1))
 
-    @staticmethod
-    def _complete(works: Sequence[Any]) -> Complete:
-        def complete() -> None:
-            try:
-                for work in works:
-                    work.wait(_FOREVER)
-            except RuntimeError as error:
-                raise ConnectionResetError(f"Gloo: {error}") from error
 
-        return complete
+def _begin(transfer: Callable[[list[torch.Tensor], int, int], Any], pieces: Sequence[Bytes], other: int) -> Complete:
+    with _connection():
+        works = [transfer([torch.from_numpy(piece)], other, 0) for piece in pieces]
+
+    def complete() -> None:
+        with _connection():
+            for work in works:
+                work.wait(_FOREVER)
+
+    return complete
+
+
+@contextmanager
+def _connection() -> Iterator[None]:
+    """Gloo says RuntimeError to everything; here it is the connection, for nothing else is left to go wrong."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionResetError(f"Gloo: {error}") from error

@@ -17,13 +17,9 @@ import contextlib
 import os
 import selectors
 import socket
-import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 from decoupled.errors import ProtocolError, UserError, unknown
@@ -35,21 +31,12 @@ from decoupled.transport.contract import Closed, Inlet, NeverOpened, Outlet
 from decoupled.transport.ends import LINGER, LinkInlet, LinkOutlet, QueuedOutlet
 from decoupled.transport.handshake import BULKS, Conversation, Wish, ask, hear_out
 from decoupled.transport.link import Link
+from decoupled.transport.place import Address
 
 _RING = 1 << 23  # bytes
 _HEARING = 5.0  # seconds a caller has to prove the token
 _CALLERS = 256  # that may be heard at once
 _End = TypeVar("_End", LinkOutlet, LinkInlet)
-
-
-@dataclass(frozen=True)
-class Address:
-    """How other processes reach an endpoint: `local` is a Unix socket of `host` (a leading @: without a file)."""
-
-    host: str
-    local: str
-    hostname: str
-    port: int
 
 
 class Endpoint:
@@ -75,7 +62,7 @@ class Endpoint:
             raise UserError("an endpoint needs a token that is not empty; secrets.token_bytes(32) makes one")
         self._token, self._ring_bytes = token, ring_bytes
         hostname = place.reachable(hostname, interface)
-        self._unix, local = _listen_locally()
+        self._unix, local = place.listen_locally()
         self._tcp = socket.create_server((hostname, 0))
         self.address = Address(place.host(), local, hostname, self._tcp.getsockname()[1])
         self._changed = threading.Condition()
@@ -107,7 +94,7 @@ class Endpoint:
         wish = Wish(str(edge), run, edge.capacity, bulk, self._ring_bytes, timeout)
         with self._named(edge, timeout, name):
             deadline = time.monotonic() + timeout
-            with self._tracked(Conversation(_dial(address, same_host, timeout), deadline)) as talk:
+            with self._tracked(Conversation(place.dial(address, same_host, timeout), deadline)) as talk:
                 ask(talk, self._token, wish)
                 way = self._source_way(talk, bulk, edge)
                 if talk.hear() != {"open": True}:
@@ -146,7 +133,7 @@ class Endpoint:
             self._changed.notify_all()
             talks = list(self._talks)
         self._waker.send(b"x")
-        for end in self._ends:
+        for end in sorted(self._ends, key=lambda end: isinstance(end, LinkOutlet)):  # outlets wait for inlets elsewhere
             end.close()
         for talk in talks:
             talk.close()
@@ -269,19 +256,6 @@ class Endpoint:
             older.close()  # its source has given up and asked again
 
 
-def _dial(address: Address, same_host: bool, timeout: float) -> socket.socket:
-    if not same_host:
-        return socket.create_connection((address.hostname, address.port), timeout)
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(address.local.replace("@", "\0", 1) if address.local.startswith("@") else address.local)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 def _link(talk: Conversation, edge: str, run: int, name: str) -> Link:
     """The link that a conversation becomes."""
     talk.socket.settimeout(None)
@@ -298,18 +272,3 @@ def _choose(bulk: str, same_host: bool, edge: Edge) -> str:
     if bulk == "shared_memory" and not same_host:
         raise UserError(f"edge {edge} joins two hosts, which share no memory; use bulk='auto'")
     return bulk
-
-
-def _listen_locally() -> tuple[socket.socket, str]:
-    """A listening Unix socket and its name: without a file where the system can, so that nothing is left behind."""
-    sock = socket.socket(socket.AF_UNIX)
-    name = f"decoupled-{uuid.uuid4().hex}"
-    if sys.platform == "linux":
-        sock.bind(f"\0{name}")
-        local = f"@{name}"
-    else:
-        local = os.path.join(tempfile.gettempdir(), name)
-        sock.bind(local)
-        os.chmod(local, 0o600)
-    sock.listen(128)
-    return sock, local

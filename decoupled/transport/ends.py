@@ -1,7 +1,7 @@
 """The two ends of an edge over a link: messages with credits. Who waits where:
 
     LinkOutlet    send, in the caller: encode -> wait for a credit -> header, small tensors -> large ones
-    QueuedOutlet  the same, but everything after the credit in a thread of its own: for networks, which can be slow
+    QueuedOutlet  the same, but what can be slow after the credit is for a thread of its own: for networks
     LinkInlet     receive, in the caller: header -> check -> fresh memory -> small tensors -> large ones
 
 One credit is one message that may be sent; there are as many as the edge's capacity, and `taken` returns one.
@@ -24,6 +24,7 @@ from decoupled.transport.frame import Frame, Kind
 from decoupled.transport.link import Link
 
 LINGER = 5.0  # seconds that the last messages have, after `close`, to get away
+_AT_ONCE = 1 << 14  # bytes behind a header that the system takes at once if it takes any
 _SHORTLY = 1.0  # seconds that a goodbye, or the reason of a failed write, may take
 
 
@@ -80,6 +81,7 @@ class LinkOutlet(Outlet):
 
     def _finish(self) -> None:
         self._link.goodbye(_SHORTLY)
+        self._link.cut()
         self._bulk.abort()
         self._link.close()
 
@@ -97,6 +99,9 @@ class LinkOutlet(Outlet):
         self.payload_bytes += size
         self._large_bytes += sum(piece.nbytes for piece in large)
         return complete
+
+    def _credited(self) -> None:
+        """Messages were taken."""
 
     def _announce(self, size: int) -> None:
         self._link.write(Frame(Kind.PART, size))
@@ -119,6 +124,7 @@ class LinkOutlet(Outlet):
             self._credits += frame.amount
             if self._credits > self._capacity:
                 raise ProtocolError(f"edge {self._link.edge}: more messages were taken than had been sent")
+            self._credited()
         elif frame.kind is Kind.RELEASE:
             self._bulk.released(frame.amount)
         elif frame.kind is Kind.GOODBYE:
@@ -143,10 +149,15 @@ class LinkOutlet(Outlet):
 
 
 class QueuedOutlet(LinkOutlet):
-    """A `LinkOutlet` whose messages are written by a thread of its own."""
+    """A `LinkOutlet` that never writes in the caller what a slow network could hold up.
+
+    A header and little else is written at once, if nothing is waiting before it: a change of threads costs more.
+    """
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         super().__init__(link, capacity, bulk)
+        self._begun: deque[Complete] = deque()  # taken messages leave it: their transfers need no waiting for
+        self._handed = self._delivered = 0  # messages given to the thread, and done by it
         self._queue: queue.SimpleQueue[tuple[Encoded, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"send {link.edge}", daemon=True)
         self._thread.start()
@@ -159,20 +170,27 @@ class QueuedOutlet(LinkOutlet):
             self._thread.join(timeout)
 
     def _put(self, encoded: Encoded, sent: float) -> None:
+        inline = sum(len(piece) for piece in self._bulk.divide(encoded.pieces)[0])
+        if self._handed == self._delivered and inline <= _AT_ONCE and self._link.is_writable():
+            self._begun.append(self._deliver(encoded, sent))
+            return
+        self._handed += 1
         self._queue.put((encoded, sent))
 
     def _finish(self) -> None:
         self._queue.put(None)
 
+    def _credited(self) -> None:
+        with contextlib.suppress(OSError, IndexError):  # the link will tell; closing has just completed all
+            while len(self._begun) > self._capacity - self._credits:
+                self._begun.popleft()()
+
     def _run(self) -> None:
         try:
-            begun: deque[Complete] = deque()
             while item := self._queue.get():
-                begun.append(self._deliver(*item))
-                while len(begun) >= self._bulk.ahead or (begun and self._queue.empty()):
-                    self._complete(begun.popleft())
-            while begun:
-                self._complete(begun.popleft())
+                self._begun.append(self._deliver(*item))
+                self._delivered += 1
+            self._complete_all()
             self._link.goodbye(LINGER)
             self._link.drain(LINGER)  # a socket that is closed earlier may lose what is still under way
         except (Closed, Lost, ProtocolError) as error:
@@ -182,9 +200,11 @@ class QueuedOutlet(LinkOutlet):
             self._bulk.abort()
             self._link.close()
 
-    def _complete(self, complete: Complete) -> None:
+    def _complete_all(self) -> None:
         try:
-            complete()
+            with contextlib.suppress(IndexError):
+                while True:
+                    self._begun.popleft()()
         except OSError as error:
             raise self._reason() from error
 
@@ -224,6 +244,7 @@ class LinkInlet(Inlet):
 
     def close(self) -> None:
         self._link.goodbye(_SHORTLY)
+        self._link.cut()
         self._bulk.abort()
         self._link.close()
 

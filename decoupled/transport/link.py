@@ -76,12 +76,16 @@ class Link:
         if not self._writing.acquire(timeout=patience):
             return  # a writer is stuck in the middle of a frame
         try:
-            room = select.poll()
-            room.register(self._socket, select.POLLOUT)
-            if room.poll(patience * 1000):
-                self._socket.send(frame.pack(Frame(Kind.GOODBYE), self._number, self._written), socket.MSG_DONTWAIT)
-                self._written += 1
-                self._socket.shutdown(socket.SHUT_WR)
+            goodbye = frame.pack(Frame(Kind.GOODBYE), self._number, self._written)
+            try:
+                self._socket.send(goodbye, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                room = select.poll()
+                room.register(self._socket, select.POLLOUT)
+                room.poll(patience * 1000)
+                self._socket.send(goodbye, socket.MSG_DONTWAIT)
+            self._written += 1
+            self._socket.shutdown(socket.SHUT_WR)
         except (OSError, ValueError):
             pass  # gone already
         finally:
@@ -94,6 +98,15 @@ class Link:
                 return True
             found = self._poll.poll(None if timeout is None else max(timeout, 0) * 1000)
             return self._is_cut or bool(found and all(descriptor != self._wake_reader for descriptor, _ in found))
+
+    def is_writable(self) -> bool:
+        """Whether the system takes more bytes now."""
+        room = select.poll()
+        try:
+            room.register(self._socket, select.POLLOUT)
+            return bool(room.poll(0))
+        except (OSError, ValueError):  # closed
+            return False
 
     def wake(self) -> None:
         """End the present and all future calls of `wait`."""

@@ -9,11 +9,24 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
+import tempfile
 import uuid
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from decoupled.errors import UserError
+
+
+@dataclass(frozen=True)
+class Address:
+    """How other processes reach an endpoint: `local` is a Unix socket of `host` (a leading @: without a file)."""
+
+    host: str
+    local: str
+    hostname: str
+    port: int
 
 
 def host() -> str:
@@ -48,6 +61,35 @@ def reachable(hostname: str | None = None, interface: str | None = None) -> str:
         probe.connect(("192.0.2.1", 9))  # sends nothing; asks the system which address it would use
         return probe.getsockname()[0]
     return "127.0.0.1"
+
+
+def dial(address: Address, same_host: bool, timeout: float) -> socket.socket:
+    """A socket connected to `address`; an OSError if that takes more than `timeout` seconds."""
+    if not same_host:
+        return socket.create_connection((address.hostname, address.port), timeout)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address.local.replace("@", "\0", 1) if address.local.startswith("@") else address.local)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_locally() -> tuple[socket.socket, str]:
+    """A listening Unix socket and its name: without a file where the system can, so that nothing is left behind."""
+    sock = socket.socket(socket.AF_UNIX)
+    name = f"decoupled-{uuid.uuid4().hex}"
+    if sys.platform == "linux":
+        sock.bind(f"\0{name}")
+        local = f"@{name}"
+    else:
+        local = os.path.join(tempfile.gettempdir(), name)
+        sock.bind(local)
+        os.chmod(local, 0o600)
+    sock.listen(128)
+    return sock, local
 
 
 def _resolve(hostname: str) -> str:

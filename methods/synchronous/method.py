@@ -4,9 +4,10 @@
     backprop      Gradient   sync                   Whole       KeepGraph
     gpipe         Gradient   gpipe(M)               Split(M)    KeepGraph, or KeepInput with recompute
     one_f_one_b   Gradient   one_f_one_b_flush(M)   Split(M)    KeepGraph, or KeepInput with recompute
+    zero_bubble   Gradient   zero_bubble(M)         Split(M)    KeepGraph, or KeepInput with recompute
 
 Sources: Rumelhart et al. 1986; GPipe, Huang et al. 2019 (arXiv 1811.06965); 1F1B with flush, Narayanan et al. 2021
-(arXiv 2006.09503).
+(arXiv 2006.09503); Zero Bubble, Qi et al. 2024 (arXiv 2401.10241).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from decoupled.coupling import Gradient
 from decoupled.method import Facts, Method, top
 from decoupled.order import gpipe as gpipe_order
 from decoupled.order import one_f_one_b_flush, sync
+from decoupled.order import zero_bubble as zero_bubble_order
 from decoupled.registry import register
 from decoupled.retention import KeepGraph, KeepInput
 from decoupled.source import Split
@@ -40,3 +42,11 @@ def one_f_one_b(microbatches: int = 4, recompute: bool = False) -> Method:
     facts = Facts(exact=True, reach=top, in_flight=lambda k, K: min(microbatches, K - k))
     retention = KeepInput if recompute else KeepGraph
     return Method(Gradient(), one_f_one_b_flush(microbatches), facts, retention, feed=Split(microbatches))
+
+
+@register("zero_bubble")
+def zero_bubble(microbatches: int = 4, recompute: bool = False) -> Method:
+    """1F1B whose backward is split: input gradients travel first, weight gradients fill the gaps before the step."""
+    facts = Facts(exact=True, reach=top, in_flight=lambda k, K: min(microbatches, K))
+    retention = KeepInput if recompute else KeepGraph
+    return Method(Gradient(), zero_bubble_order(microbatches), facts, retention, feed=Split(microbatches))

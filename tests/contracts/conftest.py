@@ -6,9 +6,10 @@ A new runtime joins the contract with one line in `RUNTIMES`.
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from decoupled.messages import Message
 from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Runtime, Want
@@ -48,7 +49,7 @@ class Ranks(Runtime):
     def run(self, graph, observers=()):
         errors = {}
 
-        def part(rank):
+        def part(rank) -> Any:
             try:
                 return self._ranks[rank].run(graph, observers if rank == 0 else ())
             except BaseException as error:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from decoupled import OperationError
+from decoupled.methods.delayed_gradients.horizon import scaled
 from decoupled.retention import KeepGraph
 from decoupled.testing import OPTIMIZERS, Case, cases, compare, point, train
 
@@ -18,8 +19,13 @@ CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (4,))
 K = CASE.K
 
 
+TICK = ("dsp", "pipelined_backprop", "petra")
+
+
 def golden(name, k, blocks):
     """Updates between forward and backward (notes/methods.md, 1.2)."""
+    if name in TICK:
+        return 2 * (blocks - 1 - k)
     return max(0, 2 * (blocks - 1 - k) - 1) if name == "fdg" else blocks - 1 - k
 
 
@@ -124,7 +130,9 @@ def test_weights_changed_under_a_live_graph_raise(name, batches):
 
 
 @pytest.mark.parametrize("blocks", range(2, 7))
-@pytest.mark.parametrize("name", ["ddg", "pipedream", "features_replay", "fdg"])
+@pytest.mark.parametrize(
+    "name", ["ddg", "pipedream", "features_replay", "fdg", "spectrain", "pipeoptim", "async_nesterov", *TICK]
+)
 def test_versions_of_a_run_are_the_golden_ones(name, blocks):
     """B8: (weights at the forward, weights at the backward) of every batch, as the workers have recorded them."""
     case = Case(widths=(3,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(2,) * 22)
@@ -141,3 +149,61 @@ def test_every_epoch_starts_from_a_drained_pipeline(blocks):
     for k, block in enumerate(train(case, "pipedream", epochs=3).trainer.statistics()):
         late = blocks - 1 - k
         assert block.versions == [(n, n - min(n % 4, late), n) for n in range(12)]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4])
+@pytest.mark.parametrize("blocks", range(1, 7))
+@pytest.mark.parametrize("name", ["adl", "pipemare", "petra"])
+def test_versions_of_accumulated_gradients(name, blocks, microbatches):
+    """B10: forward n has seen (n - D) // M updates, its backward n // M."""
+    case = Case(widths=(3,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(4,) * 14)
+    for k, block in enumerate(train(case, {"name": name, "microbatches": microbatches}).trainer.statistics()):
+        late, M = 2 * (blocks - 1 - k), microbatches
+        assert block.versions == [(n, max(0, n - late) // M, n // M) for n in range(14 * M)]
+
+
+@pytest.mark.parametrize("spec", [{"name": "pipedream", "vertical_sync": True}, {"name": "pipedream_2bw"}], ids=str)
+@pytest.mark.parametrize("blocks", range(1, 7))
+def test_versions_of_one_moment(spec, blocks):
+    """B2, B6: all blocks run a batch with weights of one age, and hold no more versions than that."""
+    M = 1 if "vertical_sync" in spec else 4
+    lag = -(-(blocks - 1) // M)
+    case = Case(widths=(3,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(4,) * 14)
+    run = train(case, {**spec, "recompute": True})
+    weights = 8 * (3 * 3 + 3)
+    for k, block in enumerate(run.trainer.statistics()):
+        assert block.versions == [(n, max(0, n // M - lag), n // M) for n in range(14 * M)]
+        inputs = (blocks - k) * 8 * 3 * (4 // M)
+        newest = lag > 0 and blocks - 1 - k > (lag - 1) * M  # some pass here has met today's version
+        assert block.peak_held_bytes == inputs + (lag + newest) * weights
+
+
+def test_with_vertical_sync_a_gradient_is_exact_at_one_moment():
+    """B2: every index is m - K + 1."""
+    run, gradients = with_gradients({"name": "pipedream", "vertical_sync": True})
+    for m, (x, y, _) in enumerate(CASE.batches()):
+        met = [run.weights[j][max(0, m - (K - 1))] for j in range(K)]
+        for k, expected in enumerate(gradient_at(met, x, y)):
+            torch.testing.assert_close(gradients[k][m], expected, rtol=0, atol=1e-12)
+
+
+def test_double_buffers_follow_the_papers_update():
+    """w[t+1] = w[t] - lr grad f(w[t-1]), on the whole minibatch and the whole network (Narayanan et al. 2021)."""
+    run, gradients = with_gradients("pipedream_2bw")
+    for t, (x, y, _) in enumerate(CASE.batches()):
+        for k, expected in enumerate(gradient_at([versions[max(0, t - 1)] for versions in run.weights], x, y)):
+            torch.testing.assert_close(gradients[k][t], expected, rtol=0, atol=1e-12)
+
+
+def test_queues_and_schedules_are_one_axis():
+    """DSP with one tick per edge is Features Replay; ADL with one micro-batch keeps the graphs of DSP's schedule."""
+    compare(train(CASE, {"name": "dsp", "queue": 1}).weights, train(CASE, "features_replay").weights, tolerance=0.0)
+    tick = replace(point("dsp"), retention=KeepGraph, facts=point({"name": "adl", "microbatches": 1}).facts)
+    compare(train(CASE, tick).weights, train(CASE, {"name": "adl", "microbatches": 1}).weights)
+
+
+def test_batch_size_scaling_keeps_the_memory_of_samples():
+    """Kosson et al.: momentum per sample, and what a sample contributes in all, do not change."""
+    lr, momentum = scaled(0.1, 0.9, reference=128, batch=8)
+    assert momentum ** (128 / 8) == pytest.approx(0.9)
+    assert lr / (1 - momentum) / 8 == pytest.approx(0.1 / (1 - 0.9) / 128)

@@ -19,6 +19,10 @@ def overlapping(reach):
     return {"name": "overlapping_local", "reach": reach}
 
 
+def interlocking(n):
+    return {"name": "interlocking", "n": n}
+
+
 def chunked(chunks):
     return {"name": "chunked_local", "chunks": chunks}
 
@@ -83,6 +87,72 @@ def test_overlapping_equals_the_naive_form_with_one_graph_per_loss(reach):
     compare(run.weights, weights)
 
 
+@settings(max_examples=10)
+@given(case=cases())
+def test_interlocking_with_n_1_is_greedy_and_with_all_blocks_backpropagation(case):
+    same(interlocking(1), "greedy_local", case)
+    same(interlocking(case.K), "backprop", case)
+    same(interlocking(case.K + 2), "backprop", case)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_interlocking_follows_the_loss_ahead_and_no_other(n):
+    """Oracle: one gradient by autograd for every block, of the one loss it follows; heads follow their own losses."""
+    run = train(CASE, interlocking(n), epochs=2)
+    blocks, heads = CASE.blocks(), fresh_heads(interlocking(n))
+    parameters = [list(m.parameters()) for m in [*blocks, *(head for head in heads if head is not None)]]
+    optimizers = [OPTIMIZERS["sgd"](group) for group in parameters]
+    weights = [[flat(block)] for block in blocks]
+    for x, y, _ in CASE.batches() * 2:
+        outputs = [x]
+        for block in blocks:
+            outputs.append(block(outputs[-1].detach()))
+        for k, block in enumerate(blocks):
+            j = min(k + n - 1, K - 1)
+            h = outputs[k].detach()
+            for i in range(k, j + 1):
+                h = blocks[i](h)
+            head = heads[j]
+            own = list(block.parameters())
+            loss = F.cross_entropy(h if head is None else head(h), y)
+            for p, gradient in zip(own, torch.autograd.grad(loss, own), strict=True):
+                p.grad = gradient
+        for j, head in enumerate(heads):
+            if head is not None:
+                F.cross_entropy(head(outputs[j + 1].detach()), y).backward()
+        for made in optimizers:
+            made.step()
+            made.zero_grad()
+        for versions, block in zip(weights, blocks, strict=True):
+            versions.append(flat(block))
+    compare(run.weights, weights)
+
+
+def test_interlocking_is_not_overlapping():
+    """Both send the same messages; the inner blocks follow different sums of them."""
+    mine, theirs = (train(CASE, spec) for spec in (interlocking(2), overlapping(2)))
+    assert [s.bytes_down for s in mine.trainer.statistics()] == [s.bytes_down for s in theirs.trainer.statistics()]
+    differ = [not torch.equal(a[1], b[1]) for a, b in zip(mine.weights, theirs.weights, strict=True)]
+    assert differ == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("spec", [overlapping(2), overlapping(4), interlocking(3), chunked(2)], ids=str)
+def test_no_block_runs_twice(spec):
+    """However many losses reach a block, it has one forward per batch, and BatchNorm sees every batch once."""
+    blocks, calls = CASE.blocks(), [0] * K
+
+    def hook(k):
+        def count(module, *_):
+            calls[k] += module.training  # the shapes are found out in evaluation mode
+
+        return count
+
+    for k, block in enumerate(blocks):
+        block.register_forward_hook(hook(k))
+    train(CASE, spec, blocks=blocks, epochs=2)
+    assert calls == [2 * len(CASE.sizes)] * K
+
+
 def fresh_heads(spec):
     one = Case(CASE.widths, CASE.cuts, CASE.sizes[:1], CASE.seed)
     run = train(one, spec, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
@@ -97,6 +167,8 @@ def fresh_heads(spec):
         (overlapping(2), [1, 2, 3, 4]),
         (overlapping(4), [3, 4]),
         (overlapping(9), [4]),
+        (interlocking(2), [1, 2, 3, 4]),
+        (interlocking(9), [4]),
         (chunked(1), [4]),
         (chunked(2), [1, 4]),
         (chunked(3), [0, 2, 4]),

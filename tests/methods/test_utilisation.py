@@ -73,6 +73,23 @@ def test_a_flush_costs_the_bubble_of_gpipe(name, M, K, backward):
         assert block.busy_seconds / total == pytest.approx(M / (M + K - 1))
 
 
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize(("forward", "half"), [(1.0, 1.0), (1.0, 0.75), (1.0, 0.5)])
+def test_a_split_backward_leaves_a_third_of_the_bubble(M, K, forward, half):
+    """M (f + i + w) + (K-1)(f + i - w) with w <= f: a third of 1F1B's bubble at f = i = w, for M >= K (Qi et al.)."""
+    one = Case(widths=(2,) * (K + 1), cuts=tuple(range(1, K)), sizes=(8,))
+    runtime = Simulated(Timing(forward=forward, backward=2 * half))
+    run = train(one, {"name": "zero_bubble", "microbatches": M}, runtime=runtime)
+    total = max(block.busy_seconds + block.wait_seconds for block in run.trainer.statistics())
+    work, bubble = M * (forward + 2 * half), (K - 1) * forward
+    if M >= K:
+        assert total == pytest.approx(work + bubble)
+    flush = train(one, {"name": "one_f_one_b", "microbatches": M}, runtime=runtime)
+    slower = max(block.busy_seconds + block.wait_seconds for block in flush.trainer.statistics())
+    assert total <= slower == pytest.approx(work + (K - 1) * (forward + 2 * half))
+
+
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_backpropagation_uses_one_block_at_a_time(K):
     for block in train(case(K, 6), "backprop").trainer.statistics():

@@ -347,7 +347,7 @@ def test_loader_refuses_what_would_yield_nothing(numbered):
 
 
 def test_names_are_loadable():
-    assert data.names() == ["digits", "fashion_mnist"]
+    assert data.names() == ["digits", "fashion_mnist", "cifar10", "cifar100", "python_source", "text"]
 
 
 @pytest.mark.slow

@@ -8,19 +8,40 @@ from hypothesis import strategies as st
 
 from decoupled import order as orders
 from decoupled.errors import UserError
-from decoupled.order import Order, explicit, free, gpipe, objectives, one_f_one_b_flush, parse, rounds, truncated
+from decoupled.order import (
+    Order,
+    accumulate,
+    explicit,
+    free,
+    gpipe,
+    objectives,
+    one_f_one_b_flush,
+    parse,
+    pinned,
+    queues,
+    rounds,
+    truncated,
+    two_buffered,
+    zero_bubble,
+)
 from decoupled.plan import ANY, FixedPlan, FreePlan, Op, S
 
 DELAYED = {
     "sync": orders.sync,
     "local": orders.local,
+    "answered": orders.answered,
     "lockstep": orders.lockstep,
     "one_f_one_b": orders.one_f_one_b,
     "tick": orders.tick,
     "tick_backward_first": orders.tick_backward_first,
 }
 GROUPED = {f"{make.__name__}({M})": make(M) for make in (gpipe, one_f_one_b_flush) for M in (1, 2, 4)}
-OTHERS = {f"truncated({n})": truncated(n) for n in (1, 2, 3, 9)} | {"rounds": rounds(), "sweep": rounds(sweep=True)}
+ACCUMULATED = {f"accumulate(tick, {M})": accumulate(orders.tick, M) for M in (1, 2, 3)}
+ACCUMULATED |= {f"two_buffered({M})": two_buffered(M) for M in (1, 3)}
+SPLIT = {f"zero_bubble({M})": zero_bubble(M) for M in (1, 2, 5)}
+OTHERS = {f"queues({n})": queues(n) for n in (1, 3)} | SPLIT | ACCUMULATED
+OTHERS |= {"pinned": pinned(orders.one_f_one_b, lambda K: K - 1)}
+OTHERS |= {f"truncated({n})": truncated(n) for n in (1, 2, 3, 9)} | {"rounds": rounds(), "sweep": rounds(sweep=True)}
 ALL = DELAYED | GROUPED | OTHERS
 every_order = pytest.mark.parametrize("order", ALL.values(), ids=ALL)
 places = st.integers(1, 6).flatmap(lambda K: st.tuples(st.integers(0, K - 1), st.just(K)))
@@ -29,12 +50,16 @@ places = st.integers(1, 6).flatmap(lambda K: st.tuples(st.integers(0, K - 1), st
 def golden(name, k, K):
     """Updates between forward and backward of one batch: the table of notes/methods.md 1.2, typed in."""
     d = K - 1 - k
-    return {"sync": 0, "local": 0, "lockstep": d, "one_f_one_b": d, "tick": 2 * d}.get(name, max(0, 2 * d - 1))
+    return {"sync": 0, "local": 0, "answered": 0, "lockstep": d, "one_f_one_b": d, "tick": 2 * d}.get(
+        name, max(0, 2 * d - 1)
+    )
 
 
 def in_flight(name, k, K):
     d = K - 1 - k
-    return {"sync": 1, "local": 1, "lockstep": d + 1, "one_f_one_b": d + 1, "tick": 2 * d + 1}.get(name, max(1, 2 * d))
+    return {"sync": 1, "local": 1, "answered": 1, "lockstep": d + 1, "one_f_one_b": d + 1, "tick": 2 * d + 1}.get(
+        name, max(1, 2 * d)
+    )
 
 
 # --- golden vectors (B8) ------------------------------------------------------------------------------------------
@@ -85,8 +110,16 @@ def test_lockstep_and_asynchronous_1f1b_are_the_same_operations():
             orders.tick_backward_first,
             ["F0 F1 F2 B0 S B1 S B2 S", "F0 F1 B0 S F2 B1 S B2 S", "F0 B0 S F1 B1 S F2 B2 S"],
         ),
+        (orders.answered, ["F0 B0 S A0 F1 B1 S A1 F2 B2 S A2"] * 3),
         (gpipe(2), ["F0 F1 B0 B1 S F2 B2 S"] * 3),
         (one_f_one_b_flush(3), ["F0 F1 F2 B0 B1 B2 S", "F0 F1 B0 F2 B1 B2 S", "F0 B0 F1 B1 F2 B2 S"]),
+        (
+            zero_bubble(3),
+            ["F0 F1 F2 I0 W0 I1 W1 I2 W2 S", "F0 F1 I0 F2 I1 W0 I2 W1 W2 S", "F0 I0 F1 I1 F2 I2 W0 W1 W2 S"],
+        ),
+        (accumulate(orders.tick, 3), ["F0 F1 F2 B0 B1 B2 S", "F0 F1 F2 B0 B1 B2 S", "F0 B0 F1 B1 F2 B2 S"]),
+        (two_buffered(2), ["F0 F1 F2 B0 B1 S B2 S", "F0 F1 B0 F2 B1 S B2 S", "F0 B0 F1 B1 S F2 B2 S"]),
+        (queues(3), ["F0 F1 F2 B0 S B1 S B2 S", "F0 F1 F2 B0 S B1 S B2 S", "F0 B0 S F1 B1 S F2 B2 S"]),
         (truncated(1), ["F0 W0 S F1 W1 S F2 W2 S"] * 3),
         (
             truncated(2),
@@ -159,6 +192,77 @@ def test_grouped_orders_step_once_per_minibatch_and_are_never_late(M):
             assert [i for i, op in enumerate(text) if op == "S"] == [(g + 1) * (2 * M + 1) - 1 for g in range(3)]
             assert order.delay(k, K) == 0
             assert order.in_flight(k, K) == (M if make is gpipe else min(M, K - k))
+
+
+def met(order, k, K, batch):
+    """(steps that the weights of the forward have seen, steps before the backward)."""
+    forward, backward = orders.versions(order.operations(k, K), batch)
+    return (forward if order.sees is None else order.sees(k, K, batch)), backward
+
+
+@pytest.mark.parametrize(
+    ("order", "vector"),
+    [
+        # the arithmetic: backward of pass 20 sees 20 // M steps, its forward (20 - 2(K-1-k)) // M
+        (accumulate(orders.tick, 1), [(14, 20), (16, 20), (18, 20), (20, 20)]),
+        (accumulate(orders.tick, 2), [(7, 10), (8, 10), (9, 10), (10, 10)]),
+        (accumulate(orders.tick, 4), [(3, 5), (4, 5), (4, 5), (5, 5)]),
+        (two_buffered(4), [(4, 5)] * 4),
+        (two_buffered(3), [(5, 6)] * 4),
+        (two_buffered(1), [(17, 20)] * 4),
+        (pinned(orders.one_f_one_b, lambda K: K - 1), [(17, 20)] * 4),
+        (queues(3), [(11, 20), (14, 20), (17, 20), (20, 20)]),
+    ],
+    ids=str,
+)
+def test_versions_of_pass_20_in_4_blocks(order, vector):
+    assert [met(order, k, 4, 20) for k in range(4)] == vector
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("K", range(1, 7))
+def test_accumulation_divides_the_delay(K, M):
+    """B10: every pass of the steady state is floor or ceil of D / M updates late, on average D / M."""
+    order = accumulate(orders.tick, M)
+    for k in range(K):
+        late = 2 * (K - 1 - k)
+        assert len(order.delays(k, K)) == M
+        assert set(order.delays(k, K)) == {late // M, -(-late // M)}
+        assert sum(order.delays(k, K)) == late
+        assert order.in_flight(k, K) == late + 1
+
+
+@pytest.mark.parametrize("K", range(1, 7))
+def test_two_buffers_do_from_k_minus_1_micro_batches_on(K):
+    """B6: every gradient is one update late, in all blocks; a forward never wants weights that are not there yet."""
+    for M, k in itertools.product(range(1, 8), range(K)):
+        order = two_buffered(M)
+        assert order.sees is not None
+        assert set(order.delays(k, K)) == {-(-(K - 1) // M)}
+        for n in range(60):
+            assert order.sees(k, K, n) <= orders.versions(order.operations(k, K), n)[0]
+        steps = 0
+        alive = []  # versions that exist or are needed again, today's included
+        for op in parse(order.text(k, K, 12 * M)):
+            steps += op.kind == "S"
+            if op.kind == "F":
+                alive.append(steps - order.sees(k, K, op.batch) + 1)
+        assert max(alive) <= 1 + -(-(K - 1) // M)
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 9])
+@pytest.mark.parametrize("K", range(1, 6))
+def test_split_backwards_hold_no_more_than_1f1b_at_the_bottom(K, M):
+    for k in range(K):
+        assert zero_bubble(M).in_flight(k, K) == min(M, K) == one_f_one_b_flush(M).in_flight(0, K)
+        assert zero_bubble(M).delays(k, K) == [0] * M
+
+
+def test_what_cannot_be_accumulated_or_queued():
+    with pytest.raises(UserError, match="accumulated over at least 1 micro-batch, got 0"):
+        accumulate(orders.tick, 0)
+    with pytest.raises(UserError, match="queues need a length of at least 1, got 0"):
+        queues(0)
 
 
 # --- truncated ----------------------------------------------------------------------------------------------------

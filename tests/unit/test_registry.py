@@ -51,7 +51,7 @@ def test_every_method_is_built_from_its_name_and_knows_it():
 
 def test_an_unknown_name_is_answered_with_the_nearest(registered):
     for call in (registry.make, registry.card, registry.family, registry.options):
-        with pytest.raises(UserError, match=r"unknown method 'gpip'\. Did you mean 'gpipe'\? Known: backprop, "):
+        with pytest.raises(UserError, match=r"unknown method 'gpip'\. Did you mean 'gpipe'\? Known: .*backprop, "):
             call("gpip")
 
 

@@ -12,8 +12,8 @@ from decoupled.correction import Correction, Shrink
 from decoupled.coupling import Bottom, Coupling, Gradient, LocalHead, Lower, Place, Top, Upper
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Up
-from decoupled.order import explicit, free, local, lockstep, rounds, sync, truncated
-from decoupled.retention import KeepGraph, KeepNothing, Retention
+from decoupled.order import explicit, free, local, lockstep, rounds, sync, truncated, two_buffered
+from decoupled.retention import KeepGraph, KeepInput, KeepNothing, Retention
 from decoupled.steps import Steps
 from decoupled.worker import Worker
 
@@ -214,6 +214,11 @@ def test_corrections_apply_to_every_gradient_from_above_in_their_order():
     torch.testing.assert_close(one.block.parameters[1].grad, (3 * ONES).sum(0))
     with pytest.raises(UserError, match=r"factor in \(0, 1\], got 0"):
         Shrink(0)
+
+
+def test_an_order_of_older_weights_needs_a_retention_that_has_them():
+    with pytest.raises(UserError, match=r"order two_buffered\(2\) runs with older weights, KeepInput with today's"):
+        worker(0, 2, two_buffered(2), retention=KeepInput)
 
 
 def test_gradients_of_several_passes_add_up_until_the_step():

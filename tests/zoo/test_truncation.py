@@ -37,7 +37,7 @@ CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6, 6, 6, 6, 6, 6, 
 K = CASE.K
 PREDICTED = [spec for spec in variants() if has_reference(point(spec), K)]
 BOUNDED = [spec for spec in PREDICTED if max(point(spec).facts.reach(0, K)) < K - 1]
-OTHERS = [spec for spec in variants() if spec not in PREDICTED]
+ANSWERING = [spec for spec in variants() if "A0" in point(spec).order.text(0, K, 1)]
 
 
 # --- every weight after every update ------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Player(Actor):
 def recorded(spec) -> Any:
     """A run that meets every sample K times, so that news from the top reach the bottom, and what blocks received."""
     tap = Tap()
-    run = train(CASE, spec, optimizer=OPTIMIZERS["adam"], observers=[tap], batches=CASE.batches()[-2:] * K)
+    run = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], observers=[tap], batches=CASE.batches()[-2:] * K)
     received = [[(e.port, m) for e, m in tap.messages if e.target == f"block{k}"] for k in range(K)]
     return run, received
 
@@ -165,7 +165,7 @@ def alone(spec, k, received):
     blocks = CASE.blocks()
     for other in [*blocks[:k], *blocks[k + 1 :]]:
         disturb(other)
-    recipe = Recipe(point(spec), F.cross_entropy, OPTIMIZERS["adam"], None, [torch.device("cpu")], 0, "stop")
+    recipe = Recipe(point(spec), F.cross_entropy, OPTIMIZERS["momentum"], None, [torch.device("cpu")], 0, "stop")
     units = [unit for block in blocks for unit in block.children()]
     worker = chain(units, CASE.cuts, CASE.batches()[0][0], recipe)[k]
     worker.begin(0)
@@ -197,7 +197,7 @@ def shouted(message: Boundary) -> Boundary:
     return replace(message, payload=tuple(2 * t + 0.1 for t in message.payload))
 
 
-@pytest.mark.parametrize("spec", OTHERS, ids=label)
+@pytest.mark.parametrize("spec", ANSWERING, ids=label)
 def test_an_update_never_waits_for_the_answer_of_its_own_pass_if_its_objective_is_all_it_hears(spec):
     """With all it received before held fixed, the last Down of a block in a Jacobi order comes too late to matter."""
     method = point(spec)
@@ -205,7 +205,10 @@ def test_an_update_never_waits_for_the_answer_of_its_own_pass_if_its_objective_i
     run, received = recorded(spec)
     for k in range(K - 1):
         assert set(method.facts.reach(k, K)) == {k}
-        final = [m for _, m in received[k] if isinstance(m, Down)][-1]
+        downs = [m for _, m in received[k] if isinstance(m, Down)]
+        if not downs:  # this block hears nothing from above
+            continue
+        final = downs[-1]
         if final.void:  # the block above has had nothing to learn from, ever
             assert len(run.weights[k + 1]) == 1
             continue

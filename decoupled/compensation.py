@@ -1,0 +1,220 @@
+"""Corrections of gradients and steps. `D`: own updates of delay of the block (`Site.delay`).
+
+w, w'  weights of the block now and one update ago      lr, m  learning rate and momentum of its optimizer
+w_F    weights of the forward that g belongs to         v      momentum buffer after the step, m v + g
+
+name                 acts on   equation                                                        source
+delay_compensation   B         g + strength * g * g * (w - w_F)                                Zheng 2017
+gap_aware            B         g / (1 + ||w - w_F|| / average ||w - w'||), per tensor          Barkai 2020
+spike_compensation   S         w - lr (a v + b g),   a = m ** D,  b = (1 - m ** D) / (1 - m)   Kosson 2021
+rescale              S         lr / max(1, D) ** (1 - min(t / anneal, 1))                      Yang 2021 (T1)
+clip                 S         g * min(1, limit / ||g||), over all gradients of the block      -
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from decoupled.correction import Correction, Gradients, Site, Weights, named
+from decoupled.errors import UserError
+from decoupled.prediction import Remembers
+
+
+@named("delay_compensation")
+@dataclass(frozen=True)
+class DelayCompensation(Correction):
+    """First-order estimate of the gradient at today's weights; g * g stands for the diagonal of the Hessian."""
+
+    needs: ClassVar[str] = "stale"
+
+    strength: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.strength < 0:
+            raise UserError(f"delay compensation needs a strength of at least 0, got {self.strength}")
+
+    def at(self, site: Site) -> Correction | None:
+        return _Taylor(site, self.strength) if site.delay else None
+
+
+class _Taylor(Correction):
+    def __init__(self, site: Site, strength: float) -> None:
+        self._site, self._strength = site, strength
+
+    def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
+        rows = zip(grads, self._site.trainable, weights, strict=True)
+        return [None if g is None else g + self._strength * g * g * (p.detach() - w.detach()) for g, p, w in rows]
+
+
+@named("gap_aware")
+@dataclass(frozen=True)
+class GapAware(Correction):
+    """Divides a gradient by how many usual steps the weights have moved since its forward, plus one.
+
+    Attributes:
+        decay: of the moving average of the length of a step.
+    """
+
+    needs: ClassVar[str] = "stale"
+
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"gap-aware scaling needs a decay in [0, 1), got {self.decay}")
+
+    def at(self, site: Site) -> Correction | None:
+        return _Gap(site, self.decay) if site.delay else None
+
+
+class _Gap(Remembers):
+    def __init__(self, site: Site, decay: float) -> None:
+        super().__init__(site)
+        self._decay, self._count = decay, 0
+        self._lengths = [torch.zeros((), dtype=p.dtype, device=p.device) for p in site.trainable]
+
+    def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
+        scale = 1 - self._decay**self._count  # the average starts at 0
+        rows = zip(grads, self.site.trainable, weights, self._lengths, strict=True)
+        return [None if g is None else g / self._gap(p, w, length, scale) for g, p, w, length in rows]
+
+    def _gap(self, now: Tensor, then: Tensor, length: Tensor, scale: float) -> Tensor | float:
+        return 1 + (now.detach() - then.detach()).norm() * scale / length if length > 0 else 1.0
+
+    def after_step(self) -> None:
+        super().after_step()
+        assert self.change is not None
+        self._count += 1
+        for length, change in zip(self._lengths, self.change, strict=True):
+            length.mul_(self._decay).add_(change.norm(), alpha=1 - self._decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"lengths": self._lengths, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._lengths, self._count = self.placed(state["lengths"]), state["count"]
+
+
+@named("spike_compensation")
+@dataclass(frozen=True)
+class SpikeCompensation(Correction):
+    """Applies at once what momentum without delay would have applied of this gradient by now.
+
+    Attributes:
+        scale: times the delay (2 is the overcompensation of the paper).
+    """
+
+    scale: float = 1.0
+
+    def at(self, site: Site) -> Correction | None:
+        if not site.delay or site.optimizer is None:
+            return None
+        groups = site.optimizer.param_groups
+        if not isinstance(site.optimizer, SGD) or any(g["dampening"] or g["nesterov"] or g["maximize"] for g in groups):
+            raise UserError(
+                "spike compensation is written for SGD with momentum, without dampening and nesterov, got "
+                f"{type(site.optimizer).__name__}; use that, or leave it out"
+            )
+        return _Spike(site, self.scale * site.delay)
+
+
+class _Spike(Correction):
+    def __init__(self, site: Site, late: float) -> None:
+        self._optimizer, self._late = site.optimizer, late
+        self._gradients: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+
+    def before_step(self) -> None:
+        assert self._optimizer is not None
+        self._gradients = [
+            (p, group, p.grad + group["weight_decay"] * p.detach())
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and group["momentum"]
+        ]
+
+    def after_step(self) -> None:
+        """The step was w - lr v; make it w - lr (a v + b g)."""
+        assert self._optimizer is not None
+        with torch.no_grad():
+            for p, group, g in self._gradients:
+                m, v = group["momentum"], self._optimizer.state[p]["momentum_buffer"]
+                a = m**self._late
+                p.add_((1 - a) * v - (1 - a) / (1 - m) * g, alpha=group["lr"])
+        self._gradients = []
+
+
+class _Rated(Correction):
+    """Steps with another learning rate, which is put back before schedulers see it."""
+
+    def __init__(self, site: Site, anneal: int) -> None:
+        self._site, self._anneal, self._t = site, anneal, 0
+        self._rates: list[Any] = []
+
+    def before_step(self) -> None:
+        assert self._site.optimizer is not None
+        power = 1 - min(self._t / self._anneal, 1) if self._anneal else 1.0
+        self._rates = [group["lr"] for group in self._site.optimizer.param_groups]
+        for group in self._site.optimizer.param_groups:
+            group["lr"] = group["lr"] / max(1.0, self._site.delay) ** power
+
+    def after_step(self) -> None:
+        assert self._site.optimizer is not None
+        for group, rate in zip(self._site.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        self._t += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"t": self._t}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._t = state["t"]
+
+
+@named("rescale")
+@dataclass(frozen=True)
+class Rescale(Correction):
+    """Small steps where gradients are late: the learning rate divided by the delay, fading over `anneal` own updates.
+
+    Attributes:
+        anneal: own updates until the full rate; 0: never.
+    """
+
+    anneal: int = 0
+
+    def __post_init__(self) -> None:
+        if self.anneal < 0:
+            raise UserError(f"rescaling fades over at least 0 updates, got {self.anneal}")
+
+    def at(self, site: Site) -> Correction | None:
+        return _Rated(site, self.anneal) if site.delay > 1 and site.optimizer is not None else None
+
+
+@named("clip")
+@dataclass(frozen=True)
+class Clip(Correction):
+    """Clips the gradient of the block as a whole to norm `limit` before every step."""
+
+    about_delay: ClassVar[bool] = False
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise UserError(f"clipping needs a positive limit, got {self.limit}")
+
+    def at(self, site: Site) -> Correction | None:
+        return _Clipping(site, self.limit)
+
+
+class _Clipping(Correction):
+    def __init__(self, site: Site, limit: float) -> None:
+        self._parameters, self._limit = site.trainable, limit
+
+    def before_step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)

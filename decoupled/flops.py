@@ -1,0 +1,245 @@
+"""FLOPs of a method on a network: what one example costs, and how long the longest chain of work is.
+
+    cost(blocks, (3072,), "greedy_local")     .total        FLOPs per example, all blocks together: the price
+                                              .sequential   FLOPs per example on the critical path: the time
+
+Nothing is run: blocks and heads are traced on torch's meta device and counted by torch.utils.flop_counter, which knows
+matrix products, convolutions and attention (a multiplication and an addition are 2 FLOPs). Elementwise work is not
+counted. Of every block are counted, per example:
+
+    forward   f      one forward
+    weights   w      a backward that ends in the weight gradients
+    inputs    i      a backward that ends in the input gradient (as an operation I does)
+    both      b      one backward that gives both; b = w + i for one linear layer, less for deeper blocks
+    head      h      the objective: forward, and backward to the output of the block and the head's weights
+    update    u      per step, not per example: weights, with the head's, times FLOPs per weight
+
+The operations of one pass (`Method.order`) say which of them a block does: F f + h, B b (or w, if nobody below wants
+the input gradient), I i, W w; a retention that recomputes adds f.
+
+The critical path is that of Laskin et al. 2020 as we recall it: all examples run in parallel, and so do all blocks that
+are not locked together. Neighbours are locked when they follow the same objectives with no delay: then they take turns,
+and their work adds up. Where the lock moves on with the block (`overlapping_local`) blocks count as parallel, although
+each waits for an answer. The first filling of the pipeline, messages, elementwise work and waiting are not modelled;
+`decoupled.simulate` models waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from decoupled import registry
+from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
+from decoupled.errors import UserError, first_line
+from decoupled.messages import Data
+from decoupled.method import Method
+from decoupled.plan import walk
+
+_EXAMPLES = 2  # BatchNorm wants more than one
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one block; see the module's docstring. Per example, but `update`, which is per step.
+
+    Attributes:
+        forward, weights, inputs, both: of the block itself.
+        head: of its objective.
+        update: of its optimizer step.
+        work: of all that the method lets it do with one example.
+    """
+
+    forward: float
+    weights: float
+    inputs: float
+    both: float
+    head: float = 0.0
+    update: float = 0.0
+    work: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs on a network.
+
+    Attributes:
+        blocks: every block by itself.
+        locked: runs of blocks that take turns, as ranges of block numbers.
+        total: FLOPs per example.
+        sequential: FLOPs per example on the critical path.
+    """
+
+    blocks: tuple[Flops, ...]
+    locked: tuple[range, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(block.work for block in self.blocks)
+
+    @property
+    def sequential(self) -> float:
+        return max(sum(self.blocks[k].work for k in run) for run in self.locked)
+
+    def price(self, examples: int) -> float:
+        """FLOPs of one step on a batch: every example and every update is paid for."""
+        return examples * self.total + sum(block.update for block in self.blocks)
+
+    def time(self) -> float:
+        """Sequential FLOPs of one step on a batch of any size: examples in parallel, updates of blocks too."""
+        return self.sequential + max(block.update for block in self.blocks)
+
+
+def count(module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Flops:
+    """Count one module.
+
+    Args:
+        module: maps (batch, *shape) to (batch, ...); it is not run, and may live on the meta device.
+        shape: of one example. dtype: of the input; integers have no gradient.
+
+    Returns:
+        FLOPs per example of forward and backward; `head`, `update` and `work` are 0.
+    """
+    return _count(module, tuple(shape), dtype)[0]
+
+
+def cost(
+    blocks: Sequence[nn.Module],
+    inputs: Sequence[int],
+    method: str | Mapping[str, Any] | Method,
+    *,
+    loss: Loss = nn.functional.cross_entropy,
+    dtype: torch.dtype = torch.float32,
+    skip: bool = True,
+    update: float = 2.0,
+) -> Cost:
+    """Count a method on a network.
+
+    Args:
+        blocks: one module per block, nn.Sequential of its units.
+        inputs: shape of one example.
+        method: as for `Trainer`.
+        loss: (output, target) -> scalar; targets are taken to be class numbers.
+        dtype: of the inputs.
+        skip: leave out input gradients that nobody needs; False charges every backward in full, as twice a forward.
+        update: FLOPs per weight and step: 2 for SGD, 4 with momentum, 13 for Adam (counted off their equations).
+
+    Raises:
+        UserError: no blocks, a block that does not take its input, or a method that sends other things than activations
+            up and gradients down.
+
+    Source: Laskin et al. 2020 (arXiv 2012.03837), whose axes these are; the formulas are derived here.
+    """
+    point, K = method if isinstance(method, Method) else registry.make(method), len(blocks)
+    if not {*point.coupling.up, *point.coupling.down} <= {"activation", "gradient"}:
+        raise UserError(
+            f"only methods that send activations up and gradients down can be counted; {point.name!r} sends "
+            f"{', '.join([*point.coupling.up, *point.coupling.down])}: measure it instead"
+        )
+    if not K:
+        raise UserError("the network has no blocks: give a list with one module per block")
+    counted, shapes, types = [], [], [dtype]
+    shape: tuple[int, ...] = tuple(inputs)
+    for k, block in enumerate(blocks):
+        try:
+            flops, shape, output = _count(block, shape, types[-1])
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"block{k} does not take an input of shape {shape} per sample; check the blocks") from error
+        counted.append(flops)
+        shapes.append(shape)
+        types.append(output)
+    results = []
+    with torch.device("meta"):
+        for k, flops in enumerate(counted):
+            place = Place(k, K, loss, tuple(shapes), tuple(inputs), tuple(blocks))
+            lower, upper = point.coupling.lower(place), point.coupling.upper(place) if k else Bottom()
+            if lower.module is not None:
+                lower.module.to("meta")  # what was copied from a block lives where the block does
+            head = _objective(lower, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))
+            weights = _weights(blocks[k]) + sum(_weights(h.module) for h in (lower, upper) if h.module is not None)
+            whole = Flops(flops.forward, flops.weights, flops.inputs, flops.both, head, update * weights)
+            results.append(_with_work(whole, point, k, K, upper, skip))
+    return Cost(tuple(results), tuple(_locked(point, K)))
+
+
+def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip: bool) -> Flops:
+    """Add up the operations of one pass (times the passes of an example)."""
+    plan = method.order.plan(k, K)
+    plan.end(1)
+    kinds = [op.kind for op in walk(plan)]
+    last = flops.both if (upper.replies and upper.differentiates) or not skip else flops.weights
+    price = {"F": flops.forward + flops.head, "B": last, "I": flops.inputs, "W": flops.weights}
+    if not skip and "I" not in kinds:
+        price["W"] = flops.both
+    work = sum(price.get(kind, 0.0) for kind in kinds) + (flops.forward if method.retention.recomputes else 0.0)
+    passes = method.feed.count if method.feed.share == 1 else 1
+    return Flops(flops.forward, flops.weights, flops.inputs, flops.both, flops.head, flops.update, work * passes)
+
+
+def _locked(method: Method, K: int) -> list[range]:
+    """Runs of neighbours that follow the same objectives without delay."""
+    facts = method.facts
+    reach = [sorted(facts.reach(k, K)) for k in range(K)]
+    starts = [0, *(k for k in range(1, K) if reach[k] != reach[k - 1] or facts.delay(k - 1, K) > 0), K]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
+
+
+def _count(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Flops, tuple[int, ...], torch.dtype]:
+    """FLOPs per example, and shape and type of what comes out."""
+    state = {name: _meta(p).requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
+    leaves = [p for p in state.values() if p.requires_grad]
+    state |= {name: _meta(buffer) for name, buffer in module.named_buffers()}
+    x = torch.empty(_EXAMPLES, *shape, dtype=dtype, device="meta").requires_grad_(dtype.is_floating_point)
+    forward, y = _counted(lambda: functional_call(module, state, (x,)))
+    sinks = [x] if x.requires_grad else []
+    backward = [_backward(y, some) for some in (leaves, sinks, sinks + leaves)]
+    return Flops(forward, *backward), tuple(y.shape[1:]), y.dtype
+
+
+def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
+    if not sinks or not y.requires_grad:
+        return 0.0
+    ones = torch.ones_like(y)
+    return _counted(lambda: torch.autograd.grad(y, sinks, ones, retain_graph=True, allow_unused=True))[0]
+
+
+def _objective(
+    lower: Lower, shape: tuple[int, ...], dtype: torch.dtype, positions: tuple[int, ...], inputs: tuple[int, ...]
+) -> float:
+    if not lower.has_objective:
+        return 0.0
+    y = torch.empty(_EXAMPLES, *shape, dtype=dtype).requires_grad_()
+    targets = torch.zeros(_EXAMPLES, *positions, dtype=torch.int64)
+    indices = torch.arange(_EXAMPLES, device="cpu")
+    data = Data(0, batch=0, inputs=torch.empty(_EXAMPLES, *inputs), targets=targets, indices=indices)
+    leaves = [] if lower.module is None else [p for p in lower.module.parameters() if p.requires_grad]
+    try:
+        forward, value = _counted(lambda: lower.objective(y, data))
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"the objective on an output of shape {shape} cannot be traced without data ({first_line(error)}); give a "
+            "loss made of tensor operations that takes class numbers"
+        ) from error
+    return forward + (0.0 if value is None else _backward(value, [y, *leaves]))
+
+
+def _counted(run: Callable[[], Any]) -> tuple[float, Any]:
+    """FLOPs per example of a call, and what it returns."""
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        result = run()
+    return counter.get_total_flops() / _EXAMPLES, result
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,237 @@
+"""Corrections of weights: run a pass with other weights than today's. `D`: own updates of delay (`Site.delay`).
+
+    w, w'  weights of the block now and one update ago      lr  learning rate of its optimizer
+    v      what the optimizer's next step is expected to be, per unit of lr (see `motion`)
+
+    name                in the        equation                                                           source
+    linear_prediction   F             w - lr D v, or w + D (w - w')                                      Kosson 2021
+    lookahead           F, B, S       w + gamma (w - w'); step with (1 - gamma) g, plus gamma (w - w')   Ajanthan 2025
+    discrepancy         B             w - D d,   d <- c d + (1 - c)(w - w'),   c = decay ** (1 / D)      Yang 2021 (T2)
+
+What they see and return are copies: no live weight is touched outside of the optimizer step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam
+
+from decoupled.correction import Correction, Site, Weights, named
+from decoupled.errors import UserError
+
+FORMS = ("velocity", "weight", "coasting")
+
+
+def motion(site: Site, parameter: Tensor) -> Tensor | None:
+    """lr * v: by how much the next step is expected to lower `parameter`, read from its optimizer's state.
+
+    SGD: lr * momentum buffer. Adam, AdamW: lr * m^ / (sqrt(v^) + eps), and the decoupled decay. None: no state yet.
+    """
+    assert site.optimizer is not None
+    group = next(g for g in site.optimizer.param_groups if any(p is parameter for p in g["params"]))
+    state, lr = site.optimizer.state.get(parameter, {}), group["lr"]
+    sign = -1.0 if group.get("maximize") else 1.0
+    if isinstance(site.optimizer, SGD):
+        buffer = state.get("momentum_buffer")
+        return None if buffer is None else sign * lr * buffer
+    if not state:
+        return None
+    beta1, beta2 = group["betas"]
+    t = float(state["step"])
+    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    step = sign * state["exp_avg"] / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
+    decay = group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
+    return lr * (step + decay * parameter.detach())
+
+
+class Remembers(Correction):
+    """Knows the last change of every trainable parameter: `change` = w - w' (None before the first step)."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.change, self._before = site, None, None
+        self.change: list[Tensor] | None
+        self._before: list[Tensor] | None
+
+    def before_step(self) -> None:
+        self._before = [p.detach().clone() for p in self.site.trainable]
+
+    def after_step(self) -> None:
+        assert self._before is not None
+        self.change = [p.detach() - old for p, old in zip(self.site.trainable, self._before, strict=True)]
+        self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.change is None else {"change": self.change}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.change = self.placed(state["change"]) if "change" in state else None
+
+    def placed(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Loaded tensors, one per trainable parameter, on the devices of those."""
+        return [t.to(p.device) for t, p in zip(tensors, self.site.trainable, strict=True)]
+
+    def moved(self, weights: Weights, by: list[Tensor] | None, factor: float) -> Weights:
+        """weights + factor * by, for the trainable ones among them."""
+        if by is None or factor == 0:
+            return weights
+        steps = iter(by)
+        pairs = zip(weights, self.site.parameters, strict=True)
+        return [w.detach() + factor * next(steps) if p.requires_grad else w for w, p in pairs]
+
+
+@dataclass(frozen=True)
+class Prediction(Correction):
+    """Runs a forward (and a recomputed backward) with the weights that are expected some updates later.
+
+    Attributes:
+        form: "velocity" (the optimizer goes on as it moves), "weight" (the last change goes on; any optimizer), or
+            "coasting" (SGD's momentum runs out, as if no gradient came any more).
+    """
+
+    moves_forward: ClassVar[bool] = True
+
+    form: str = "velocity"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UserError(f"prediction has no form {self.form!r}; use one of {', '.join(FORMS)}")
+
+    def horizon(self, site: Site) -> tuple[float, float]:
+        """Updates to look ahead in the forward, and in the backward."""
+        return site.delay, 0.0
+
+    def at(self, site: Site) -> Correction | None:
+        if site.optimizer is None or not any(self.horizon(site)):
+            return None
+        read = {"velocity": (SGD, Adam), "coasting": (SGD,), "weight": (object,)}[self.form]
+        if not isinstance(site.optimizer, read):
+            raise UserError(
+                f"prediction in the form {self.form!r} cannot read the momentum of {type(site.optimizer).__name__}; "
+                "use form: weight"
+            )
+        return _Predicting(site, self.form, *self.horizon(site))
+
+
+class _Predicting(Remembers):
+    def __init__(self, site: Site, form: str, ahead: float, ahead_backward: float) -> None:
+        super().__init__(site)
+        self._form, self._ahead, self._ahead_backward = form, ahead, ahead_backward
+
+    def forward(self, weights: Weights) -> Weights:
+        return self._predicted(weights, self._ahead)
+
+    def backward(self, weights: Weights) -> Weights:
+        return self._predicted(weights, self._ahead_backward)
+
+    def _predicted(self, weights: Weights, ahead: float) -> Weights:
+        assert self.site.optimizer is not None
+        momentum = self.site.optimizer.param_groups[0].get("momentum", None)
+        if self._form == "weight" or momentum == 0:  # without momentum v is the last gradient, and lr v the last change
+            return self.moved(weights, self.change, 0.0 if self._form == "coasting" else ahead)
+        found = [motion(self.site, p) for p in self.site.trainable]
+        motions = [torch.zeros_like(p) if m is None else m for m, p in zip(found, self.site.trainable, strict=True)]
+        if self._form == "coasting":
+            assert momentum is not None
+            ahead = (momentum - momentum ** (ahead + 1)) / (1 - momentum)
+        return self.moved(weights, motions, -ahead)
+
+
+@named("linear_prediction")
+@dataclass(frozen=True)
+class LinearPrediction(Prediction):
+    """Looks `scale` times the delay ahead in the forward."""
+
+    scale: float = 1.0
+
+    def horizon(self, site: Site) -> tuple[float, float]:
+        return self.scale * site.delay, 0.0
+
+
+@named("lookahead")
+@dataclass(frozen=True)
+class Lookahead(Correction):
+    """Nesterov's point w + gamma (w - w') in every pass, and a step that goes on from it; off in one block.
+
+    Attributes:
+        gamma: in [0, 1); 0 is off. The gradient is multiplied by 1 - gamma: the optimizer should have no momentum.
+        adaptive: gamma grows towards 0.99 with the delay: gamma + D (0.99 - gamma) / K.
+    """
+
+    moves_forward: ClassVar[bool] = True
+
+    gamma: float = 0.9
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < 1:
+            raise UserError(f"the look-ahead needs a gamma in [0, 1), got {self.gamma}")
+
+    def at(self, site: Site) -> Correction | None:
+        more = site.delay * (0.99 - self.gamma) / site.K if self.adaptive else 0.0
+        off = site.K == 1 or not self.gamma or site.optimizer is None
+        return None if off else _Ahead(site, self.gamma + more)
+
+
+class _Ahead(Remembers):
+    def __init__(self, site: Site, gamma: float) -> None:
+        super().__init__(site)
+        self._gamma = gamma
+
+    def forward(self, weights: Weights) -> Weights:
+        return self.moved(weights, self.change, self._gamma)
+
+    backward = forward
+
+    def before_step(self) -> None:
+        super().before_step()
+        for p in self.site.trainable:
+            p.grad = None if p.grad is None else (1 - self._gamma) * p.grad
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            for p, change in zip(self.site.trainable, self.change or [], strict=self.change is not None):
+                p.add_(change, alpha=self._gamma)
+        super().after_step()
+
+
+@named("discrepancy")
+@dataclass(frozen=True)
+class Discrepancy(Correction):
+    """A backward over an estimate of the weights of its forward: today's, minus D average changes."""
+
+    needs: ClassVar[str] = "today"
+
+    decay: float = 0.135
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"discrepancy correction needs a decay in [0, 1), got {self.decay}")
+
+    def at(self, site: Site) -> Correction | None:
+        return _Drift(site, self.decay) if site.delay and site.optimizer is not None else None
+
+
+class _Drift(Remembers):
+    def __init__(self, site: Site, decay: float) -> None:
+        super().__init__(site)
+        self._average, self._keep = [torch.zeros_like(p) for p in site.trainable], decay ** (1 / site.delay)
+
+    def backward(self, weights: Weights) -> Weights:
+        return self.moved(weights, self._average, -self.site.delay)
+
+    def after_step(self) -> None:
+        super().after_step()
+        assert self.change is not None
+        for average, change in zip(self._average, self.change, strict=True):
+            average.mul_(self._keep).add_(change, alpha=1 - self._keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"average": self._average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._average = self.placed(state["average"])

@@ -1,0 +1,420 @@
+"""Corrected methods equal a loop written out by hand from their equations: no worker, no retention, no correction.
+
+`by_hand` runs batch n through the blocks with what `forward` makes of their weights D_k updates ago, back through what
+`backward` makes of today's, and steps; every method below is those three functions, in a few lines of arithmetic.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace as Record
+from typing import Any
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from decoupled import correction as corrections
+from decoupled import registry
+from decoupled.compensation import Rescale, SpikeCompensation
+from decoupled.correction import Site
+from decoupled.errors import OperationError, UserError
+from decoupled.prediction import Discrepancy, LinearPrediction, motion
+from decoupled.testing import OPTIMIZERS, Case, compare, flat, train
+
+CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (4,))
+K = CASE.K
+LR, M, DECAY = 0.1, 0.9, 0.01  # of the optimizer "momentum"
+ONE, TWO = ([1 * (K - 1 - k) for k in range(K)], [2 * (K - 1 - k) for k in range(K)])
+
+
+def run(block, vector, x):
+    """A block with its weights in one vector."""
+    shapes = {name: p.shape for name, p in block.named_parameters()}
+    parts = vector.split([shape.numel() for shape in shapes.values()])
+    return functional_call(block, {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}, x)
+
+
+def blank(k, w):
+    """State of a block: its weights w, w[v - 1], momentum buffer, and what a method adds."""
+    return Record(k=k, w=w, old=w, v=torch.zeros_like(w), d=torch.zeros_like(w), t=0, second=torch.zeros_like(w))
+
+
+def sgd(s, g, lr=LR):
+    s.v = M * s.v + g + DECAY * s.w
+    return s.w - lr * s.v
+
+
+def by_hand(delays, *, forward=lambda s: s.w, backward=None, step=sgd, gradient=None, after=None, micro=1):
+    """Weights of every block after every update; `micro` micro-batches per update, counted in `delays`."""
+    blocks = CASE.blocks()
+    history = [[blank(k, flat(block))] for k, block in enumerate(blocks)]
+    sums: list[Any] = [0.0] * K
+    passes = [
+        (part, target, len(part) / len(x))
+        for x, y, _ in CASE.batches()
+        for part, target in zip(x.tensor_split(micro), y.tensor_split(micro), strict=True)
+    ]
+    for n, (x, y, share) in enumerate(passes):
+        met = [forward(history[k][max(0, (n - delays[k]) // micro)]) for k in range(K)]
+        inputs = [x]
+        for k, block in enumerate(blocks):
+            inputs.append(run(block, met[k], inputs[-1]).detach())
+        cotangent: Any = None
+        for k in reversed(range(K)):
+            s = history[k][-1]
+            weights = (met[k] if backward is None else backward(s)).detach().requires_grad_()
+            h = inputs[k].detach().requires_grad_()
+            out = run(blocks[k], weights, h)
+            loss = F.cross_entropy(out, y) * share if k == K - 1 else (out * cotangent).sum()
+            cotangent, g = torch.autograd.grad(loss, [h, weights])
+            sums[k] = sums[k] + (g if gradient is None else gradient(s, g, met[k]))
+            if n % micro == micro - 1:
+                new = Record(**vars(s))
+                new.w, new.old, new.t = step(new, sums[k]), s.w, s.t + 1
+                if after is not None:
+                    after(new)
+                history[k].append(new)
+                sums[k] = 0.0
+    return [[s.w for s in versions] for versions in history]
+
+
+def check(spec, expected, optimizer="momentum"):
+    found = train(CASE, spec, optimizer=OPTIMIZERS[optimizer])
+    compare(found.weights, expected, tolerance=1e-11)
+    plain = train(CASE, replace(registry.make(spec), corrections=()), optimizer=OPTIMIZERS[optimizer])
+    with pytest.raises(AssertionError, match="differs by"):  # and the correction is not nothing
+        compare(plain.weights, expected, tolerance=1e-7)
+
+
+def today(s):
+    return s.w
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+def spiked(s, g):
+    late, g = TWO[s.k], g + DECAY * s.w
+    s.v = M * s.v + g
+    return s.w - LR * (M**late * s.v + (1 - M**late) / (1 - M) * g)
+
+
+@pytest.mark.parametrize("spikes", [True, False])
+@pytest.mark.parametrize("form", ["velocity", "weight"])
+def test_pipelined_backprop(form, spikes):
+    def ahead(s):
+        return s.w - LR * TWO[s.k] * s.v if form == "velocity" else s.w + TWO[s.k] * (s.w - s.old)
+
+    spec = {"name": "pipelined_backprop", "prediction": form, "spike_compensation": spikes}
+    check(spec, by_hand(TWO, forward=ahead, backward=today, step=spiked if spikes else sgd))
+
+
+def test_pipelined_backprop_without_prediction():
+    spec = {"name": "pipelined_backprop", "prediction": "none"}
+    check(spec, by_hand(TWO, backward=today, step=spiked))
+
+
+def adam(s, g):
+    """OPTIMIZERS["adam"]; leaves the next expected step in s.d."""
+    t = s.t + 1
+    s.v, s.second = 0.9 * s.v + 0.1 * g, 0.999 * s.second + 0.001 * g * g
+    s.d = 0.02 * (s.v / (1 - 0.9**t)) / ((s.second / (1 - 0.999**t)).sqrt() + 1e-8)
+    return s.w - s.d
+
+
+def test_pipeoptim_reads_momentum_and_adam():
+    check("pipeoptim", by_hand(ONE, forward=lambda s: s.w - LR * ONE[s.k] * s.v, backward=today))
+    expected = by_hand(ONE, forward=lambda s: s.w - ONE[s.k] * s.d, backward=today, step=adam)
+    check("pipeoptim", expected, optimizer="adam")
+
+
+def test_without_momentum_the_velocity_is_the_last_gradient():
+    def step(s, g):
+        s.v = g
+        return s.w - 0.2 * g
+
+    expected = by_hand(ONE, forward=lambda s: s.w - 0.2 * ONE[s.k] * s.v, backward=today, step=step)
+    check("pipeoptim", expected, optimizer="sgd")
+
+
+def test_spectrain_predicts_one_moment_for_forward_and_backward():
+    def ahead(s):
+        return s.w - LR * (s.k // 2 + ONE[s.k]) * s.v
+
+    check("spectrain", by_hand(ONE, forward=ahead, backward=lambda s: s.w - LR * (s.k // 2) * s.v))
+
+
+def test_spectrain_with_stashed_weights():
+    check({"name": "spectrain", "stash": True}, by_hand(ONE, forward=lambda s: s.w - LR * ONE[s.k] * s.v))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("stash", [True, False])
+def test_async_nesterov(stash, adaptive):
+    def gamma(s):
+        return 0.8 + (ONE[s.k] * (0.99 - 0.8) / K if adaptive else 0.0)
+
+    def point(s):
+        return s.w + gamma(s) * (s.w - s.old)
+
+    def step(s, g):
+        return point(s) - 0.2 * (1 - gamma(s)) * g
+
+    spec = {"name": "async_nesterov", "gamma": 0.8, "stash": stash, "adaptive": adaptive}
+    check(spec, by_hand(ONE, forward=point, backward=None if stash else point, step=step), optimizer="sgd")
+
+
+def test_async_nesterov_without_look_ahead_is_pipedream():
+    """C6."""
+    found = [train(CASE, spec).weights for spec in ({"name": "async_nesterov", "gamma": 0.0}, "pipedream")]
+    compare(*found, tolerance=0.0)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_pipemare(micro):
+    """T1 divides the learning rate by the delay, T2 estimates the weights of the forward."""
+    tau = [d / micro for d in TWO]
+
+    def step(s, g):
+        return sgd(s, g, LR / max(1.0, tau[s.k]) ** (1 - min(s.t / 5, 1)))
+
+    def drift(s):
+        keep = 0.3 ** (1 / tau[s.k]) if tau[s.k] else 0.0
+        s.d = keep * s.d + (1 - keep) * (s.w - s.old)
+
+    spec = {"name": "pipemare", "microbatches": micro, "anneal": 5, "decay": 0.3}
+    expected = by_hand(TWO, backward=lambda s: s.w - tau[s.k] * s.d, step=step, after=drift, micro=micro)
+    check(spec, expected)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_adl(micro):
+    found = train(CASE, {"name": "adl", "microbatches": micro}, optimizer=OPTIMIZERS["momentum"])
+    compare(found.weights, by_hand(TWO, micro=micro), tolerance=1e-11)
+
+
+def test_delay_compensation_on_pipedream():
+    expected = by_hand(ONE, gradient=lambda s, g, met: g + 0.7 * g * g * (s.w - met))
+    check({"name": "pipedream", "corrections": [{"name": "delay_compensation", "strength": 0.7}]}, expected)
+
+
+def test_gap_aware_on_pipedream():
+    """Per tensor: two of them (weight, bias) in each layer."""
+    sizes = [[p.numel() for p in block.parameters()] for block in CASE.blocks()]
+
+    def gradient(s, g, met):
+        if not s.t or not ONE[s.k]:
+            return g
+        rows = zip(g.split(sizes[s.k]), (s.w - met).split(sizes[s.k]), s.lengths, strict=True)
+        return torch.cat([part / (1 + gap.norm() * (1 - 0.9**s.t) / length) for part, gap, length in rows])
+
+    def after(s):
+        steps = [part.norm() for part in (s.w - s.old).split(sizes[s.k])]
+        before = getattr(s, "lengths", [0.0] * len(steps))
+        s.lengths = [0.9 * mean + 0.1 * step for mean, step in zip(before, steps, strict=True)]
+
+    expected = by_hand(ONE, gradient=gradient, after=after)
+    check({"name": "pipedream", "corrections": [{"name": "gap_aware", "decay": 0.9}]}, expected)
+
+
+def test_corrections_compose_by_config():
+    """Prediction in the forward, compensated momentum, and a clipped gradient, on a method that has none of them."""
+
+    def step(s, g):
+        g = g * min(1.0, 0.05 / (float(g.norm()) + 1e-6))
+        late, g = ONE[s.k], g + DECAY * s.w
+        s.v = M * s.v + g
+        return s.w - LR * (M**late * s.v + (1 - M**late) / (1 - M) * g)
+
+    names: list[Any] = [
+        {"name": "clip", "limit": 0.05},
+        "spike_compensation",
+        {"name": "linear_prediction", "scale": 2},
+    ]
+    expected = by_hand(ONE, forward=lambda s: s.w - LR * 2 * ONE[s.k] * s.v, backward=today, step=step)
+    check({"name": "features_replay", "corrections": names}, expected)
+
+
+# --- what the pieces promise --------------------------------------------------------------------------------------
+
+
+def site(optimizer, delay, *parameters):
+    return Site(0, 4, delay, parameters, optimizer)
+
+
+@pytest.mark.parametrize("form", ["velocity", "weight"])
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_under_a_constant_gradient_predictions_come_true(kind, form):
+    """C3: once momentum has converged, the predicted weights are those in place D updates later."""
+    p = torch.nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    made = torch.optim.SGD([p], lr=0.1, momentum=0.9) if kind == "momentum" else torch.optim.Adam([p], lr=0.02, eps=0)
+    acting: Any = LinearPrediction(form).at(site(made, 5, p))
+
+    def step():
+        p.grad = torch.tensor([0.5, -2.0], dtype=torch.float64)
+        acting.before_step()
+        made.step()
+        acting.after_step()
+
+    for _ in range(400):
+        step()
+    before = p.detach().clone()
+    (predicted,) = acting.forward([p.detach().clone()])
+    assert torch.equal(p.detach(), before)
+    for _ in range(5):
+        step()
+    torch.testing.assert_close(predicted, p.detach(), rtol=0, atol=1e-9)
+
+
+def test_coasting_is_what_momentum_does_when_no_gradient_comes():
+    """FTPipe's msnag; C4: for little friction it is the linear prediction."""
+    p = torch.nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    for momentum in (0.9, 1 - 1e-7):
+        made = torch.optim.SGD([p], lr=0.1, momentum=momentum)
+        for _ in range(3):
+            p.grad = torch.tensor([0.5, -2.0], dtype=torch.float64)
+            made.step()
+        acting, linear = (LinearPrediction(form).at(site(made, 4, p)) for form in ("coasting", "velocity"))
+        (coasting,), (going_on,) = (a.forward([p.detach().clone()]) for a in (acting, linear) if a)
+        for _ in range(4):
+            p.grad = torch.zeros_like(p)
+            made.step()
+        torch.testing.assert_close(coasting, p.detach(), rtol=0, atol=1e-8)
+    torch.testing.assert_close(coasting, going_on, rtol=0, atol=1e-5)
+
+
+def test_motion_counts_the_decoupled_decay():
+    p = torch.nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    made = torch.optim.AdamW([p], lr=0.02, weight_decay=0.3, eps=0)
+    p.grad = gradient = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    made.step()
+    expected, before = motion(site(made, 1, p), p), p.detach().clone()
+    torch.testing.assert_close(expected, 0.02 * (gradient.sign() + 0.3 * before))
+    made.step()
+    torch.testing.assert_close(before - p.detach(), expected)
+
+
+def test_a_constant_drift_is_corrected_exactly():
+    """C5, T2: w moves by c each update, so the weights of the forward were w - D c."""
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    c = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+    acting: Any = Discrepancy(0.5).at(site(torch.optim.SGD([p], lr=1.0), 3, p))
+    for _ in range(400):
+        acting.before_step()
+        with torch.no_grad():
+            p.add_(c)
+        acting.after_step()
+    torch.testing.assert_close(acting.backward([p.detach().clone()])[0], p.detach() - 3 * c)
+
+
+def test_the_rescaled_rate_is_back_before_the_scheduler_looks():
+    """C5, T1; a scheduler that multiplies what it finds must not see the small rate."""
+    p = torch.nn.Parameter(torch.ones(1))
+    made = torch.optim.SGD([p], lr=0.8)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(made, 0.5)
+    acting: Any = Rescale(2).at(site(made, 4, p))
+    seen = []
+    for _ in range(4):
+        p.grad = torch.ones(1)
+        acting.before_step()
+        seen.append(made.param_groups[0]["lr"])
+        made.step()
+        acting.after_step()
+        schedule.step()
+    assert seen == pytest.approx([0.8 / 4, 0.4 / 2, 0.2, 0.1])
+    assert Rescale(2).at(site(made, 1, p)) is None
+
+
+@pytest.mark.parametrize("spec", ["spectrain", {"name": "spectrain", "stash": True}, "pipelined_backprop"], ids=str)
+def test_predictions_leave_no_bit_behind(spec):
+    """C7: what a pass is run with are copies; the live weights move in steps only."""
+    blocks = CASE.blocks()
+    seen: list[list[Any]] = [[flat(block)] for block in blocks]
+    moved = []
+
+    def optimizer(parameters):
+        made = OPTIMIZERS["momentum"](parameters)
+        k = next(k for k, block in enumerate(blocks) if next(block.parameters()) is parameters[0])
+        made.register_step_pre_hook(lambda *_: moved.append(torch.equal(flat(blocks[k]), seen[k][-1])))
+        return made
+
+    class Watched(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, epoch=None):  # right behind the corrections' last hook
+            super().step(epoch)
+            k = next(
+                k for k, b in enumerate(blocks) if next(b.parameters()) is self.optimizer.param_groups[0]["params"][0]
+            )
+            seen[k].append(flat(blocks[k]))
+
+    train(CASE, spec, blocks=blocks, optimizer=optimizer, scheduler=lambda made: Watched(made, lambda n: 1.0))
+    assert all(moved)
+    assert len(moved) == K * len(CASE.sizes)
+
+
+def test_corrections_have_state_of_their_own():
+    """Two blocks never share it, and it is saved and loaded."""
+    spec = {"name": "pipedream", "corrections": ["gap_aware", {"name": "rescale", "anneal": 9}, "linear_prediction"]}
+    run = train(CASE, spec, optimizer=OPTIMIZERS["momentum"])
+    states = [worker.steps.state_dict()["corrections"] for worker in run.trainer.workers]
+    assert [len(state) for state in states] == [3, 3, 2, 0]  # nothing to do where nothing is late
+    assert not torch.equal(states[0][0]["lengths"][0], states[1][0]["lengths"][0])
+    saved, batches = run.trainer.state_dict(), CASE.batches()
+    again = train(CASE, spec, optimizer=OPTIMIZERS["momentum"])
+    again.trainer.load_state_dict(saved)
+    fresh = [worker.steps.state_dict()["corrections"] for worker in again.trainer.workers]
+    assert str(fresh) == str(states)
+    assert batches
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "reason"),
+    [
+        ("backprop", ["linear_prediction"], r"late gradients, and those of 'backprop' never are; leave it out"),
+        ("gpipe", ["gap_aware"], "never are"),
+        ("greedy_local", [{"name": "shrink", "factor": 0.5}], "never are"),
+        ("features_replay", ["delay_compensation"], r"which 'features_replay' does not keep \(KeepInput\)"),
+        ("petra", ["gap_aware"], "does not keep"),
+        ("pipedream", ["discrepancy"], r"which 'pipedream' keeps anyway \(KeepGraph\)"),
+        ("fdg", [{"name": "shrink", "factor": 0.5}], "Shrink is there twice; give it once, or set the option of 'fdg'"),
+        (
+            "spectrain",
+            ["linear_prediction"],
+            "FromEntry and LinearPrediction each say which weights a forward runs with",
+        ),
+        ("pipedream", ["lookahead", "linear_prediction"], "use one of them"),
+        ("pipedream", ["gap_awar"], r"unknown correction 'gap_awar'\. Did you mean 'gap_aware'\?"),
+        ("pipedream", [{"name": "gap_aware", "decoy": 0.1}], "Did you mean 'decay'"),
+        ("pipedream", [{"name": "gap_aware", "decay": "x"}], "option 'decay' must be float, got 'x'"),
+        ("pipedream", [{"name": "rescale", "anneal": True}], "option 'anneal' must be int, got True"),
+        ("pipedream", ["clip"], "correction 'clip' needs limit"),
+        ("pipedream", "clip", "corrections must be a list, got 'clip'"),
+        ("pipedream", [{"name": "linear_prediction", "form": "quadratic"}], "no form 'quadratic'; use one of velocity"),
+        ("pipedream", [{"name": "discrepancy", "decay": 1.0}], r"a decay in \[0, 1\), got 1.0"),
+    ],
+)
+def test_nonsense_is_refused_with_the_reason(method, names, reason):
+    with pytest.raises(UserError, match=reason):
+        registry.make({"name": method, "corrections": names})
+
+
+def test_optimizers_that_a_correction_cannot_read_are_refused():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match=r"cannot read the momentum of RMSprop; use form: weight"):
+        LinearPrediction().at(site(torch.optim.RMSprop([p]), 3, p))
+    assert LinearPrediction("weight").at(site(torch.optim.RMSprop([p]), 3, p)) is not None
+    with pytest.raises(UserError, match=r"written for SGD with momentum, .* got Adam; use that, or leave it out"):
+        SpikeCompensation().at(site(torch.optim.Adam([p]), 3, p))
+    with pytest.raises((UserError, OperationError), match="spike compensation is written for SGD"):
+        train(CASE, "pipelined_backprop", optimizer=OPTIMIZERS["adam"])
+
+
+def test_every_correction_is_named_once():
+    assert set(corrections.names()) >= {
+        "clip", "delay_compensation", "discrepancy", "gap_aware", "linear_prediction", "lookahead", "rescale", "shrink",
+        "spike_compensation",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="correction 'clip' is registered already"):
+        corrections.named("clip")(Rescale)

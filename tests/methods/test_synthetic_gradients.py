@@ -1,0 +1,125 @@
+"""Synthetic gradients: the two updates of an edge by hand, and what a guess of zero and a perfect one do (A7)."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled.errors import UserError
+from decoupled.methods.synthetic_gradients.method import Synthesiser, Synthetic, dni
+from decoupled.testing import Case, compare, flat, train
+
+CASE = Case(widths=(4, 5, 4, 3), cuts=(1, 2), sizes=(6,) * 9 + (4,))
+K, LR = CASE.K, 0.2
+
+
+def by_hand(conditional):
+    """Block k steps on the guess of today's synthesiser; then the synthesiser on what block k+1 has sent down."""
+    blocks, widths = CASE.blocks(), (5, 4)
+    guess = [torch.zeros(n, n + 3 * conditional, dtype=torch.float64) for n in widths]
+    bias = [torch.zeros(n, dtype=torch.float64) for n in widths]
+    history = [[flat(block)] for block in blocks]
+    for x, y, _ in CASE.batches():
+        inputs = [x]
+        for block in blocks:
+            inputs.append(block(inputs[-1]).detach())
+        seen = [torch.cat((h, F.one_hot(y, 3)), 1) if conditional else h for h in inputs[1:-1]]
+        signals: Any = [h @ M.T + c for h, M, c in zip(seen, guess, bias, strict=True)]
+        for k, block in enumerate(blocks):
+            h = inputs[k].clone().requires_grad_()
+            out = block(h)
+            loss = F.cross_entropy(out, y) if k == K - 1 else (out * signals[k]).sum()
+            down, *grads = torch.autograd.grad(loss, [h, *block.parameters()])
+            with torch.no_grad():
+                for p, g in zip(block.parameters(), grads, strict=True):
+                    p.sub_(LR * g)
+            history[k].append(flat(block))
+            if k:
+                error = 2 * (signals[k - 1] - down) / len(x)
+                guess[k - 1] = guess[k - 1] - LR * error.T @ seen[k - 1]
+                bias[k - 1] = bias[k - 1] - LR * error.sum(0)
+    return history, guess, bias
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_an_edge_updates_twice_per_batch(conditional):
+    found = train(CASE, {"name": "dni", "conditional": conditional})
+    history, guess, bias = by_hand(conditional)
+    compare(found.weights, history)
+    for worker, M, c in zip(found.trainer.workers, guess, bias, strict=False):
+        layer: Any = worker.lower.module
+        torch.testing.assert_close(layer.layers[0].weight.detach(), M)
+        torch.testing.assert_close(layer.layers[0].bias.detach(), c)
+
+
+def test_while_the_guess_is_zero_only_the_last_block_trains():
+    """A7: the last layer of every synthesiser begins at zero, so the first update moves the top alone."""
+    weights = train(CASE, {"name": "dni", "hidden": 7}).weights
+    assert [torch.equal(versions[0], versions[1]) for versions in weights] == [True, True, False]
+    assert not torch.equal(weights[1][1], weights[1][2])
+
+
+def test_with_a_perfect_guess_it_is_backpropagation():
+    """A7: synthesisers that are told the true gradient, batch by batch."""
+    whole = CASE.blocks()
+    x, y, _ = CASE.batches()[0]
+    hidden = [x]
+    for block in whole:
+        hidden.append(block(hidden[-1]))
+    truth = torch.autograd.grad(F.cross_entropy(hidden[-1], y), hidden[1:-1])
+
+    class Told(nn.Module):
+        def __init__(self, gradient):
+            super().__init__()
+            self.gradient, self.unused = gradient, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, y, targets):
+            return self.gradient + 0 * self.unused
+
+    class Oracle(Synthetic):
+        def lower(self, place):
+            half = super().lower(place)
+            if not place.top:
+                half.module = Told(truth[place.k])
+            return half
+
+    method = replace(dni(), coupling=Oracle(False, 0))
+    first = [CASE.batches()[0]]
+    compare(train(CASE, method, batches=first).weights, train(CASE, "backprop", batches=first).weights, 1e-15)
+
+
+@pytest.mark.parametrize("hidden", [0, 6])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_images_have_guesses_of_their_shape(conditional, hidden):
+    blocks = [
+        nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.Tanh()).double(),
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 3 * 3, 4)).double(),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(5, 1, 7, 7, generator=draw, dtype=torch.float64), torch.randint(4, (5,), generator=draw))
+        for _ in range(4)
+    ]
+    spec = {"name": "dni", "conditional": conditional, "hidden": hidden}
+    run = train(CASE, spec, blocks=blocks, batches=batches)
+    assert not torch.equal(run.weights[0][1], run.weights[0][-1])
+    made = Synthesiser(3, True, 4 * conditional, hidden).double()
+    y = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    assert torch.equal(made(y, batches[0][1]), torch.zeros_like(y))
+
+
+def test_a_synthesiser_ticks_with_its_own_updates():
+    run = train(CASE, "dni", scheduler=lambda made: torch.optim.lr_scheduler.StepLR(made, 4, gamma=0.5))
+    for worker in run.trainer.workers:
+        assert [s.last_epoch for s in worker.steps.schedulers] == [len(CASE.sizes)] * (1 + (worker.k < K - 1))
+
+
+def test_what_is_refused():
+    with pytest.raises(UserError, match="hidden must be at least 0, got -1"):
+        dni(hidden=-1)
+    blocks = [nn.Unflatten(1, (2, 2)).double(), nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()]
+    with pytest.raises(UserError, match=r"block0 puts out \(2, 2\); synthetic gradients are for features or images"):
+        train(CASE, "dni", blocks=blocks)
