@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--rounds", type=int, default=Options.rounds, help="default 2")
     add("--seconds", type=float, default=Options.seconds, help="of one measured run, about (default 2.5)")
     add("--rates", type=float, nargs="+", default=RATES, help="Mbit/s (default 1000 500 200 50)")
-    add("--delays", type=float, nargs="+", default=DELAYS, help="ms, each way (default 0 5 20)")
+    add("--delays", type=float, nargs="+", default=DELAYS, help="ms, each way (default 0 5 20); 0.01: the relay alone")
     add("--credit", type=int, default=Options.credit, help="of the free order (default 4)")
     add("--out", type=Path, default=RESULTS, help="folder of shaped_link.md and .svg")
     given = parser.parse_args(arguments)

@@ -123,11 +123,6 @@ class Network:
             self._delay_by_relay(link.delay)
             self._limit(_RELAYED, link.rate)
 
-    def relay_without_delay(self) -> None:
-        """Full speed and no delay, but through the relay: what the relay itself costs."""
-        self.shape(Link())
-        self._delay_by_relay(0.0)
-
     def sent(self) -> tuple[int, int]:
         """Bytes that each host has put on the line so far: one header per segment, before the interface cuts it."""
         totals = []
