@@ -4,9 +4,9 @@
                                 <--gradient----
 
 The slow block sleeps after every forward and every backward r times the processor time that took; r goes through
-1/8 .. 15/8 in random order from a fixed seed (`decoupled.benchmarks.peers.slowed`). The contestants differ in the order: free(credit), where every block takes
-what has arrived; pipedream's fixed 1F1B; and 1F1B with a flush after every batch, cut into micro-batches. Results go to
-``benchmarks/results/slow_block.md``.
+1/8 .. 15/8 in random order from a fixed seed (`decoupled.benchmarks.peers.slowed`). The contestants differ in the
+order: free(credit), where every block takes what has arrived; pipedream's fixed 1F1B; and 1F1B with a flush after every
+batch, cut into micro-batches. Results go to ``benchmarks/results/slow_block.md``.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ class Network:
         self.namespaces = (f"{tag}a", f"{tag}b")
         self.relays = False
         self._relay: subprocess.Popen[str] | None = None
+        _remove_orphans()
         try:
             for name in self.namespaces:
                 _do("ip", "netns", "add", name)
@@ -123,11 +124,6 @@ class Network:
             self._delay_by_relay(link.delay)
             self._limit(_RELAYED, link.rate)
 
-    def relay_without_delay(self) -> None:
-        """Full speed and no delay, but through the relay: what the relay itself costs."""
-        self.shape(Link())
-        self._delay_by_relay(0.0)
-
     def sent(self) -> tuple[int, int]:
         """Bytes that each host has put on the line so far: one header per segment, before the interface cuts it."""
         totals = []
@@ -143,8 +139,7 @@ class Network:
                 process.kill()
             self._relay = None
         for name in self.namespaces:
-            _kill_all(name)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            _remove(name)
 
     def __enter__(self) -> Network:
         return self
@@ -222,6 +217,19 @@ def _do(*words: str) -> str:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Unavailable(f"`{' '.join(words)}`: {lines[0]}")
     return done.stdout
+
+
+def _remove(namespace: str) -> None:
+    _kill_all(namespace)
+    subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+def _remove_orphans() -> None:
+    """Remove what a process that was killed outright has left behind; its number is in the name."""
+    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
+    for name, owner in re.findall(r"^(decoupled-(\d+)-\d+[ab])\b", done.stdout, re.MULTILINE):
+        if not os.path.exists(f"/proc/{owner}"):
+            _remove(name)
 
 
 def _kill_all(namespace: str, grace: float = 3.0) -> None:

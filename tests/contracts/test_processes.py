@@ -86,7 +86,7 @@ def test_idling_between_runs_is_no_stall():
         given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["sgd"], "runtime": runtime}
         with Trainer(CASE.blocks(), "pipedream", **given) as trainer:
             trainer.fit(CASE.batches())
-            time.sleep(1.5)  # the monitor looks a few times a second
+            assert not runtime.start().wait_lost(1.5)  # the monitor looks many times meanwhile
             assert len(trainer.fit(CASE.batches())) == 1
 
 

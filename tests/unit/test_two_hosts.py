@@ -112,6 +112,16 @@ def test_the_relay_holds_packets_back_and_keeps_their_order() -> None:
     assert not thread.is_alive()
 
 
+def test_what_a_killed_process_left_is_removed(network: Network) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    orphan = f"decoupled-{dead.pid}-0a"
+    subprocess.run(["ip", "netns", "add", orphan], check=True)
+    with Network() as another:
+        left = namespaces()
+    assert orphan not in left and {*network.namespaces, *another.namespaces} <= set(left)
+
+
 @pytest.mark.slow
 def test_rate_and_delay_hold(network: Network) -> None:
     """Round trips take twice the delay, and a stream no less than the rate allows; the other way is as before."""
@@ -168,7 +178,6 @@ def test_nothing_stays_behind(number: signal.Signals, network: Network) -> None:
         deadline = time.monotonic() + 60
         while not any(networks._pids(name) for name in namespaces() if name.startswith(mine)):
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
         process.send_signal(number)
         process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
