@@ -93,7 +93,7 @@ class Processes(Runtime):
         if len({edges for edges, _ in watched}) > 1:
             raise ProtocolError("the processes run different graphs; every rank must build the same model and method")
         events = Events(control.offset) if self.rank and watched[0][1] else None
-        problem = self._channels.open(graph.edges, self._number)
+        problem = self._channels.open(graph.edges, self._number, {a.name: a.device for a in graph.actors})
         mine = [actor.name for actor in graph.actors if self.owns(actor.name)]
         run = LocalRun(
             graph, [events] if events else observers, None, mine,
