@@ -142,7 +142,7 @@ def test_nothing_is_said_before_it_is_computed_nor_sent_before_the_target_is_rea
     group: Any = out._bulk._group  # type: ignore[attr-defined]
     send, write, tell = group.send, out._link.write, inlet._tell
     group.send = lambda tensors: (events.append("send"), send(tensors))[1]
-    out._link.write = lambda frame, pieces=(): (events.append(frame.kind.name), write(frame, pieces))[1]
+    out._link.write = lambda header, pieces=(): (events.append(header.kind.name), write(header, pieces))[1]
     inlet._tell = lambda frame: (events.append(frame.kind.name), tell(frame))[1]  # type: ignore[method-assign]
     out.send(data(1))  # the actor's thread goes on
     receiving = Background(inlet.receive)
