@@ -205,6 +205,9 @@ def test_a_transfer_does_not_outlive_its_other_end(
         inlet._bulk.abort()
         with pytest.raises(Lost, match="rank 1 has gone"):
             sending.result()
+        out.close()
+        out._thread.join(4.0)  # before anybody loses patience with it
+        assert not out._thread.is_alive()
 
 
 def test_a_wrong_clearance_is_refused(pair: tuple[Endpoint, Endpoint]) -> None:
