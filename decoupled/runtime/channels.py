@@ -13,9 +13,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from decoupled.messages import Message
 from decoupled.runtime.contract import Edge
 from decoupled.runtime.local import LocalRun
+from decoupled.transport import cuda
 from decoupled.transport.codec import register
 from decoupled.transport.contract import Closed, Inlet, Outlet
 from decoupled.transport.endpoint import Address, Endpoint
@@ -53,27 +56,30 @@ class Channels:
         self.run: LocalRun | None = None
         self.lost: Callable[[float], bool] = lambda timeout: False
 
-    def open(self, edges: Sequence[Edge], number: int) -> Exception | None:
-        """Open this process's ends of the edges that are new in run `number`.
+    def open(self, edges: Sequence[Edge], number: int, devices: Mapping[str, torch.device | None]) -> Exception | None:
+        """Open this process's ends of the edges that are new in run `number`; `devices`: actor -> where it computes.
 
         Returns:
             What went wrong (it is for all ranks to hear), or None.
         """
+        places, rank = self._places, self._rank
+        new = [edge for edge in edges if edge not in self._outlets and edge not in self._inlets]
+        going = [edge for edge in new if places[edge.source] == rank != places[edge.target]]
+        coming = [edge for edge in new if places[edge.target] == rank != places[edge.source]]
         try:
-            coming = []
-            for edge in edges:
-                source, target = self._places[edge.source], self._places[edge.target]
-                if source == target or edge in self._outlets or edge in self._inlets:
-                    continue
-                if source == self._rank:
-                    address, name = self._addresses[target], f"rank {target}"
-                    self._outlets[edge] = self.endpoint.connect(edge, address, self._timeout, name, number)
-                elif target == self._rank:
-                    coming.append(edge)
             for edge in coming:
-                name = f"rank {self._places[edge.source]}"
-                inlet = self._inlets[edge] = self.endpoint.accept(edge, self._timeout, name, number)
-                threading.Thread(target=self._receive, args=(edge, inlet), name=f"receive {edge}", daemon=True).start()
+                self.endpoint.expect(edge, devices[edge.target], number)
+            for edge in going:
+                target, device = places[edge.target], devices[edge.source]
+                self._outlets[edge] = self.endpoint.connect(
+                    edge, self._addresses[target], self._timeout, f"rank {target}", number, device=device
+                )
+            for edge in coming:
+                name, device = f"rank {places[edge.source]}", devices[edge.target]
+                inlet = self._inlets[edge] = self.endpoint.accept(edge, self._timeout, name, number, device)
+                threading.Thread(
+                    target=self._receive, args=(edge, inlet, device), name=f"receive {edge}", daemon=True
+                ).start()
         except Exception as error:
             return error
         return None
@@ -94,19 +100,20 @@ class Channels:
         self._outlets.clear()
         self._inlets.clear()
 
-    def _receive(self, edge: Edge, inlet: Inlet) -> None:
+    def _receive(self, edge: Edge, inlet: Inlet, device: torch.device | None) -> None:
         number: object = None
         skew = self._offsets[self._places[edge.source]] - self._offsets[self._rank]
         try:
-            while True:
-                message, sent = inlet.receive()
-                if isinstance(message, Begin):
-                    number = message.key
-                    inlet.taken()
-                elif self.run is None or self.run.number != number:
-                    inlet.taken()
-                else:
-                    self.run.arrive(edge, message, sent + skew, inlet)
+            with cuda.lane(device):  # what arrives on a GPU is allocated on a stream of this thread's own
+                while True:
+                    message, sent = inlet.receive()
+                    if isinstance(message, Begin):
+                        number = message.key
+                        inlet.taken()
+                    elif self.run is None or self.run.number != number:
+                        inlet.taken()
+                    else:
+                        self.run.arrive(edge, message, sent + skew, inlet)
         except Closed:
             pass
         except Exception as error:

@@ -105,7 +105,7 @@ class LocalRun:
         self._waiting: dict[str, str] = {}
         self._moves = dict.fromkeys(self._boxes, 0)  # messages taken and put so far, by actor
         self._over = False
-        self._on_take: dict[int, Callable[[], None]] = {}  # id of a waiting message -> to be called when it is taken
+        self._on_take: dict[int, tuple[Callable[[], None], ...]] = {}  # id of a waiting message -> to call on taking it
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
         self.operations: dict[str, str] = {}  # latest operation of each actor
@@ -151,19 +151,21 @@ class LocalRun:
             with box.changed:
                 self._over = True
         for message in list(self._on_take):
-            self._on_take.pop(message)()
+            for call in self._on_take.pop(message):
+                call()
 
     def arrive(self, edge: Edge, message: Message, sent: float, inlet: Inlet) -> None:
         """`message` came in from another process (which has kept to the edge's capacity)."""
         self.last[edge] = message.key
         box = self._boxes[edge.target]
+        message, on_take = cuda.hand_over(message, self._devices[edge.target])
         with box.changed:
             with self._lock:
                 self._arrived += 1
             if self._over:
                 inlet.taken()
                 return
-            self._on_take[id(message)] = inlet.taken
+            self._on_take[id(message)] = tuple(call for call in (on_take, inlet.taken) if call)
             box.mail.put(edge.port, message)
             self._wake(box)
         for observer in self._observers:
@@ -232,17 +234,16 @@ class LocalRun:
                 self._wait(box, name, f"{[(w.ports, w.key) for w in wants]}; waiting there: {box.mail.waiting()}")
         if self._on_take:
             for message in found[1]:
-                if (call := self._on_take.pop(id(message), None)) is not None:
+                for call in self._on_take.pop(id(message), ()):
                     call()
         return found
 
     def _put(self, edge: Edge, message: Message) -> None:
         if (outlet := self._outlets.get(edge)) is not None:
-            self._send(outlet, edge, message)
-            return
+            return self._send(outlet, edge, message)
         message, on_take = cuda.hand_over(message, self._devices[edge.target])
         if on_take is not None:
-            self._on_take[id(message)] = on_take
+            self._on_take[id(message)] = (on_take,)
         box, sent = self._boxes[edge.target], time.perf_counter()
         with box.changed:
             while box.mail.room(edge.port) < 1:

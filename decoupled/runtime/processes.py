@@ -103,7 +103,7 @@ class Processes(Runtime):
             raise ProtocolError("the processes run different graphs; every rank must build the same model and method")
         self._number = number = watched[0][2]
         events = Events(control.offset) if self.rank and watched[0][1] else None
-        problem = self._channels.open(graph.edges, number)
+        problem = self._channels.open(graph.edges, number, {a.name: a.device for a in graph.actors})
         mine = [actor.name for actor in graph.actors if self.owns(actor.name)]
         run = LocalRun(
             graph, [events] if events else observers, None, mine,

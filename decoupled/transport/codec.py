@@ -6,8 +6,8 @@
       -> pieces  [the bytes of t]
 
 A value is None, a bool, int, float or str, or tagged: {"t": tuple}, {"f": frozenset}, {"x": [dtype, shape, strides]}
-for the next tensor (strides only where they are not the usual ones; gaps in memory are closed before sending). A
-tensor is sent from, and arrives in, CPU memory.
+for the next tensor (strides only where they are not the usual ones; gaps in memory are closed before sending). {"d":
+...} is a tensor that stays on its device on the way; all others are sent from, and arrive in, CPU memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from decoupled.errors import ProtocolError
 from decoupled.messages import Data, Down, End, Message, Up
+from decoupled.transport import cuda
 from decoupled.transport.frame import META_LIMIT, PAYLOAD_LIMIT, TENSORS_LIMIT
 
 Bytes = NDArray[np.uint8]
+Piece = Bytes | Tensor  # flat bytes of a tensor: in CPU memory, or on its device
 _Kind = TypeVar("_Kind", bound=type[Message])
 
 _NAMES: dict[torch.dtype, str] = {
@@ -60,14 +63,18 @@ for _kind in (Message, End, Data, Up, Down):
 
 
 class Encoded(NamedTuple):
-    """A message as bytes; each piece is the memory of one tensor, shared where possible."""
+    """A message as bytes; each piece is the memory of one tensor, shared where possible.
+
+    `computed` waits until the pieces that stay on a device have been computed.
+    """
 
     meta: bytes
-    pieces: list[Bytes]
+    pieces: list[Piece]
+    computed: Callable[[], None] = cuda.nothing
 
 
-def encode(message: Message, edge: str) -> Encoded:
-    """Describe `message` and lay out its tensors; `edge` is for errors.
+def encode(message: Message, edge: str, keep: torch.device | None = None) -> Encoded:
+    """Describe `message` and lay out its tensors; those on the device `keep` stay there. `edge` is for errors.
 
     Raises:
         ProtocolError: it holds something that cannot be sent.
@@ -75,20 +82,21 @@ def encode(message: Message, edge: str) -> Encoded:
     kind = type(message)
     if _kinds.get(kind.__name__) is not kind:
         raise ProtocolError(f"edge {edge}: messages of kind {kind.__name__!r} are unknown; codec.register them")
-    pieces: list[Bytes] = []
+    tensors: list[Tensor] = []
     try:
-        fields = {name: _pack(getattr(message, name), pieces) for name in _fields(kind)}
+        fields = {name: _pack(getattr(message, name), tensors, keep) for name in _fields(kind)}
         meta = _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
     except (ValueError, RecursionError, ProtocolError) as error:
         raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
-    size = sum(piece.nbytes for piece in pieces)
-    if len(meta) > META_LIMIT or len(pieces) > TENSORS_LIMIT or size > PAYLOAD_LIMIT:
+    size = sum(tensor.nbytes for tensor in tensors)
+    if len(meta) > META_LIMIT or len(tensors) > TENSORS_LIMIT or size > PAYLOAD_LIMIT:
         raise ProtocolError(
             f"edge {edge}: a message {kind.__name__} is too large: {len(meta)} bytes of description "
-            f"(limit {META_LIMIT}), {len(pieces)} tensors (limit {TENSORS_LIMIT}), {size} bytes of tensors "
+            f"(limit {META_LIMIT}), {len(tensors)} tensors (limit {TENSORS_LIMIT}), {size} bytes of tensors "
             f"(limit {PAYLOAD_LIMIT})"
         )
-    return Encoded(meta, pieces)
+    pieces = [_piece(t, _stays(t, keep)) for t in cuda.to_host(tensors, keep)]
+    return Encoded(meta, pieces, cuda.computed(keep))
 
 
 class Draft:
@@ -98,6 +106,8 @@ class Draft:
         meta: the description.
         tensors, size: how many tensors and bytes of them the header announced.
         edge: for errors.
+        device: where the tensors go that stay on a device; None: there are none.
+        pin: whether the others are put into pinned memory, from where a GPU copies them without anybody waiting.
 
     Attributes:
         pieces: fresh memory for the bytes of each tensor, to be filled.
@@ -106,7 +116,9 @@ class Draft:
         ProtocolError: the description is not one of a message, or disagrees with the header; nothing was allocated.
     """
 
-    def __init__(self, meta: bytes, tensors: int, size: int, edge: str) -> None:
+    def __init__(
+        self, meta: bytes, tensors: int, size: int, edge: str, device: torch.device | None = None, pin: bool = False
+    ) -> None:
         self._edge = edge
         specs: list[_Spec] = []
         try:
@@ -127,11 +139,18 @@ class Draft:
                 f"its header announced {tensors} of {size}"
             )
         self._fields = fields
+        if device is None and any(spec.stays for spec in specs):
+            raise ProtocolError(f"edge {edge}: a tensor should come from a device, but no device is at this end")
         try:
-            self._tensors = [torch.empty_strided(s.shape, s.strides, dtype=s.dtype) for s in specs]
+            self._tensors = [
+                torch.empty_strided(s.shape, s.strides, dtype=s.dtype, device=device)
+                if s.stays
+                else torch.empty_strided(s.shape, s.strides, dtype=s.dtype, pin_memory=pin)
+                for s in specs
+            ]
         except RuntimeError as error:
             raise ProtocolError(f"edge {edge}: no memory for tensors of {size} bytes: {error}") from None
-        self.pieces = [_bytes(tensor) for tensor in self._tensors]
+        self.pieces = [_piece(tensor, spec.stays) for tensor, spec in zip(self._tensors, specs, strict=True)]
 
     def message(self) -> Message:
         """The message, once the pieces are filled."""
@@ -153,6 +172,7 @@ class _Spec(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    stays: bool = False  # on its device
 
     @property
     def nbytes(self) -> int:
@@ -163,18 +183,23 @@ class _Slot(NamedTuple):
     number: int  # of the tensor that belongs here
 
 
-def _pack(value: Any, pieces: list[Bytes]) -> Any:
+def _pack(value: Any, tensors: list[Tensor], keep: torch.device | None) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is tuple:
-        return {"t": [_pack(item, pieces) for item in value]}
+        return {"t": [_pack(item, tensors, keep) for item in value]}
     if type(value) is frozenset:
-        return {"f": [_pack(item, pieces) for item in value]}
+        return {"f": [_pack(item, tensors, keep) for item in value]}
     if isinstance(value, Tensor):
-        return {"x": _lay_out(value, pieces)}
+        description = _lay_out(value, tensors)
+        return {"d" if _stays(tensors[-1], keep) else "x": description}
     raise ProtocolError(
         f"it holds a {type(value).__name__}; messages hold tensors, None, bool, int, float, str, tuple and frozenset"
     )
+
+
+def _stays(tensor: Tensor, keep: torch.device | None) -> bool:
+    return keep is not None and tensor.device == keep and tensor.numel() > 0
 
 
 def _unpack(value: Any, specs: list[_Spec]) -> Any:
@@ -186,8 +211,8 @@ def _unpack(value: Any, specs: list[_Spec]) -> Any:
             return tuple(_unpack(item, specs) for item in inner)
         if tag == "f" and type(inner) is list:
             return frozenset(_unpack(item, specs) for item in inner)
-        if tag == "x" and type(inner) is list:
-            specs.append(_spec(*inner))
+        if tag in ("x", "d") and type(inner) is list:
+            specs.append(_spec(*inner)._replace(stays=tag == "d"))
             return _Slot(len(specs) - 1)
     raise ProtocolError(f"unknown value in a message: {str(value)[:80]}")
 
@@ -200,8 +225,8 @@ def _fill(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _lay_out(tensor: Tensor, pieces: list[Bytes]) -> list[Any]:
-    """Add the bytes of `tensor` to `pieces`; returns its description."""
+def _lay_out(tensor: Tensor, tensors: list[Tensor]) -> list[Any]:
+    """Add `tensor`, as dense memory on its device, to `tensors`; returns its description."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise ProtocolError(f"a tensor is not dense memory, but of {tensor.layout} on {tensor.device}")
     if tensor.dtype not in _NAMES:
@@ -209,8 +234,6 @@ def _lay_out(tensor: Tensor, pieces: list[Bytes]) -> list[Any]:
     if tensor.dim() > _DIMENSIONS:
         raise ProtocolError(f"a tensor has {tensor.dim()} dimensions; the limit is {_DIMENSIONS}")
     tensor = tensor.detach()
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     description: list[Any] = [_NAMES[tensor.dtype], list(tensor.shape)]
@@ -218,8 +241,8 @@ def _lay_out(tensor: Tensor, pieces: list[Bytes]) -> list[Any]:
         if _is_dense(tensor.shape, tensor.stride()):
             description.append(list(tensor.stride()))
         else:
-            tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-    pieces.append(_bytes(tensor))
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    tensors.append(tensor)
     return description
 
 
@@ -265,9 +288,9 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _bytes(tensor: Tensor) -> Bytes:
+def _piece(tensor: Tensor, stays: bool) -> Piece:
     """The memory of a dense tensor as flat bytes."""
     if not tensor.numel():
         return np.empty(0, np.uint8)
-    flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
-    return flat.view(torch.uint8).numpy()
+    flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
+    return flat if stays else flat.numpy()

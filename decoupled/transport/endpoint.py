@@ -3,17 +3,20 @@
     source process                                      target process
     endpoint.connect(edge, address) -> Outlet   ---->   endpoint.accept(edge) -> Inlet
 
-    same host    a Unix socket for headers and small tensors, shared memory for large ones
-    other host   TCP for headers and small tensors, Gloo for large ones; messages leave from a thread
+    same host    a Unix socket for headers and small tensors
+    other host   TCP for headers and small tensors; messages leave from a thread
+    large ones   see ways.py: shared memory, Gloo, NCCL between GPUs
 
 The thread of the listeners hands every caller to a thread of its own that hears it out (handshake.py); the end it opens
 for those that prove the token waits for `accept`. So `connect` never waits for the other process to call `accept`, and
-the order in which processes open their edges does not matter.
+the order in which processes open their edges does not matter - except that a source on a GPU has to know where the
+target is: it waits for `expect` (or `accept`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import selectors
 import socket
@@ -22,16 +25,17 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
-from decoupled.errors import ProtocolError, UserError, unknown
+import torch
+
+from decoupled.errors import ProtocolError, UserError
 from decoupled.runtime.contract import Edge
-from decoupled.transport import place, shared_memory
-from decoupled.transport.bulk import Bulk, Stream
-from decoupled.transport.collective import Pair
+from decoupled.transport import cuda, place, ways
 from decoupled.transport.contract import Closed, Inlet, NeverOpened, Outlet
-from decoupled.transport.ends import LINGER, LinkInlet, LinkOutlet, QueuedOutlet
-from decoupled.transport.handshake import BULKS, Conversation, Wish, ask, hear_out
+from decoupled.transport.ends import LinkInlet, LinkOutlet
+from decoupled.transport.handshake import Conversation, Wish, ask, hear_out
 from decoupled.transport.link import Link
 from decoupled.transport.place import Address
+from decoupled.transport.queued import LINGER
 
 _RING = 1 << 23  # bytes
 _HEARING = 5.0  # seconds a caller has to prove the token
@@ -67,6 +71,7 @@ class Endpoint:
         self.address = Address(place.host(), local, hostname, self._tcp.getsockname()[1])
         self._changed = threading.Condition()
         self._opened: dict[tuple[str, int], LinkInlet] = {}  # that nobody has accepted yet
+        self._devices: dict[tuple[str, int], torch.device | None] = {}  # of the targets of edges that will come
         self._talks: set[Conversation] = set()
         self._ends: list[LinkOutlet | LinkInlet] = []
         self._is_closed = False
@@ -76,35 +81,49 @@ class Endpoint:
         self._listener.start()
 
     def connect(
-        self, edge: Edge, address: Address, timeout: float, name: str = "the target", run: int = 0, bulk: str = "auto"
-    ) -> Outlet:
+        self, edge: Edge, address: Address, timeout: float, name: str = "the target", run: int = 0,
+        bulk: str = "auto", device: torch.device | None = None,
+    ) -> Outlet:  # fmt: skip
         """Open `edge` to the process at `address`; returns when that process's endpoint has answered.
 
         Args:
             timeout: seconds.
             name: what errors call the other process.
             run: number of the run: an edge may be opened once in every run.
-            bulk: how large tensors travel: "shared_memory", "gloo", "stream"; "auto": as is best between the two.
+            bulk: how large tensors travel: "shared_memory", "gloo", "stream", "rendezvous"; "auto": as is best.
+            device: where the source's tensors are; None: in CPU memory.
 
         Raises:
             NeverOpened: not within `timeout` seconds. ProtocolError: the other process refuses. Closed.
         """
         same_host = address.host == self.address.host
-        bulk = _choose(bulk, same_host, edge)
-        wish = Wish(str(edge), run, edge.capacity, bulk, self._ring_bytes, timeout)
+        gpu = cuda.identity(device) if bulk == "auto" else ""
+        bulk = ways.choose(bulk, same_host, str(edge))
+        wish = Wish(str(edge), run, edge.capacity, bulk, self._ring_bytes, timeout, gpu)
         with self._named(edge, timeout, name):
             deadline = time.monotonic() + timeout
             with self._tracked(Conversation(place.dial(address, same_host, timeout), deadline)) as talk:
                 ask(talk, self._token, wish)
-                way = self._source_way(talk, bulk, edge)
+                way = ways.source_way(talk, wish, device, self.address.hostname)
                 if talk.hear() != {"open": True}:
                     raise ProtocolError("the target did not say that the edge is open")
-                kind = LinkOutlet if same_host and bulk != "gloo" else QueuedOutlet
-                return self._keep(kind(_link(talk, str(edge), run, name), edge.capacity, way))
+                return self._keep(ways.outlet(_link(talk, str(edge), run, name), edge.capacity, way, same_host))
 
-    def accept(self, edge: Edge, timeout: float, name: str = "the source", run: int = 0) -> Inlet:
-        """Open `edge` from the process that connects to it; arguments and errors as in `connect`."""
+    def expect(self, edge: Edge, device: torch.device | None, run: int = 0) -> None:
+        """Say where the target of an edge is that will be accepted in this run; sources on GPUs wait for it."""
+        with self._changed:
+            self._devices[str(edge), run] = device
+            self._changed.notify_all()
+
+    def accept(
+        self, edge: Edge, timeout: float, name: str = "the source", run: int = 0, device: torch.device | None = None
+    ) -> Inlet:
+        """Open `edge` from the process that connects to it; arguments and errors as in `connect`.
+
+        `device` is where the target computes: what comes through CPU memory is pinned if that is a GPU.
+        """
         deadline = time.monotonic() + timeout
+        self.expect(edge, device, run)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_closed or (str(edge), run) in self._opened, deadline - time.monotonic()
@@ -112,6 +131,7 @@ class Endpoint:
             inlet = self._opened.pop((str(edge), run), None)
             older = [key for key in self._opened if key[0] == str(edge) and key[1] < run]
             forgotten = [self._opened.pop(key) for key in older]
+            self._devices = {k: d for k, d in self._devices.items() if k[0] != str(edge) or k[1] > run}
         for one in forgotten:
             one.close()
         if self._is_closed:
@@ -122,6 +142,7 @@ class Endpoint:
             inlet.close()
             raise ProtocolError(f"edge {edge}: its capacity is {edge.capacity} here and {inlet.capacity} at {name}")
         inlet.introduce(name)
+        inlet.pin = device is not None and device.type == "cuda"
         return inlet
 
     def close(self) -> None:
@@ -155,28 +176,14 @@ class Endpoint:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _source_way(self, talk: Conversation, bulk: str, edge: Edge) -> Bulk:
-        if bulk == "gloo":
-            return Pair(talk, 0, self.address.hostname)
-        if bulk == "stream":
-            return Stream()
-        memory = shared_memory.allocate(self._ring_bytes)
-        try:
-            socket.send_fds(talk.socket, [b"R"], [memory])
-        except OSError:
-            os.close(memory)
-            raise
-        return shared_memory.Ring(memory, self._ring_bytes, str(edge))
-
-    def _target_way(self, talk: Conversation, wish: Wish) -> Bulk:
-        if wish.bulk == "gloo":
-            return Pair(talk, 1, self.address.hostname)
-        if wish.bulk == "stream":
-            return Stream()
-        _, descriptors, _, _ = socket.recv_fds(talk.socket, 1, 1)
-        if len(descriptors) != 1:
-            raise ConnectionResetError("no shared memory came")
-        return shared_memory.Ring(descriptors[0], wish.ring, wish.edge)
+    def _expected(self, wish: Wish, deadline: float) -> torch.device | None:
+        """Where the target is; waits until this is known."""
+        key = (wish.edge, wish.run)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or key in self._devices, deadline - time.monotonic())
+            if key not in self._devices:
+                raise TimeoutError(f"nobody accepts edge {wish.edge}")
+            return self._devices[key]
 
     def _keep(self, end: _End) -> _End:
         with self._changed:
@@ -243,9 +250,10 @@ class Endpoint:
         try:
             with self._tracked(Conversation(sock, time.monotonic() + _HEARING)) as talk:
                 wish = hear_out(talk, self._token)
-                way = self._target_way(talk, wish)
+                device = functools.partial(self._expected, wish, talk.deadline)
+                way = ways.target_way(talk, wish, device, self.address.hostname)
                 talk.say(open=True)
-                inlet = self._keep(LinkInlet(_link(talk, wish.edge, wish.run, "the source"), wish.capacity, way))
+                inlet = self._keep(ways.inlet(_link(talk, wish.edge, wish.run, "the source"), wish.capacity, way))
         except (OSError, ProtocolError, Closed):
             return  # the caller has been told; what matters is whether the right one comes in time
         with self._changed:
@@ -262,13 +270,3 @@ def _link(talk: Conversation, edge: str, run: int, name: str) -> Link:
     if talk.socket.family != socket.AF_UNIX:
         talk.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Link(talk.socket, edge, run, name)
-
-
-def _choose(bulk: str, same_host: bool, edge: Edge) -> str:
-    if bulk == "auto":
-        return "shared_memory" if same_host else "gloo"
-    if bulk not in BULKS:
-        raise unknown("way of large tensors", bulk, ("auto", *BULKS))
-    if bulk == "shared_memory" and not same_host:
-        raise UserError(f"edge {edge} joins two hosts, which share no memory; use bulk='auto'")
-    return bulk

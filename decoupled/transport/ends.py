@@ -1,7 +1,6 @@
 """The two ends of an edge over a link: messages with credits. Who waits where:
 
     LinkOutlet    send, in the caller: encode -> wait for a credit -> header, small tensors -> large ones
-    QueuedOutlet  the same, but what can be slow after the credit is for a thread of its own: for networks
     LinkInlet     receive, in the caller: header -> check -> fresh memory -> small tensors -> large ones
 
 One credit is one message that may be sent; there are as many as the edge's capacity, and `taken` returns one.
@@ -10,7 +9,6 @@ One credit is one message that may be sent; there are as many as the edge's capa
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
 from collections import deque
@@ -23,9 +21,7 @@ from decoupled.transport.contract import Closed, Inlet, Lost, Outlet, Received
 from decoupled.transport.frame import Frame, Kind
 from decoupled.transport.link import Link
 
-LINGER = 5.0  # seconds that the last messages have, after `close`, to get away
-_AT_ONCE = 1 << 14  # bytes behind a header that the system takes at once if it takes any
-_SHORTLY = 1.0  # seconds that a goodbye, or the reason of a failed write, may take
+SHORTLY = 1.0  # seconds that a goodbye, or the reason of a failed write, may take
 
 
 class LinkOutlet(Outlet):
@@ -36,7 +32,7 @@ class LinkOutlet(Outlet):
         self._credits = capacity
         self._large_bytes = 0
         self._turn = threading.Lock()  # held while frames from the target are handled
-        self._over: Closed | Lost | None = None  # why nothing can be sent any more
+        self._over: Exception | None = None  # why nothing can be sent any more
         self._closing = threading.Lock()
 
     @property
@@ -65,9 +61,9 @@ class LinkOutlet(Outlet):
                     return False
 
     def send(self, message: Message) -> None:
-        encoded = encode(message, self._link.edge)
+        encoded = encode(message, self._link.edge, self._bulk.device)
         self.ready()
-        self._credits -= 1
+        self._spend()
         self._put(encoded, time.perf_counter())
 
     def close(self) -> None:
@@ -80,10 +76,13 @@ class LinkOutlet(Outlet):
         """Wait until a closed outlet has ended; after `timeout` seconds what has not been sent is dropped."""
 
     def _finish(self) -> None:
-        self._link.goodbye(_SHORTLY)
+        self._link.goodbye(SHORTLY)
         self._link.cut()
         self._bulk.abort()
         self._link.close()
+
+    def _spend(self) -> None:
+        self._credits -= 1
 
     def _put(self, encoded: Encoded, sent: float) -> None:
         self._deliver(encoded, sent)()
@@ -91,13 +90,13 @@ class LinkOutlet(Outlet):
     def _deliver(self, encoded: Encoded, sent: float) -> Complete:
         small, large = self._bulk.divide(encoded.pieces)
         size = sum(piece.nbytes for piece in encoded.pieces)
+        self.payload_bytes += size
+        self._large_bytes += sum(piece.nbytes for piece in large)
         try:
             self._link.write(Frame(Kind.MESSAGE, size, sent, encoded.meta, len(encoded.pieces)), small)
             complete = self._bulk.send(large, self._announce, self._wait) if large else nothing
         except (Lost, Closed, OSError) as error:
             raise self._reason() from error
-        self.payload_bytes += size
-        self._large_bytes += sum(piece.nbytes for piece in large)
         return complete
 
     def _credited(self) -> None:
@@ -120,6 +119,9 @@ class LinkOutlet(Outlet):
         except (Closed, Lost) as error:
             self._over = self._over or error
             raise self._over from error
+        self._act(frame)
+
+    def _act(self, frame: Frame) -> None:
         if frame.kind is Kind.CREDIT:
             self._credits += frame.amount
             if self._credits > self._capacity:
@@ -135,9 +137,9 @@ class LinkOutlet(Outlet):
 
     def _reason(self) -> Exception:
         """Why a write failed: what the target said before it left."""
-        if self._turn.acquire(timeout=_SHORTLY):
+        if self._turn.acquire(timeout=SHORTLY):
             try:
-                while self._over is None and self._link.wait(_SHORTLY):
+                while self._over is None and self._link.wait(SHORTLY):
                     self._handle()
             except (Closed, Lost, ProtocolError) as error:
                 return error
@@ -148,67 +150,6 @@ class LinkOutlet(Outlet):
         return self._over
 
 
-class QueuedOutlet(LinkOutlet):
-    """A `LinkOutlet` that never writes in the caller what a slow network could hold up.
-
-    A header and little else is written at once, if nothing is waiting before it: a change of threads costs more.
-    """
-
-    def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
-        super().__init__(link, capacity, bulk)
-        self._begun: deque[Complete] = deque()  # taken messages leave it: their transfers need no waiting for
-        self._handed = self._delivered = 0  # messages given to the thread, and done by it
-        self._queue: queue.SimpleQueue[tuple[Encoded, float] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"send {link.edge}", daemon=True)
-        self._thread.start()
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            self._link.cut()
-            self._bulk.abort()
-            self._thread.join(timeout)
-
-    def _put(self, encoded: Encoded, sent: float) -> None:
-        inline = sum(len(piece) for piece in self._bulk.divide(encoded.pieces)[0])
-        if self._handed == self._delivered and inline <= _AT_ONCE and self._link.is_writable():
-            self._begun.append(self._deliver(encoded, sent))
-            return
-        self._handed += 1
-        self._queue.put((encoded, sent))
-
-    def _finish(self) -> None:
-        self._queue.put(None)
-
-    def _credited(self) -> None:
-        with contextlib.suppress(OSError, IndexError):  # the link will tell; closing has just completed all
-            while len(self._begun) > self._capacity - self._credits:
-                self._begun.popleft()()
-
-    def _run(self) -> None:
-        try:
-            while item := self._queue.get():
-                self._begun.append(self._deliver(*item))
-                self._delivered += 1
-            self._complete_all()
-            self._link.goodbye(LINGER)
-            self._link.drain(LINGER)  # a socket that is closed earlier may lose what is still under way
-        except (Closed, Lost, ProtocolError) as error:
-            self._over = self._over or (error if isinstance(error, Closed | Lost) else Lost(str(error)))
-            self._link.wake()
-        finally:
-            self._bulk.abort()
-            self._link.close()
-
-    def _complete_all(self) -> None:
-        try:
-            with contextlib.suppress(IndexError):
-                while True:
-                    self._begun.popleft()()
-        except OSError as error:
-            raise self._reason() from error
-
-
 class LinkInlet(Inlet):
     """The receiving end over `link`."""
 
@@ -216,6 +157,7 @@ class LinkInlet(Inlet):
         self._link, self.capacity, self._bulk = link, capacity, bulk
         self._held = 0  # messages begun and not taken
         self._begun: deque[tuple[Draft, float, Complete]] = deque()
+        self.pin = False  # whether tensors should arrive in pinned memory
         self._said_goodbye = False
         self._counting = threading.Lock()
 
@@ -243,7 +185,7 @@ class LinkInlet(Inlet):
         self._tell(Frame(Kind.CREDIT, 1))
 
     def close(self) -> None:
-        self._link.goodbye(_SHORTLY)
+        self._link.goodbye(SHORTLY)
         self._link.cut()
         self._bulk.abort()
         self._link.close()
@@ -269,7 +211,7 @@ class LinkInlet(Inlet):
             self._held += 1
             if self._held > self.capacity:
                 raise ProtocolError(f"edge {self._link.edge}: a message arrived beyond the capacity {self.capacity}")
-        draft = Draft(header.meta, header.tensors, header.amount, self._link.edge)
+        draft = Draft(header.meta, header.tensors, header.amount, self._link.edge, self._bulk.device, self.pin)
         small, large = self._bulk.divide(draft.pieces)
         self._link.read_into(small)
         complete = nothing

@@ -6,7 +6,8 @@
     source -> target   MESSAGE   meta bytes of JSON and `amount` bytes of tensors belong to it
                        PART      `amount` more bytes of the message's tensors lie in the shared memory
     target -> source   CREDIT    `amount` messages were taken: so many more may be sent
-                       RELEASE   `amount` bytes of the shared memory are free again
+                       RELEASE   `amount` bytes more may be sent: of the shared memory they are free again; for those
+                                 that stay on a device, memory lies ready ("clear to send")
     both               GOODBYE   nothing will follow
 
 A header is checked field by field before anything it announces is read or allocated.

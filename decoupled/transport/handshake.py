@@ -32,7 +32,7 @@ _LENGTH = struct.Struct("!I")
 _LIMIT = 1 << 14  # bytes of a sentence
 _RING_LIMIT = 1 << 34  # bytes
 _PATIENCE = 600.0  # seconds
-BULKS = ("shared_memory", "gloo", "stream")  # how large tensors can travel
+BULKS = ("shared_memory", "gloo", "stream", "rendezvous")  # how large tensors can travel
 
 
 class Conversation:
@@ -93,7 +93,7 @@ class Conversation:
 @dataclass(frozen=True)
 class Wish:
     """What the source asks for: `edge` in the `run`, with this capacity; large tensors by `bulk`, a ring of so many
-    bytes; the rest should take `seconds` at most."""
+    bytes; the rest should take `seconds` at most. `gpu`: the UUID of its own, if it would meet the target's."""
 
     edge: str
     run: int
@@ -101,6 +101,7 @@ class Wish:
     bulk: str
     ring: int
     seconds: float
+    gpu: str = ""
 
     @classmethod
     def read(cls, words: Any) -> Wish:
@@ -113,7 +114,7 @@ class Wish:
             wish = cls(**words)
         except TypeError as error:
             raise ProtocolError(f"no wish: {error}") from None
-        kinds = (str, int, int, str, int, int | float)
+        kinds = (str, int, int, str, int, int | float, str)
         if not all(isinstance(value, kind) for value, kind in zip(vars(wish).values(), kinds, strict=True)):
             raise ProtocolError(f"no wish: {wish}")
         if wish.capacity < 1 or wish.bulk not in BULKS or not 0 < wish.ring <= _RING_LIMIT:

@@ -37,7 +37,7 @@ class Link:
         peer: what errors call the other process.
 
     Attributes:
-        sent_bytes: bytes written so far.
+        sent_bytes: bytes handed to the system so far.
         is_closed: its descriptors have been given back.
     """
 
@@ -66,8 +66,10 @@ class Link:
         with self._writing:
             first = frame.pack(header, self._number, self._written)
             self._written += 1
+            buffers = [memoryview(first), memoryview(header.meta), *(piece.data for piece in pieces)]
+            self.sent_bytes += sum(len(buffer) for buffer in buffers)  # before anybody can have received them
             try:
-                self._write_all([memoryview(first), memoryview(header.meta), *(piece.data for piece in pieces)])
+                self._write_all(buffers)
             except OSError as error:
                 raise self.gone() from error
 
@@ -151,6 +153,14 @@ class Link:
             except (OSError, ValueError):
                 return
 
+    def wait_end(self) -> None:
+        """Wait until the other end has said its last (which may not have been read yet), or this one is cut."""
+        ended = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # closed
+            ended.register(self._socket, getattr(select, "POLLRDHUP", select.POLLHUP))
+            ended.register(self._wake_reader, select.POLLIN)
+            ended.poll()
+
     def cut(self) -> None:
         """End the stream now and wake everybody; idempotent."""
         self._is_cut = True
@@ -207,7 +217,6 @@ class Link:
         buffers = [buffer for buffer in buffers if len(buffer)]
         while buffers:
             sent = self._socket.sendmsg(buffers[:_VECTORS])
-            self.sent_bytes += sent
             while buffers and sent >= len(buffers[0]):
                 sent -= len(buffers.pop(0))
             if sent:

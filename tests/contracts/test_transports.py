@@ -4,8 +4,10 @@ way            link         large tensors
 shared_memory  Unix socket  ring of shared memory
 stream         Unix socket  behind the header
 gloo           Unix socket  Gloo
+rendezvous     Unix socket  a process group, when both ends stand ready: what two GPUs get (there over NCCL)
 far stream     TCP          behind the header        (the address is said to be another host's)
 far gloo       TCP          Gloo                     what two hosts get
+far rendezvous TCP          as above
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from decoupled.transport.ends import LinkInlet, LinkOutlet
 from decoupled.transport.frame import Frame, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = ("shared_memory", "stream", "gloo", "far stream", "far gloo")
+WAYS = ("shared_memory", "stream", "gloo", "rendezvous", "far stream", "far gloo", "far rendezvous")
 EDGE = Edge("block0", "up", "block1", "up", 3)
 SOON = 20.0  # seconds that nothing takes on a machine that is not broken
 TOKEN = b"a token"
@@ -206,7 +208,7 @@ def test_what_cannot_be_sent_costs_no_credit(near: Two) -> None:
 
 
 def test_a_slow_network_does_not_hold_up_the_sender() -> None:
-    for way in ("far stream", "far gloo", "gloo"):
+    for way in ("far stream", "far gloo", "gloo", "rendezvous"):
         with closing(Two(way)) as two:
             out, inlet = two.open()
             Task(lambda: [out.send(message(n, 4_000_000)) for n in range(3)]).result()  # noqa: B023 - ends here
@@ -278,7 +280,7 @@ def test_what_was_sent_before_closing_arrives(two: Two) -> None:
     inlet.close()
 
 
-@pytest.mark.parametrize("way", ["far stream", "far gloo"])
+@pytest.mark.parametrize("way", ["far stream", "far gloo", "far rendezvous"])
 def test_closing_with_unread_credits_loses_nothing(way: str) -> None:
     """A TCP socket that is closed with something unread resets the connection; what is under way would be lost."""
     with closing(Two(way)) as two:
@@ -338,7 +340,7 @@ def test_closing_wakes_a_receiver_in_the_middle_of_a_message(two: Two) -> None:
     out, inlet = two.open()
     out._bulk.send = lambda *_: lambda: None  # type: ignore[method-assign]  # announced, and never sent
     stuck = frame.Frame(Kind.MESSAGE, 4_000_096, 0.0, b"", 2)
-    encoded = ends.encode(message(1, 1_000_000), str(EDGE))
+    encoded = ends.encode(message(1, 1_000_000), str(EDGE), inlet._bulk.device)
     size = sum(piece.nbytes for piece in encoded.pieces)
     small, _ = inlet._bulk.divide(encoded.pieces)
     if "stream" in two.way:
@@ -575,7 +577,9 @@ for outlet in reversed(outlets):  # those with a thread of their own first
 """
 
 
-@pytest.mark.parametrize("ways", [("shared_memory", "gloo", "far gloo"), ("stream", "far stream")])
+@pytest.mark.parametrize(
+    "ways", [("shared_memory", "gloo", "far gloo"), ("stream", "far stream", "rendezvous", "far rendezvous")]
+)
 def test_a_killed_sender_is_noticed_in_the_middle_of_a_message_and_leaves_nothing(
     ways: tuple[str, ...], tmp_path: Path
 ) -> None:
