@@ -300,7 +300,7 @@ class Processes(Runtime):
         if isinstance(thing, Exception):
             control.leave(thing)
             return
-        with suppress(Exception):  # the leader has been told, by `call`
+        with suppress(BaseException):  # the leader has been told, by `call`, and its own interrupt is no end of ours
             getattr(thing, method)(*args)
 
     def close(self) -> None:
