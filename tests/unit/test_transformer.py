@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled import Trainer, models
-from decoupled.errors import UserError
+from decoupled.errors import OperationError, UserError
 from decoupled.testing import Case, compare, flat, label, train, variants
 
 CASE = Case(widths=(4, 5, 3), cuts=(1,), sizes=(4, 4))  # stands in where `train` asks for one
@@ -74,8 +74,10 @@ def test_attention_is_softmax_of_scaled_products():
 def test_every_method_either_trains_it_or_says_why_not(spec):
     try:
         run = train(CASE, spec, blocks=blocks(), batches=batches(), epochs=3)
-    except UserError as error:
-        assert "\n" not in str(error)  # noqa: PT017
+    except (UserError, OperationError) as error:
+        reason = error.__cause__ if isinstance(error, OperationError) else error
+        assert isinstance(reason, UserError)
+        assert "\n" not in str(reason)
         return
     assert all(not torch.equal(weights[0], weights[-1]) for weights in run.weights)
 

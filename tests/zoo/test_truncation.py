@@ -166,8 +166,7 @@ def alone(spec, k, received):
     for other in [*blocks[:k], *blocks[k + 1 :]]:
         disturb(other)
     recipe = Recipe(point(spec), F.cross_entropy, OPTIMIZERS["momentum"], None, [torch.device("cpu")], 0, "stop")
-    units = [unit for block in blocks for unit in block.children()]
-    worker = chain(units, CASE.cuts, CASE.batches()[0][0], recipe)[k]
+    worker = chain(blocks, range(1, K), CASE.batches()[0][0], recipe)[k]
     worker.begin(0)
     edges = [Edge("player", port, worker.name, port, 999) for port in {"data", "up", "down"} | {p for p, _ in received}]
     Simulated().run(Graph([Player(received), worker], edges))
