@@ -31,6 +31,7 @@ class Line:
     """One end of a connected socket. `heard`: when something last came, on `time.monotonic`."""
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer must not wait for more to say
         self._socket = connection
         self._whole, self._piece = threading.Lock(), threading.Lock()
         self._parts: list[bytes] = []
@@ -113,8 +114,7 @@ class Line:
         self._socket.close()
 
     def _send(self, flag: int, piece: memoryview) -> None:
-        self._socket.sendall(_HEADER.pack(flag, len(piece)))
-        self._socket.sendall(piece)
+        self._socket.sendall(b"".join((_HEADER.pack(flag, len(piece)), piece)))
 
     def _take(self, size: int) -> bytes:
         data = _exactly(self._socket, size)
