@@ -26,6 +26,7 @@ from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, 
 from decoupled.experiment import label
 from decoupled.observe import timeline
 from decoupled.observe.eventlog import LIMIT
+from decoupled.observe.points import best, describe
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import timeline_table
@@ -147,22 +148,32 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _print_results(results: dict[str, Any]) -> None:
     table = Table(title=f"suite {results['suite']}: {results['data']}, {results['model']}, {results['blocks']} blocks")
-    columns = ("method", "test accuracy", f"speed-up over {results['baseline']}", "samples/s", "utilisation")
+    swept = any(record["point"] for record in results["records"])
+    columns = (
+        "method",
+        *(["best point"] if swept else []),
+        "test accuracy",
+        f"speed-up over {results['baseline']}",
+        "samples/s",
+        "utilisation",
+    )
     for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column in ("method", "best point") else "right")
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in results["records"]:
         groups.setdefault(record["label"], []).append(record)
-    for name, records in groups.items():
+    for name, every in groups.items():
+        records = best(every)
         good = [record for record in records if record["status"] == "ok"]
         if not good:
-            table.add_row(name, "failed", "", "", "")
+            table.add_row(name, "failed")
             continue
         accuracy = _mean([r["test_accuracy"] for r in good])
         speedups = [r["speedup_over_backprop"] for r in good if r["speedup_over_backprop"]]
         busy = [_mean(r["utilisation"]) for r in good if r["utilisation"]]
         table.add_row(
             name,
+            *([describe(good[0]["point"])] if swept else []),
             f"{accuracy:.3f}",
             f"{_mean(speedups):.2f}" if speedups else "",
             f"{_mean([r['samples_per_second'] for r in good]):,.0f}",

@@ -7,6 +7,7 @@ DIR/trace.json     the first operations of every method, for Perfetto
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -15,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from decoupled import registry
+from decoupled import registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
 from decoupled.experiment import CONTROLS, Setting, environment, label, run_control, run_method
+from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
@@ -51,20 +53,20 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
         raise UserError(f"seeds must be at least 1, got {config.seeds}")
     for spec in specs:
         registry.make(spec)  # wrong names are refused before anything runs
-    setting = Setting.prepare(config)
+    settings = sweep.settings(config)
     fresh_directory(out)
     records: list[dict[str, Any]] = []
     recorders: list[Recorder] = []
     contestants: list[Spec] = [*specs, *(CONTROLS if config.controls else ())]
     results: dict[str, Any] = {}
-    with Reporter(setting.samples * len(contestants) * config.seeds, quiet) as reporter:
+    samples = sum(setting.samples for _, setting in settings)
+    with Reporter(samples * len(contestants) * config.seeds, quiet) as reporter:
         try:
-            for seed in range(config.seeds):
-                for spec in contestants:
-                    record = _one(setting, spec, seed, reporter, recorders)
-                    records.append(record)
+            for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants):
+                traced = recorders if seed == 0 and point == settings[0][0] else []
+                records.append(_one(setting, point, spec, seed, reporter, traced))
         finally:
-            results = _results(config, setting, records, command)
+            results = _results(config, settings[0][1], records, command)
             _write(out, results, recorders)
     return results
 
@@ -83,25 +85,27 @@ def fresh_directory(out: Path) -> None:
         raise UserError(f"cannot make the directory {out} ({error.strerror}); choose another --out") from None
 
 
-def _one(setting: Setting, spec: Spec, seed: int, reporter: Reporter, recorders: list[Recorder]) -> dict[str, Any]:
-    reporter.start(f"{label(spec)} seed {seed}")
+def _one(
+    setting: Setting, point: sweep.Point, spec: Spec, seed: int, reporter: Reporter, recorders: list[Recorder]
+) -> dict[str, Any]:
+    where = {"point": point, "blocks": len(setting.cuts) + 1, "cuts": setting.cuts}
+    what = " ".join(filter(None, (f"{label(spec):24}", describe(point), f"seed {seed}")))
+    reporter.start(what)
     began = time.perf_counter()
     try:
         if isinstance(spec, str) and spec in CONTROLS:
             record = run_control(setting, spec, seed, reporter.advance)
         else:
             record, recorder = run_method(setting, spec, seed, reporter.advance)
-            if seed == 0:
-                recorders.append(recorder)
+            recorders.append(recorder)
     except OperationError as error:
-        record = _failed(spec, seed, error)
-        reporter.line(f"{label(spec):24} seed {seed}  failed: {error}")
-        return record
+        reporter.line(f"{what}  failed: {error}")
+        return _failed(spec, seed, error) | where
     reporter.line(
-        f"{record['label']:24} seed {seed}  test accuracy {record['test_accuracy']:.3f}  "
+        f"{what}  test accuracy {record['test_accuracy']:.3f}  "
         f"{record['samples_per_second']:8.0f} samples/s  {time.perf_counter() - began:5.1f} s"
     )
-    return record
+    return record | where
 
 
 def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
@@ -119,14 +123,13 @@ def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
 
 
 def _results(config: CompareConfig, setting: Setting, records: list[dict[str, Any]], command: str) -> dict[str, Any]:
-    pace = {
-        r["seed"]: r["samples_per_second"] for r in records if r["label"] == config.baseline and r["status"] == "ok"
-    }
+    base = [r for r in records if r["label"] == config.baseline and r["status"] == "ok"]
+    pace = {(r["seed"], describe(r["point"])): r["samples_per_second"] for r in base}
     if config.runtime == "simulated":  # one thread did all the work: its pace says nothing
         pace = {}
     for record in records:
-        base, own = pace.get(record["seed"]), record["samples_per_second"]
-        record["speedup_over_backprop"] = own / base if base and own else None
+        reference, own = pace.get((record["seed"], describe(record["point"]))), record["samples_per_second"]
+        record["speedup_over_backprop"] = own / reference if reference and own else None
     data, model = (spec if isinstance(spec, str) else label(spec) for spec in (config.data, config.model))
     return {
         "suite": config.suite,

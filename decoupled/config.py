@@ -5,13 +5,14 @@ Later wins: defaults < suite (compare) < --config file < key=value. Unknown keys
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from decoupled.errors import UserError, nearest
 
@@ -64,6 +65,7 @@ class CompareConfig(Task):
     controls: bool = True  # plain PyTorch, and earlier blocks frozen at initialisation
     baseline: str = MISSING  # the method that speed-ups are relative to
     seeds: int = 3  # runs per method, seeds 0, 1, ...
+    sweep: Any = field(default_factory=dict)  # key -> values, {lr: [0.1, 0.01]}: all methods at all combinations
 
 
 @dataclass
@@ -101,11 +103,43 @@ def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
     if kind is CompareConfig:
         suite = next((part["suite"] for part in reversed(parts) if "suite" in part), "quick")
         parts.insert(0, _file(_suite(str(suite))) | {"suite": str(suite)})
-    try:
+    with _explained(kind):
         for part in parts:
             base = OmegaConf.merge(base, OmegaConf.create(_nested(kind, part)))
         return cast(T, OmegaConf.to_object(base))
-    except ConfigKeyError as error:
+
+
+def changed(config: T, values: Mapping[str, Any]) -> T:
+    """A copy of a configuration with other values.
+
+    Args:
+        config: a `Task`.
+        values: by key; keys of `Recipe` may be written without ``recipe.``, and dots reach into mappings
+            (``model.width``). A mapping is merged into what is there.
+
+    Raises:
+        UserError: unknown key (with the nearest), or wrong type.
+
+    Example:
+        >>> changed(TrainConfig(method="x"), {"lr": 0.2}).recipe.lr
+        0.2
+    """
+    base, recipe = OmegaConf.structured(config), {f.name for f in fields(Recipe)}
+    with _explained(type(config)):
+        for key, value in values.items():
+            whole, dot, _ = key.partition(".")
+            if dot and isinstance(name := getattr(config, whole, None), str):
+                OmegaConf.update(base, whole, {"name": name})  # a name is short for a mapping
+            OmegaConf.update(base, f"recipe.{key}" if key in recipe else key, value, merge=True)
+        return cast(T, OmegaConf.to_object(base))
+
+
+@contextmanager
+def _explained(kind: type) -> Iterator[None]:
+    """Errors of OmegaConf as one line that names the key and the remedy."""
+    try:
+        yield
+    except (ConfigAttributeError, ConfigKeyError) as error:
         key = str(error.key)
         raise UserError(f"unknown key {key!r}.{nearest(key, _known(kind))} Known: {', '.join(_known(kind))}.") from None
     except MissingMandatoryValue as error:
@@ -113,6 +147,8 @@ def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
         raise UserError(f"{missing} is missing; write {missing}=..., e.g. {missing}=NAME (`decoupled list`)") from None
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0] + f" (key {error.full_key or error.key!r})") from None
+    except TypeError as error:  # OmegaConf's, a list where a suite or file has a mapping, or the reverse
+        raise UserError(f"{str(error).splitlines()[0]}; give a key the kind of value that it has") from None
 
 
 def plain(config: object) -> dict[str, Any]:

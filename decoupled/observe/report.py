@@ -21,13 +21,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from decoupled.observe import charts
+from decoupled.observe import charts, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
+from decoupled.observe.points import Record, best, describe
 from decoupled.observe.trace import KINDS, Span, opening
 
-Record = Mapping[str, Any]
 Measure = Callable[[Record], float | None]
-SAID = {"suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls"}
+SAID = {"suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Summary:
     style: str
     runs: Sequence[Record]
     failures: Sequence[Record]
+    point: str = ""  # of a sweep: where these runs are
 
     def stat(self, measure: Measure) -> Stat | None:
         """`measure` over the seeds that have it, or None where none has."""
@@ -91,20 +92,22 @@ def _mean_staleness(histograms: Sequence[Mapping[str, int]]) -> float | None:
 
 
 def summarise(results: Mapping[str, Any]) -> list[Summary]:
-    """One summary per label (a method, or one setting of it), controls last; these and the baseline wear no hue."""
+    """One summary per label, at its best point, controls last; these and the baseline wear no hue."""
     groups: dict[str, list[Record]] = {}
     for record in results.get("records") or []:
         groups.setdefault(record.get("label") or record["method"], []).append(record)
     wanted = results.get("baseline")
     base = wanted if wanted in groups else next((x for x, r in groups.items() if r[0]["method"] == wanted), None)
     summaries, hues, greys = [], iter(range(len(groups))), iter(range(len(groups)))
-    for label, records in sorted(groups.items(), key=lambda item: item[1][0].get("kind") == "control"):
+    for label, every in sorted(groups.items(), key=lambda item: item[1][0].get("kind") == "control"):
+        records = best(every)
         kind = "baseline" if label == base else records[0].get("kind") or "method"
         grey = "kb d0" if kind == "baseline" else f"kc d{1 + next(greys) % 3}" if kind == "control" else ""
         failures = [record for record in records if record.get("status") == "failed"]
         runs = [record for record in records if record.get("status") != "failed"]
         name, family = records[0]["method"], (records[0].get("family") or "").replace("_", " ")
-        summaries.append(Summary(name, label, kind, family, grey or charts.style_of(next(hues)), runs, failures))
+        style, point = grey or charts.style_of(next(hues)), describe(records[0].get("point") or {})
+        summaries.append(Summary(name, label, kind, family, style, runs, failures, point))
     return summaries
 
 
@@ -264,7 +267,8 @@ def _timelines(summaries: Sequence[Summary]) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     """A config as words, nested entries side by side; what the page says elsewhere is left out."""
-    flat = {k: v for value in config.values() if isinstance(value, Mapping) for k, v in value.items() if k != "name"}
+    nested = [value for key, value in config.items() if isinstance(value, Mapping) and key != "sweep"]
+    flat = {k: v for value in nested for k, v in value.items() if k != "name"}
     flat |= {k: v for k, v in config.items() if not isinstance(v, Mapping | list) and k not in SAID}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
@@ -284,6 +288,7 @@ def render(results: dict[str, Any]) -> str:
         figures=_learning(summaries) | _bars(summaries),
         staleness=_staleness(summaries),
         timelines=_timelines(summaries),
+        sweep=sweeps.section(results, {m.label: m.style for m in summaries}),
         settings=_settings(results.get("config") or {}),
         options=[(m.label, _settings([*m.runs, *m.failures][0].get("config") or {})) for m in summaries],
     )

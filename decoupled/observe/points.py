@@ -1,0 +1,45 @@
+"""Reading a sweep: the records of a method by their point, and the point that stands for the method.
+
+    records of one method --by_point--> point -> its seeds --best--> the point with the least validation loss at the end
+
+A record without a point is of a comparison that swept nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def describe(point: Mapping[str, Any]) -> str:
+    """``lr=0.1, batch_size=64``; empty for the empty point."""
+    flat: dict[str, Any] = {}
+    for key, value in point.items():
+        flat |= value if isinstance(value, Mapping) and key == "recipe" else {key: value}
+    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items())
+
+
+def by_point(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of one method, grouped by their point, in the order of the sweep."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(describe(record.get("point") or {}), []).append(record)
+    return groups
+
+
+def last_loss(record: Record) -> float:
+    """Validation loss at the end of a run; infinite where it failed or diverged."""
+    curve = record.get("curve") or []
+    loss = curve[-1].get("validation_loss") if curve and record.get("status") != "failed" else None
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def best(records: Sequence[Record]) -> list[Record]:
+    """The records of a method at its best point: the least mean validation loss at the end, over all seeds."""
+    groups = by_point(records)
+    return min(groups.values(), key=lambda group: fmean(map(last_loss, group)), default=[])
