@@ -20,11 +20,13 @@ from decoupled import registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
 from decoupled.experiment import CONTROLS, Setting, environment, label, run_control, run_method
+from decoupled.observe.claims import check
 from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import write_trace
+from decoupled.price import price
 
 Spec = str | Mapping[str, Any]
 
@@ -53,6 +55,7 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
         raise UserError(f"seeds must be at least 1, got {config.seeds}")
     for spec in specs:
         registry.make(spec)  # wrong names are refused before anything runs
+    check(config.claims, config.cutoffs)
     settings = sweep.settings(config)
     fresh_directory(out)
     records: list[dict[str, Any]] = []
@@ -64,7 +67,10 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
         try:
             for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants):
                 traced = recorders if seed == 0 and point == settings[0][0] else []
-                records.append(_one(setting, point, spec, seed, reporter, traced))
+                record = _one(setting, point, spec, seed, reporter, traced)
+                if config.cutoffs and record["kind"] == "method" and record["status"] == "ok":
+                    price(record, setting, spec)
+                records.append(record)
         finally:
             results = _results(config, settings[0][1], records, command)
             _write(out, results, recorders)

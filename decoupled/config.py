@@ -66,6 +66,8 @@ class CompareConfig(Task):
     baseline: str = MISSING  # the method that speed-ups are relative to
     seeds: int = 3  # runs per method, seeds 0, 1, ...
     sweep: Any = field(default_factory=dict)  # key -> values, {lr: [0.1, 0.01]}: all methods at all combinations
+    cutoffs: Any = field(default_factory=list)  # validation losses: what it costs, and how long it takes, to reach them
+    claims: Any = field(default_factory=list)  # orders of methods to be held against the results, see observe.claims
 
 
 @dataclass

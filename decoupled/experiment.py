@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -225,6 +226,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _processor(),
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": device,
         "platform": platform.system(),
     }

@@ -184,10 +184,10 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip:
 
 
 def _locked(method: Method, K: int) -> list[range]:
-    """Runs of neighbours that follow the same objectives without delay."""
+    """Runs of neighbours that follow the same objectives without delay; what follows none (frozen) waits for none."""
     facts = method.facts
     reach = [sorted(facts.reach(k, K)) for k in range(K)]
-    starts = [0, *(k for k in range(1, K) if reach[k] != reach[k - 1] or facts.delay(k - 1, K) > 0), K]
+    starts = [0, *(k for k in range(1, K) if reach[k] != reach[k - 1] or not reach[k] or facts.delay(k - 1, K) > 0), K]
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 

@@ -163,7 +163,8 @@ OPTIONS = {
 KEYS = {
     config.Recipe: "optimizer lr momentum weight_decay schedule batch_size epochs augment",
     config.TrainConfig: "data model blocks runtime precision recipe method seed on_nonfinite resume",
-    config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds sweep",
+    config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds sweep "
+    "cutoffs claims",
     config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
 }
 

@@ -45,6 +45,9 @@ class Scale:
             return [(float(i), name) for i, name in enumerate(self.names)]
         if not self.log:
             return [(value, f"{value:,.6g}") for value in ticks(axis.low, axis.high)]
+        if axis.high - axis.low < 0.7:  # few powers and their fractions would be inside: round numbers instead
+            found = [value for value in ticks(10**axis.low, 10**axis.high) if value > 0]
+            return [(math.log10(value), f"{value:,.6g}") for value in found]
         decades = range(math.floor(axis.low), math.ceil(axis.high) + 1)
         steps = (1, 2, 5) if axis.high - axis.low < 2 else (1, 3) if axis.high - axis.low < 4 else (1,)
         found = [(math.log10(s * 10.0**d), f"{s * 10.0**d:,.6g}") for d in decades for s in steps]

@@ -21,13 +21,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from decoupled.observe import charts, sweeps
+from decoupled.observe import charts, claims, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
 from decoupled.observe.points import Record, best, describe
 from decoupled.observe.trace import KINDS, Span, opening
 
 Measure = Callable[[Record], float | None]
-SAID = {"suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep"}
+SAID = {
+    "suite",
+    "data",
+    "model",
+    "blocks",
+    "runtime",
+    "baseline",
+    "seeds",
+    "seed",
+    "method",
+    "controls",
+    "sweep",
+    "claims",
+}
 
 
 @dataclass(frozen=True)
@@ -190,32 +203,6 @@ def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
     }
 
 
-def _curves(summaries: Sequence[Summary], key: str, scale: float = 1.0) -> list[charts.Series]:
-    """Validation accuracy (%) against `key`: epoch by epoch the mean over those seeds of a method that all reached."""
-    series = []
-    for summary in summaries:
-        epochs: dict[int, list[tuple[float, float]]] = {}
-        for run in summary.runs:
-            for point in run.get("curve") or []:
-                at, accuracy = point.get(key), point.get("validation_accuracy")
-                if at is not None and accuracy is not None and math.isfinite(accuracy):
-                    epochs.setdefault(point["epoch"], []).append((at / scale, 100 * accuracy))
-        full = [epoch for _, epoch in sorted(epochs.items()) if len(epoch) == max(map(len, epochs.values()))]
-        points = [(fmean(xs), fmean(ys), min(ys), max(ys)) for xs, ys in (zip(*epoch, strict=True) for epoch in full)]
-        if points:
-            series.append(charts.Series(summary.label, summary.style, points, fixed(1)(points[-1][1])))
-    return series
-
-
-def _learning(summaries: Sequence[Summary]) -> dict[str, Markup]:
-    name, figures = "Validation accuracy against", {}
-    if time := _curves(summaries, "seconds"):
-        figures["time"] = charts.line_chart(time, f"{name} training time", "seconds", "accuracy, %")
-    if samples := _curves(summaries, "samples", 1000):
-        figures["samples"] = charts.line_chart(samples, f"{name} samples", "thousand samples", "accuracy, %")
-    return figures
-
-
 def _bars(summaries: Sequence[Summary]) -> dict[str, Markup]:
     throughput, memory, traffic, reference = [], [], [], None
     held = {m.label: m.per_block("peak_held_bytes") for m in summaries}
@@ -276,6 +263,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
 def render(results: dict[str, Any]) -> str:
     """The page for one results.json as HTML text."""
     summaries = summarise(results)
+    styles = {m.label: m.style for m in summaries}
     columns, rows = table(summaries)
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -285,10 +273,12 @@ def render(results: dict[str, Any]) -> str:
         found=findings(summaries),
         columns=columns,
         rows=rows,
-        figures=_learning(summaries) | _bars(summaries),
+        figures=learning.figures(summaries) | _bars(summaries),
         staleness=_staleness(summaries),
         timelines=_timelines(summaries),
-        sweep=sweeps.section(results, {m.label: m.style for m in summaries}),
+        sweep=sweeps.section(results, styles),
+        frontier=frontier.section(results, styles),
+        claims=claims.findings(results),
         settings=_settings(results.get("config") or {}),
         options=[(m.label, _settings([*m.runs, *m.failures][0].get("config") or {})) for m in summaries],
     )

@@ -1,0 +1,149 @@
+"""Price and time of a loss, the frontier, and claims held against results."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decoupled import cli
+from decoupled.config import CompareConfig, read, suites
+from decoupled.errors import UserError
+from decoupled.flops import cost
+from decoupled.models import build
+from decoupled.observe import claims, frontier
+from decoupled.observe.frontier import configurations, least, reach
+from decoupled.observe.report import render
+
+
+def record(label: str, point: int, losses: list[float], seed: int = 0, chain: float = 1e6, **changes: Any) -> dict:
+    """A run whose epochs take one second and `point` million FLOPs each, `chain` of them on the critical path."""
+    curve = [
+        {"epoch": e, "seconds": e, "flops": e * 1e6 * point, "sequential_flops": e * chain, "validation_loss": loss}
+        for e, loss in enumerate(losses, 1)
+    ]
+    prices = {"example": 1e6, "chain": chain, "head": 0.0, "update": 0.0, "longest_update": 0.0}
+    usual = {
+        "label": label, "method": label, "point": {"batch_size": point}, "seed": seed, "status": "ok", "curve": curve,
+        "flops": prices, "kind": "method", "test_accuracy": 0.5, "speedup_over_backprop": 1.0,
+    }  # fmt: skip
+    return usual | changes
+
+
+def results(records: list[dict], **config: Any) -> dict[str, Any]:
+    machine: dict[str, Any] = dict.fromkeys(("torch", "python", "cpu", "threads", "device", "platform"), "x")
+    return {
+        "suite": "s", "created": "2026-01-02", "command": "c", "data": "d", "model": "m", "blocks": 4,
+        "runtime": "threads", "baseline": "a", "environment": machine | {"cores": 2}, "config": config,
+        "records": records,
+    }  # fmt: skip
+
+
+def test_a_loss_is_reached_between_two_evaluations() -> None:
+    run = record("a", 2, [3.0, 1.0, 2.0, 0.5])
+    assert reach(run, 1.5) == {"seconds": 1.75, "flops": 3.5e6, "sequential_flops": 1.75e6}
+    assert reach(run, 4.0) == {"seconds": 1.0, "flops": 2e6, "sequential_flops": 1e6}, "no earlier than measured"
+    assert reach(run, 0.4) is None
+    assert reach(record("a", 1, [math.nan, 0.1]), 1.0) is None, "diverged"
+
+
+def test_a_configuration_counts_if_all_its_seeds_reach_the_loss() -> None:
+    runs = [record("a", 1, [1.0], 0), record("a", 1, [2.0, 1.0], 1), record("a", 2, [1.0], 0), record("a", 2, [9.0], 1)]
+    (one,) = configurations(runs, 1.0)
+    assert one["seconds"] == 1.5
+    assert least(runs, 1.0, "flops") == 1.5e6
+    assert least(runs, 0.5, "flops") == math.inf
+
+
+def test_the_frontier_has_what_nothing_beats_in_both() -> None:
+    points = [(3, 3), (1, 9), (2, 4), (2, 3), (4, 1), (5, 1)]
+    assert frontier.frontier(points) == [(1, 9), (2, 3), (4, 1)]
+    assert frontier.frontier([]) == []
+
+
+CLAIM = {"text": "quality", "measure": "validation_loss", "order": [["a"], ["b", "gone"], ["c"]]}
+
+
+def test_claims_are_computed_from_the_records() -> None:
+    runs = [
+        *[record("a", 1, [0.5 + seed / 10], seed) for seed in (0, 1)],
+        *[record("b", 1, [0.7 + seed / 10], seed) for seed in (0, 1)],
+        *[record("c", 1, [0.75 + seed / 10], seed) for seed in (0, 1)],
+    ]
+    (found,) = claims.findings(results(runs, claims=[CLAIM]))
+    assert [step.verdict for step in found.steps] == ["yes", "open"]
+    assert found.verdict == "1 of 2 steps reproduced, 1 open"
+    (found,) = claims.findings(results(runs, claims=[CLAIM | {"order": [["b"], ["a"]]}]))
+    assert found.verdict == "not reproduced"
+    assert "0.750" in str(found.steps[0])
+
+
+def test_claims_about_reaching_a_loss() -> None:
+    runs = [record("a", 1, [1.0, 0.5], chain=4e6), record("b", 1, [1.0, 0.9], chain=1e6)]
+    claim = {"text": "time", "measure": "sequential_flops", "order": [["b"], ["a"]], "cutoff": "each"}
+    loose, tight, never = claims.findings(results(runs, claims=[claim], cutoffs=[1.0, 0.6])), [], []
+    assert [(f.text, f.verdict) for f in loose] == [
+        ("time (loss 1)", "reproduced"), ("time (loss 0.6)", "not reproduced")
+    ]  # fmt: skip
+    assert "b not reached" in str(loose[1].steps[0])
+    tight = claims.findings(results(runs, claims=[claim | {"cutoff": "tightest"}], cutoffs=[1.0, 0.6, 0.1]))
+    assert [f.text for f in tight] == ["time (loss 0.6)"]
+    never = claims.findings(results(runs, claims=[claim | {"cutoff": 0.1}]))
+    assert never == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cutoffs", "message"),
+    [
+        ([{"text": "x"}], [], "a claim has text, measure, order"),
+        ([CLAIM | {"measure": "los"}], [], "unknown measure 'los'"),
+        ([CLAIM | {"cutoff": 1.0}], [], "a cutoff goes with"),
+        ("x", [], "a claim has"),
+        ([], 0.5, "cutoffs must be a list"),
+        ([], [-1], "cutoffs must be a list"),
+    ],
+)
+def test_wrong_claims_are_one_clear_line(wrong: Any, cutoffs: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        claims.check(wrong, cutoffs)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suite", suites())
+def test_the_suites_claim_what_can_be_checked(suite: str) -> None:
+    config = read(CompareConfig, [f"suite={suite}"])
+    claims.check(config.claims, config.cutoffs)
+
+
+def test_the_page_shows_frontiers_prediction_and_claims() -> None:
+    runs = [record("a", n, [1.0, 0.5], chain=1e6) for n in (1, 2)] + [record("b", 1, [1.0, 0.5], chain=5e5)]
+    data = results(runs, claims=[CLAIM], cutoffs=[0.6, 0.1])
+    shown = frontier.section(data, {"a": "kb d0", "b": "k0 d0"})
+    assert shown is not None
+    assert [part["cutoff"] for part in shown["cutoffs"]] == ["0.6", "0.1"]
+    assert [len(part["figures"]) for part in shown["cutoffs"]] == [2, 0]
+    predicted = {row["label"]: row["cells"][2:4] for row in shown["model"]}
+    assert predicted == {"a": ["1.00", "1.00"], "b": ["2.00", "2.00"]}
+    page = render(data)
+    for text in ("sequential MFLOP", "No configuration reached it", "quality: ", "Predicted"):
+        assert text in page
+
+
+def test_compare_prices_a_run_as_flops_counts_it(tmp_path: Path) -> None:
+    out, size = tmp_path / "out", 40
+    words = ["data={name: digits, limit: 100}", "model={name: mlp, width: 16, depth: 3}", "blocks=[1,2]", "epochs=2"]
+    words += ["methods=[backprop,greedy_local,block_admm]", "cutoffs=[5.0]", "seeds=1", "controls=false"]
+    assert cli.main(["compare", *words, f"batch_size={size}", "optimizer=adam", "--quiet", "--out", str(out)]) == 0
+    backprop, greedy, admm = json.loads((out / "results.json").read_text())["records"]
+    assert admm["flops"] is None
+    units = build({"name": "mlp", "width": 16, "depth": 3}, (1, 8, 8), 10)
+    for record, name in ((backprop, "backprop"), (greedy, "greedy_local")):
+        expected = cost(units, (1, 8, 8), name, update=13)
+        last = record["curve"][-1]
+        steps = 2 * 3  # epochs of 40, 40 and 20 examples
+        assert last["flops"] == pytest.approx(200 * expected.price(1) + (steps - 200) * (expected.price(0)))
+        assert last["sequential_flops"] == pytest.approx(steps * expected.time())
