@@ -1,0 +1,89 @@
+"""The simplest way to run a graph: one thread, one queue, backward messages first. For examples, tests and profiles.
+
+total = execute(graph, instances)        every message is handled; gradients are added up in `.grad`
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from decoupled.errors import StallError
+from decoupled.graph.build import NodeGraph
+from decoupled.graph.instance import Instance
+from decoupled.graph.node import Backward, Forward, Key, Node, Result, Sends, State
+
+
+@dataclass
+class Executed:
+    """What an execution found: the results of the losses, and seconds and visits per node."""
+
+    results: list[Result] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    visits: dict[str, int] = field(default_factory=dict)
+
+
+def execute(
+    graph: NodeGraph,
+    instances: Iterable[Instance],
+    training: bool = True,
+    choose: Callable[[int], int] | None = None,
+) -> Executed:
+    """Run all instances at once through the graph, and back.
+
+    Args:
+        graph: is checked first. instances: numbered from 0.
+        training: with the way back, or without.
+        choose: number of waiting messages -> which is next (any interleaving); default: backward first, in order.
+
+    Raises:
+        ProtocolError, UserError: as the nodes raise them. StallError: an instance did not come back.
+    """
+    graph.check()
+    successors, predecessors = graph.successors(), graph.predecessors()
+    forward: deque[tuple[bool, Node, int, State, object]] = deque()
+    backward: deque[tuple[bool, Node, int, State, object]] = deque()
+    found = Executed()
+
+    def send(node: Node, sends: Sends) -> None:
+        for one in sends:
+            if type(one) is Forward:
+                name, port = successors[node.name][one.port]
+                forward.append((False, graph.nodes[name], port, one.state, one.payload))
+            elif type(one) is Backward:
+                if node.inputs:
+                    name, port = predecessors[node.name][one.port]
+                    backward.append((True, graph.nodes[name], port, one.state, one.gradient))
+            else:
+                assert isinstance(one, Result)
+                found.results.append(one)
+
+    for node in graph.nodes.values():
+        node.begin(training)
+    for number, instance in enumerate(instances):
+        for name, position, payload in instance.messages:
+            node, state = graph.nodes[name], (Key(number, instance.about), *position)
+            send(node, node._checked([Forward(0, state, payload)]))
+    while forward or backward:
+        back, node, port, state, payload = _next(forward, backward, choose)
+        start = time.perf_counter()
+        sends = node.take_backward(port, state, payload) if back else node.take_forward(port, state, payload)  # type: ignore[arg-type]
+        found.seconds[node.name] = found.seconds.get(node.name, 0.0) + time.perf_counter() - start
+        found.visits[node.name] = found.visits.get(node.name, 0) + 1
+        send(node, sends)
+    left = [f"{name}: {what}" for name, node in graph.nodes.items() for what in node.open()]
+    if left:
+        raise StallError(f"messages of {graph.name!r} never came back: {'; '.join(left[:8])}")
+    return found
+
+
+def _next(forward: deque, backward: deque, choose: Callable[[int], int] | None) -> tuple:
+    if choose is None:
+        return (backward or forward).popleft()
+    n = choose(len(forward) + len(backward))
+    queue, n = (forward, n) if n < len(forward) else (backward, n - len(forward))
+    item = queue[n]
+    del queue[n]
+    return item

@@ -1,0 +1,197 @@
+"""Nodes that compute: parameterised and other transforms of a payload, and the loss where the way back begins.
+
+    PPT    y = f(x; w)     forward remembers (x, y, version of w); backward pops it: dx goes on, dw is accumulated
+    NPT    y = f(x)        the same without weights
+    Loss   l(y, target)    waits for both with equal state; dl/dy starts the way back, the target is answered None
+
+What a backward of a PPT uses when its weights have been updated since the forward (they are never stashed):
+
+    "activation"   the saved activations of the forward and today's weights
+    "recompute"    the saved input; the forward is run again with today's weights
+
+After `muf` gradients (min_update_frequency) the PPT updates its own weights, without asking anybody.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decoupled.errors import UserError
+from decoupled.graph.matching import Matching
+from decoupled.graph.node import Backward, Forward, Node, Result, Sends, State, twice
+
+MODES = ("activation", "recompute")
+Score = Callable[[Tensor, Tensor], float]
+
+
+class NPT(Node):
+    """Transform without weights.
+
+    Args:
+        function: payload -> payload; with `with_state`, (payload, *state) -> payload.
+    """
+
+    kind = "npt"
+
+    def __init__(self, function: Callable[..., Tensor], name: str | None = None, with_state: bool = False) -> None:
+        super().__init__(name or _name_of(function))
+        self.function, self.with_state = function, with_state
+        self.recompute = False
+        self.version = 0  # of the weights
+        self._kept: dict[State, tuple[Tensor, Tensor | None, int]] = {}  # input, output with its graph, version
+
+    def forward(self, port: int, state: State, payload: Tensor) -> Sends:
+        if not self.training:
+            with torch.no_grad():
+                return (Forward(0, state, self._run(payload, state)),)
+        if state in self._kept:
+            raise twice(self, f"input {port}", state)
+        x = payload.detach()
+        if x.is_floating_point():
+            x.requires_grad_()
+        with torch.enable_grad():
+            y = self._run(x, state)
+        self._kept[state] = x, None if self.recompute else y, self.version
+        self.peak = max(self.peak, len(self._kept))
+        return (Forward(0, state, y.detach()),)
+
+    def backward(self, port: int, state: State, gradient: Tensor | None) -> Sends:
+        x, y, version = self._kept.pop(state)
+        if gradient is not None:
+            if y is None:
+                with torch.enable_grad():
+                    y = self._run(x, state)
+            if y.requires_grad:
+                y.backward(gradient)
+            self._learn(version)
+        return (Backward(0, state, x.grad),)
+
+    def _run(self, x: Tensor, state: State) -> Tensor:
+        return self.function(x, *state) if self.with_state else self.function(x)
+
+    def _learn(self, version: int) -> None:
+        """A gradient for the weights has been added up; the forward saw the weights of `version`."""
+
+    def remembered(self) -> list[tuple[int, State]]:
+        return [(0, state) for state in self._kept]
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the inputs kept for the way back."""
+        return sum(x.numel() * x.element_size() for x, _, _ in self._kept.values())
+
+
+class PPT(NPT):
+    """Parameterised transform: any module of one tensor to one tensor, with an optimizer of its own.
+
+    Args:
+        module: its weights belong to this node alone.
+        muf: gradients after which it updates (min_update_frequency); None: what the trainer says.
+        cost: relative cost, for placement and simulation; None: measured.
+
+    Attributes:
+        staleness: own updates between forward and backward -> how often.
+        updates: how many there were.
+    """
+
+    kind = "ppt"
+
+    def __init__(
+        self, module: nn.Module, name: str | None = None, muf: int | None = None, with_state: bool = False
+    ) -> None:
+        super().__init__(module, name, with_state)
+        if muf is not None and muf < 1:
+            raise UserError(f"node {self.name!r}: muf is a number of gradients, at least 1; got {muf}")
+        self.module, self.own_muf = module, muf
+        self.muf: float = muf or float("inf")
+        self.mean = False
+        self.staleness: Counter[int] = Counter()
+        self.updates = self.gradients = 0  # gradients since the last update
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._twins: list[tuple[nn.Parameter, nn.Parameter]] = []  # weight, the same memory for the optimizer
+
+    def prepare(self, optimizer: Callable[..., torch.optim.Optimizer], muf: float, mean: bool, mode: str) -> None:
+        """Give it an optimizer, made for its own weights; see `GraphTrainer` for the options."""
+        if mode not in MODES:
+            raise UserError(f"backward must be one of {', '.join(MODES)}, got {mode!r}")
+        self.recompute, self.mean, self.muf = mode == "recompute", mean, self.own_muf or muf
+        # The optimizer writes into the same memory through tensors with another version counter: autograd then uses
+        # today's weights with the saved activations, instead of refusing to.
+        self._twins = [(p, nn.Parameter(p.data)) for p in self.module.parameters() if p.requires_grad]
+        self._optimizer = optimizer([twin for _, twin in self._twins]) if self._twins else None
+
+    def _learn(self, version: int) -> None:
+        self.staleness[self.version - version] += 1
+        self.gradients += 1
+        if self.gradients >= self.muf:
+            self.update()
+
+    def update(self) -> None:
+        """One step with what has been added up; none if nothing has been."""
+        if not self.gradients or self._optimizer is None:
+            return
+        for weight, twin in self._twins:
+            twin.grad, weight.grad = weight.grad, None
+            if self.mean and twin.grad is not None:
+                twin.grad /= self.gradients
+        self._optimizer.step()
+        self.gradients = 0
+        self.version += 1
+        self.updates += 1
+
+
+class Loss(Node):
+    """Where the way back begins: waits for a prediction and its target, with equal states.
+
+    Args:
+        function: (prediction, target) -> scalar, a mean over rows.
+        score: (prediction, target) -> number, a sum over rows (how many are right); or None.
+    """
+
+    kind, inputs, outputs = "loss", 2, 0
+
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None, score: Score | None = None
+    ) -> None:
+        super().__init__(name or "loss")
+        self.function, self.score = function, score
+        self._waiting = Matching(self)
+
+    def forward(self, port: int, state: State, payload: Tensor) -> Sends:
+        both = self._waiting.add(port, state, payload)
+        if both is None:
+            return ()
+        prediction, target = both[0].detach(), both[1]
+        with torch.set_grad_enabled(self.training):
+            loss = self.function(prediction.requires_grad_(self.training), target)
+        if loss.dim() or (self.training and not loss.requires_grad):
+            raise UserError(f"node {self.name!r}: the loss must be one number made of the prediction; use a mean")
+        rows = prediction.shape[0] if prediction.dim() else 1
+        score = float("nan") if self.score is None else float(self.score(prediction.detach(), target))
+        result = Result(state, loss.item(), score, rows)
+        if not self.training:
+            return (result,)
+        loss.backward(inputs=[prediction])
+        return result, Backward(0, state, prediction.grad), Backward(1, state, None)
+
+    def backward(self, port: int, state: State, gradient: Any) -> Sends:
+        raise AssertionError("a loss has no outputs")
+
+    def remembered(self) -> list[tuple[int, State]]:
+        return self._waiting.remembered()
+
+    def forget(self) -> None:
+        self._waiting.clear()
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    text = getattr(function, "__name__", type(function).__name__).lower()
+    return text if text.isidentifier() else "npt"
