@@ -186,6 +186,8 @@ class _Slot(NamedTuple):
 def _pack(value: Any, tensors: list[Tensor], keep: torch.device | None) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, int):  # a number with something attached travels as the number
+        return int(value)
     if type(value) is tuple:
         return {"t": [_pack(item, tensors, keep) for item in value]}
     if type(value) is frozenset:

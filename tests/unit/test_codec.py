@@ -291,3 +291,13 @@ def test_nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("loads", "load", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     assert roundtrip(Note(("a", 1), "b", (torch.ones(2),))).key == ("a", 1)
+
+
+def test_a_number_with_something_attached_travels_as_the_number() -> None:
+    class Numbered(int):
+        about = "x"
+
+    message = Message((Numbered(3), 1))
+    arrived = roundtrip(message)
+    assert arrived == message
+    assert type(arrived.key[0]) is int  # pyright: ignore[reportIndexIssue]
