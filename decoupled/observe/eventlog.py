@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from decoupled.errors import UserError
-from decoupled.messages import Boundary, Message
+from decoupled.messages import Message
 from decoupled.observe.events import TIMES, Event, Events, Extent, Operation, Take, Transfer, Versions, Wait, times
 from decoupled.observe.trace import operation_batch, operation_ends_pass
 from decoupled.runtime.contract import Edge, Observer
@@ -57,8 +57,7 @@ class EventLog(Observer):
     def delivery(self, edge: Edge, message: Message, sent: float, arrived: float) -> None:
         def transfer() -> Transfer:
             number = self._edges.setdefault(edge, len(self._edges))
-            size = message.nbytes if isinstance(message, Boundary) else 0
-            version = message.version if isinstance(message, Boundary) else None
+            size, version = getattr(message, "nbytes", 0), getattr(message, "version", None)
             return Transfer(number, type(message).__name__, _plain(message.key), version, size, sent, arrived)
 
         self._keep(("transfer", edge.source, edge.out, edge.target, edge.port), sent, transfer)

@@ -34,7 +34,7 @@ KINDS = {
     "E": "emit",
     "A": "answer",
 }
-_OPERATION = re.compile(r"([A-Z])(\d*)\*?$")
+_OPERATION = re.compile(r"([A-Z])(?:(\d*)\*?$| )")  # after a space: anything
 _MICRO = 1e6  # trace-event times are in microseconds
 _NANO = 1e-9  # Perfetto's resolution, in seconds
 

@@ -111,6 +111,7 @@ def test_operation_names():
         "forward", "backward", "input gradient", "weight gradient", "step", "emit", "answer", "forward",
     ]  # fmt: skip
     assert [operation_kind(name) for name in ("", "evaluate", "Fetch", "Z1")] == ["other"] * 4
+    assert operation_kind("F recurrent (0, 1)") == "forward"
     assert [operation_batch(name) for name in ("F3", "B12", "S", "evaluate")] == [3, 12, None, None]
     assert sorted(["block10", "block2", "actor", "2"], key=natural_key) == ["2", "actor", "block2", "block10"]
 
