@@ -10,9 +10,10 @@ from decoupled.graph.gathering import Flatmap, Group, Ungroup
 from decoupled.graph.instance import Instance, Pumped, Task
 from decoupled.graph.node import Key, Node
 from decoupled.graph.routing import Broadcast, Concat, Cond, Isu, Phi, Split
+from decoupled.graph.trainer import Asynchrony, GraphTrainer
 from decoupled.graph.transform import NPT, PPT, Loss
 
 __all__ = [
-    "NPT", "PPT", "Broadcast", "Concat", "Cond", "Flatmap", "Group", "Instance", "Isu", "Key", "Loss", "Node",
-    "NodeGraph", "Phi", "Pumped", "Split", "Task", "Ungroup", "Wire", "execute",
+    "NPT", "PPT", "Asynchrony", "Broadcast", "Concat", "Cond", "Flatmap", "GraphTrainer", "Group", "Instance", "Isu",
+    "Key", "Loss", "Node", "NodeGraph", "Phi", "Pumped", "Split", "Task", "Ungroup", "Wire", "execute",
 ]  # fmt: skip

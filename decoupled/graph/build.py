@@ -54,11 +54,13 @@ class NodeGraph:
         name: for errors and drawings.
         nodes: by name, in the order they were made.
         targets: (node, output) -> [(node, input), ...].
+        replicas: node -> all that stand for it, itself first.
     """
 
     name: str = "graph"
     nodes: dict[str, Node] = field(default_factory=dict)
     targets: dict[tuple[str, int], list[tuple[str, int]]] = field(default_factory=dict)
+    replicas: dict[str, list[str]] = field(default_factory=dict)
     _checked: bool = False
 
     def input(self, name: str) -> Wire:
@@ -70,6 +72,8 @@ class NodeGraph:
         if node.graph is not None:
             raise UserError(f"node {node.name!r} is part of a graph already; join several streams into it with Phi")
         name = node.name or node.kind
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise UserError(f"a node cannot be named {name!r}; use letters, digits and _, and no name of a ModuleDict")
         if name in self.nodes:
             number = 2
             while f"{name}{number}" in self.nodes:
@@ -85,8 +89,9 @@ class NodeGraph:
 
     @property
     def module(self) -> nn.ModuleDict:
-        """The modules of all parameterised nodes, by name: weights to save, count and compare."""
-        return nn.ModuleDict({node.name: node.module for node in self.of(PPT)})
+        """The modules of all parameterised nodes (without their replicas), by name: weights to save and compare."""
+        copies = {name for names in self.replicas.values() for name in names[1:]}
+        return nn.ModuleDict({node.name: node.module for node in self.of(PPT) if node.name not in copies})
 
     def edges(self) -> Iterator[tuple[str, int, str, int]]:
         """(node, output, node, input) of every connection."""

@@ -18,11 +18,10 @@ from decoupled.graph.node import Backward, Forward, Key, Node, Result, Sends, St
 
 @dataclass
 class Executed:
-    """What an execution found: the results of the losses, and seconds and visits per node."""
+    """What an execution found: the results of the losses, and seconds per node."""
 
     results: list[Result] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    visits: dict[str, int] = field(default_factory=dict)
 
 
 def execute(
@@ -65,13 +64,12 @@ def execute(
     for number, instance in enumerate(instances):
         for name, position, payload in instance.messages:
             node, state = graph.nodes[name], (Key(number, instance.about), *position)
-            send(node, node._checked([Forward(0, state, payload)]))
+            send(node, node.check_sends([Forward(0, state, payload)]))
     while forward or backward:
         back, node, port, state, payload = _next(forward, backward, choose)
         start = time.perf_counter()
         sends = node.take_backward(port, state, payload) if back else node.take_forward(port, state, payload)  # type: ignore[arg-type]
         found.seconds[node.name] = found.seconds.get(node.name, 0.0) + time.perf_counter() - start
-        found.visits[node.name] = found.visits.get(node.name, 0) + 1
         send(node, sends)
     left = [f"{name}: {what}" for name, node in graph.nodes.items() for what in node.open()]
     if left:

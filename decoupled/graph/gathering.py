@@ -56,9 +56,11 @@ class Group(Node):
         parts = gradient.split([length for _, length in members], self.dim)
         return [Backward(0, member, part) for (member, _), part in zip(members, parts, strict=True)]
 
+    def waiting(self) -> list[tuple[int, State]]:
+        return [(0, state) for members in self._waiting.values() for state in members]
+
     def remembered(self) -> list[tuple[int, State]]:
-        waiting = [(0, state) for members in self._waiting.values() for state in members]
-        return waiting + [(0, state) for members in self._members.values() for state, _ in members]
+        return self.waiting() + [(0, state) for members in self._members.values() for state, _ in members]
 
     def forget(self) -> None:
         self._waiting.clear()

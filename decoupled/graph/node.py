@@ -14,12 +14,12 @@ the payload, or None where there is none (class numbers, targets).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from decoupled.errors import ProtocolError
+from decoupled.errors import ProtocolError, StallError
 
 if TYPE_CHECKING:
     from decoupled.graph.build import NodeGraph, Wire
@@ -78,7 +78,9 @@ class Node(ABC):
 
     Attributes:
         inputs, outputs: how many ports it has; known once it is connected.
-        peak: most states remembered at once.
+        peak: most states remembered at once. visits: messages and answers handled in training.
+        version: number of updates of its weights.
+        limit: unanswered messages on one output that are taken for a loop that never ends.
     """
 
     kind = "node"
@@ -89,7 +91,8 @@ class Node(ABC):
     def __init__(self, name: str | None = None) -> None:
         self.name = name or ""
         self.training = True
-        self.peak = 0
+        self.peak = self.visits = self.version = 0
+        self.limit: float = float("inf")
         self._unanswered: list[set[State]] = []
 
     def __call__(self, *wires: Wire) -> Any:
@@ -110,8 +113,21 @@ class Node(ABC):
         """What is left of unfinished messages: (input port, state). Empty between epochs."""
         return ()
 
+    def waiting(self) -> Sequence[tuple[int, State]]:
+        """Those of them that wait here for others to come: (input port, state)."""
+        return ()
+
     def forget(self) -> None:  # noqa: B027 - many nodes remember nothing
         """Drop everything that belongs to unfinished messages."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Its counts, and weights if it has any."""
+        return {"peak": self.peak, "visits": self.visits, "version": self.version}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a snapshot."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     # --- what runs the node calls these --------------------------------------------------------------------------
 
@@ -123,10 +139,12 @@ class Node(ABC):
 
     def take_forward(self, port: int, state: State, payload: Tensor) -> Sends:
         """`forward`, with what leaves checked."""
-        return self._checked(self.forward(port, state, payload))
+        self.visits += self.training
+        return self.check_sends(self.forward(port, state, payload))
 
     def take_backward(self, port: int, state: State, gradient: Tensor | None) -> Sends:
         """`backward`, with what came in and what leaves checked."""
+        self.visits += self.training
         try:
             self._unanswered[port].remove(state)
         except KeyError:
@@ -134,14 +152,15 @@ class Node(ABC):
                 f"node {self.name!r}, output {port}: an answer with state {state} came back, but no message with that "
                 "state is unanswered there; every message is answered once, with the state it was sent with"
             ) from None
-        return self._checked(self.backward(port, state, gradient))
+        return self.check_sends(self.backward(port, state, gradient))
 
     def open(self) -> list[str]:
         """What keeps this node from having finished, in words; empty between epochs."""
         sent = [f"output {port} waits for the answer to {s}" for port, all in enumerate(self._unanswered) for s in all]
         return sent + [f"input {port} holds {state}" for port, state in self.remembered()]
 
-    def _checked(self, sends: Sends) -> Sends:
+    def check_sends(self, sends: Sends) -> Sends:
+        """`sends`, once it is known that they keep to the protocol."""
         if self.training:
             for send in sends:
                 if type(send) is Forward:
@@ -149,6 +168,12 @@ class Node(ABC):
                     if send.state in unanswered:
                         raise twice(self, f"output {send.port}", send.state)
                     unanswered.add(send.state)
+                    if len(unanswered) > self.limit:
+                        raise StallError(
+                            f"node {self.name!r}, output {send.port}: {len(unanswered)} messages are unanswered, the "
+                            f"latest with state {send.state}; an instance never retires: a loop does not end, or "
+                            "messages_per_instance is too small"
+                        )
         return sends
 
 

@@ -154,8 +154,11 @@ class Concat(Node):
             return [Backward(i, state, None) for i in range(self.inputs)]
         return [Backward(i, state, part) for i, part in enumerate(gradient.split(sizes, self.dim))]
 
+    def waiting(self) -> list[tuple[int, State]]:
+        return self._waiting.remembered()
+
     def remembered(self) -> list[tuple[int, State]]:
-        return self._waiting.remembered() + [(0, state) for state in self._sizes]
+        return self.waiting() + [(0, state) for state in self._sizes]
 
     def forget(self) -> None:
         self._waiting.clear()

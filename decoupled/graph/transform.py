@@ -15,7 +15,7 @@ After `muf` gradients (min_update_frequency) the PPT updates its own weights, wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class NPT(Node):
         super().__init__(name or _name_of(function))
         self.function, self.with_state = function, with_state
         self.recompute = False
-        self.version = 0  # of the weights
+        self.peak_bytes = self._bytes = 0  # of the inputs and outputs that are kept
         self._kept: dict[State, tuple[Tensor, Tensor | None, int]] = {}  # input, output with its graph, version
 
     def forward(self, port: int, state: State, payload: Tensor) -> Sends:
@@ -57,11 +57,13 @@ class NPT(Node):
         with torch.enable_grad():
             y = self._run(x, state)
         self._kept[state] = x, None if self.recompute else y, self.version
-        self.peak = max(self.peak, len(self._kept))
+        self._bytes += x.nbytes if self.recompute else x.nbytes + y.nbytes
+        self.peak, self.peak_bytes = max(self.peak, len(self._kept)), max(self.peak_bytes, self._bytes)
         return (Forward(0, state, y.detach()),)
 
     def backward(self, port: int, state: State, gradient: Tensor | None) -> Sends:
         x, y, version = self._kept.pop(state)
+        self._bytes -= x.nbytes if y is None else x.nbytes + y.nbytes
         if gradient is not None:
             if y is None:
                 with torch.enable_grad():
@@ -82,11 +84,10 @@ class NPT(Node):
 
     def forget(self) -> None:
         self._kept.clear()
+        self._bytes = 0
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the inputs kept for the way back."""
-        return sum(x.numel() * x.element_size() for x, _, _ in self._kept.values())
+    def snapshot(self) -> dict[str, Any]:
+        return super().snapshot() | {"peak_bytes": self.peak_bytes}
 
 
 class PPT(NPT):
@@ -95,7 +96,6 @@ class PPT(NPT):
     Args:
         module: its weights belong to this node alone.
         muf: gradients after which it updates (min_update_frequency); None: what the trainer says.
-        cost: relative cost, for placement and simulation; None: measured.
 
     Attributes:
         staleness: own updates between forward and backward -> how often.
@@ -127,6 +127,21 @@ class PPT(NPT):
         # today's weights with the saved activations, instead of refusing to.
         self._twins = [(p, nn.Parameter(p.data)) for p in self.module.parameters() if p.requires_grad]
         self._optimizer = optimizer([twin for _, twin in self._twins]) if self._twins else None
+
+    def begin(self, training: bool) -> None:
+        super().begin(training)
+        self.module.train(training)
+        self.gradients = 0
+        self.module.zero_grad(set_to_none=True)
+
+    def snapshot(self) -> dict[str, Any]:
+        counts = {"updates": self.updates, "staleness": Counter(self.staleness)}
+        return super().snapshot() | counts | {"weights": self.module.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        rest = dict(state)
+        self.module.load_state_dict(rest.pop("weights"))
+        super().restore(rest)
 
     def _learn(self, version: int) -> None:
         self.staleness[self.version - version] += 1
@@ -185,8 +200,10 @@ class Loss(Node):
     def backward(self, port: int, state: State, gradient: Any) -> Sends:
         raise AssertionError("a loss has no outputs")
 
-    def remembered(self) -> list[tuple[int, State]]:
+    def waiting(self) -> list[tuple[int, State]]:
         return self._waiting.remembered()
+
+    remembered = waiting
 
     def forget(self) -> None:
         self._waiting.clear()

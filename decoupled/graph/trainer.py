@@ -1,0 +1,278 @@
+"""GraphTrainer: trains a graph of nodes asynchronously on any runtime.
+
+    with GraphTrainer(graph, optimizer=lambda p: torch.optim.Adam(p, 1e-3), max_active_keys=8, workers=2) as trainer:
+        trainer.fit(instances, epochs=10)
+        print(trainer.evaluate(held_out))
+
+    controller --instances--> worker 0 <--signals--> worker 1 ...    one actor per worker, edges both ways
+              <---answers, results-----
+
+Every epoch ends drained: all messages are answered, what gradients are left became updates, replicas are averaged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from decoupled.build import make_runtime
+from decoupled.errors import StallError, UserError
+from decoupled.graph.build import Input, NodeGraph
+from decoupled.graph.controller import Controller
+from decoupled.graph.instance import Instance
+from decoupled.graph.placement import balance, by_hand, measure
+from decoupled.graph.replicas import average, replicate
+from decoupled.graph.statistics import NodeStatistics, WorkerStatistics, merged, of_node
+from decoupled.graph.transform import PPT
+from decoupled.graph.worker import CONTROLLER, GraphWorker
+from decoupled.runtime.contract import Cost, Edge, Graph, Observer, Runtime, Timings
+from decoupled.runtime.simulated import Simulated
+from decoupled.specs import parse, positive
+from decoupled.steps import MakeOptimizer
+
+SAMPLE = 4  # instances that costs are measured on
+
+
+@dataclass(frozen=True)
+class Asynchrony:
+    """How far a graph runs ahead, and what its updates are made of.
+
+    Attributes:
+        max_active_keys: instances in the graph at once.
+        min_update_frequency: gradients a node adds up before it updates (a node may have its own, `PPT(muf=...)`).
+        combine: "mean" or "sum" of those gradients.
+        backward: what a backward after an update uses: "activation" (what the forward saved, with today's weights) or
+            "recompute" (the forward is run again).
+        replicas: node -> how many of it.
+        backward_first: answers are handled before new work.
+        messages_per_instance: more unanswered ones on one output are taken for a loop that does not end.
+    """
+
+    max_active_keys: int = 4
+    min_update_frequency: int = 1
+    combine: str = "mean"
+    backward: str = "activation"
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    backward_first: bool = True
+    messages_per_instance: int = 10_000
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        positive(
+            "graph", max_active_keys=self.max_active_keys, min_update_frequency=self.min_update_frequency,
+            messages_per_instance=self.messages_per_instance,
+        )  # fmt: skip
+        if self.combine not in ("mean", "sum"):
+            raise UserError(f"combine must be 'mean' or 'sum', got {self.combine!r}")
+
+
+class GraphTrainer:
+    """Trains a graph.
+
+    Args:
+        graph: trained in place (with replicas, nodes are added to it).
+        asynchrony: how far it runs ahead.
+        optimizer: parameters -> Optimizer, called once per parameterised node.
+        workers: how many, nodes balanced by measured cost; or node -> number of its worker.
+        runtime: "threads", "simulated", "processes", a mapping with name and options, or a Runtime, which stays open.
+        costs: on the simulated runtime, node -> seconds of a forward (a backward takes twice as long); default: 1 for
+            parameterised nodes, 0 for others.
+        observers: look on at operations and messages (traces).
+        on_retire: called with the size of every instance that has come back.
+
+    Raises:
+        UserError: a graph that cannot work, or an impossible option.
+    """
+
+    def __init__(
+        self,
+        graph: NodeGraph,
+        asynchrony: Asynchrony | None = None,
+        *,
+        optimizer: MakeOptimizer,
+        workers: int | Mapping[str, int] = 2,
+        runtime: str | Mapping[str, Any] | Runtime = "threads",
+        costs: Mapping[str, float] | None = None,
+        observers: Sequence[Observer] = (),
+        on_retire: Callable[[int], None] | None = None,
+    ) -> None:
+        self.graph, self.asynchrony, self.epoch = graph.check(), asynchrony or Asynchrony(), 0
+        replicate(graph, self.asynchrony.replicas)
+        self._observers, self._on_retire = observers, on_retire
+        how = self.asynchrony
+        for node in graph.of(PPT):
+            node.prepare(optimizer, how.min_update_frequency, how.combine == "mean", how.backward)
+        self._recipe = {"asynchrony": how, "optimizer": optimizer, "workers": workers}
+        count = workers if isinstance(workers, int) else max(workers.values(), default=0) + 1
+        positive("graph", workers=count)
+        self.places = {} if isinstance(workers, int) else by_hand(graph, workers)
+        self._names = [f"worker{w}" for w in range(count)]
+        self._owns_runtime, self._hosted = not isinstance(runtime, Runtime), False
+        if not isinstance(runtime, Runtime) and parse("runtime", runtime)[0] == "simulated":
+            runtime = Simulated(cost=costs_of(graph, costs), **parse("runtime", runtime)[1])
+        self.runtime = make_runtime(runtime, count)
+        self._workers: list[GraphWorker] = []
+        self._busy, self._wait = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
+
+    def fit(self, instances: Sequence[Instance], epochs: int = 1, shuffle: int | None = None) -> list[dict[str, Any]]:
+        """Train.
+
+        Args:
+            instances: all of them once per epoch.
+            shuffle: seed of their order, another one every epoch; None: as they are.
+
+        Returns:
+            One record per epoch: epoch, loss and score (means over the rows that the losses saw, during training),
+            samples (sum of the instances' sizes), instances, seconds, samples_per_second.
+        """
+        return [self._fit_epoch(instances, shuffle) for _ in range(epochs)]
+
+    def evaluate(self, instances: Sequence[Instance]) -> dict[str, float]:
+        """Mean loss and score per row, in evaluation mode; nothing comes back and nothing is remembered."""
+        self._host(instances)
+        with self.runtime.call(self, "evaluate", ()):
+            self._build()
+            controller, _ = self._run(instances, training=False)
+            return self.runtime.agree(controller.tally.means())
+
+    def statistics(self) -> list[WorkerStatistics]:
+        """One frozen record per worker, counted since the trainer was made."""
+        nodes, records = self.nodes(), []
+        for worker in self._workers:
+            own = [node for node in nodes if node.worker == worker.name]
+            records.append(
+                WorkerStatistics(
+                    worker.name, [node.node for node in own], self._busy[worker.name], self._wait[worker.name],
+                    worker.bytes_forward, worker.bytes_backward, sum(node.peak_held_bytes for node in own),
+                    sum(node.updates for node in own), merged([node.staleness for node in own]),
+                )
+            )  # fmt: skip
+        return records
+
+    def nodes(self) -> list[NodeStatistics]:
+        """One frozen record per node, counted since the trainer was made."""
+        return [of_node(node, w.name) for w in self._workers for node in w.nodes.values()]
+
+    def close(self) -> None:
+        """End the workers; the graph keeps its weights."""
+        self.runtime.release(self)
+        if self._owns_runtime:
+            self.runtime.close()
+
+    def __enter__(self) -> GraphTrainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- one epoch; with several processes, every one of them goes through this -----------------------------------
+
+    def _fit_epoch(self, instances: Sequence[Instance], shuffle: int | None) -> dict[str, Any]:
+        if shuffle is not None:
+            order = torch.randperm(
+                len(instances), generator=torch.Generator().manual_seed(shuffle * 10_007 + self.epoch)
+            )
+            instances = [instances[i] for i in order.tolist()]
+        self._host(instances)
+        with self.runtime.call(self, "_fit_epoch", (), None):
+            self._build()
+            start = time.perf_counter()
+            controller, timings = self._run(instances, training=True)
+            self._meet()
+            seconds = time.perf_counter() - start - timings.setup
+            self.epoch += 1
+            for name in self._names:
+                self._busy[name] += timings.busy[name]
+                self._wait[name] += timings.wait[name]
+            tally = controller.tally
+            record = {"epoch": self.epoch, **tally.means(), "samples": tally.examples, "instances": tally.instances}
+            return self.runtime.agree(record | {"seconds": seconds, "samples_per_second": tally.examples / seconds})
+
+    def _run(self, instances: Iterable[Instance], training: bool) -> tuple[Controller, Timings]:
+        how = self.asynchrony
+        limit = how.max_active_keys * how.messages_per_instance
+        controller = Controller(
+            self.graph, self._actors, self._names, iter(instances), how.max_active_keys, training,
+            how.backward_first, limit, self._on_retire if training else None,
+        )  # fmt: skip
+        edges = wiring(self._workers, self.graph, self._actors, limit, how.backward_first)
+        for worker in self._workers:
+            worker.begin(training, limit, {edge.port for edge in edges if edge.target == worker.name})
+        try:
+            return controller, self.runtime.run(Graph([controller, *self._workers], edges), self._observers)
+        except StallError as error:
+            raise StallError(self._lost(controller)) from error
+
+    def _lost(self, controller: Controller) -> str:
+        """Where the messages of instances are that do not come back."""
+        here = {n: node for n, node in self.graph.nodes.items() if self.runtime.owns(self._actors[n])}
+        left = [f"node {n!r}, input {port}: {s} waits for the rest" for n, x in here.items() for port, s in x.waiting()]
+        left = left or [f"node {n!r}, {what}" for n, node in here.items() for what in node.open()]
+        keys, where = (
+            ", ".join(map(str, controller.active)) or "unknown",
+            "; ".join(left[:12]) or "no node of this process",
+        )
+        return f"instances that never retire: {keys}; their messages are at {where}"
+
+    def _meet(self) -> None:
+        """Every process gets the weights and counts of all nodes; replicas get their mean."""
+        for worker in self._workers:
+            if len(set(self.runtime.places.values())) > 1:
+                state = self.runtime.agree(worker.snapshot(), of=worker.name)
+                if not self.runtime.owns(worker.name):
+                    worker.restore(state)
+        for names in self.graph.replicas.values():
+            modules = [self.graph.nodes[name].module for name in names]
+            mean = average([module.state_dict() for module in modules])
+            for module in modules:
+                module.load_state_dict(mean)
+
+    def _host(self, instances: Sequence[Instance]) -> None:
+        """The leader's part before a call: place the nodes, and let other processes have a trainer like this one."""
+        if self.runtime.rank == 0 and not self.places:
+            sample = list(itertools.islice(instances, SAMPLE))
+            self.places = balance(self.graph, measure(self.graph, sample), len(self._names))
+        if not self._hosted:
+            self._hosted = True
+            graph, recipe = self.graph, self._recipe | {"workers": self.places}
+            self.runtime.host(self, lambda runtime: GraphTrainer(graph, **recipe, runtime=runtime))
+
+    def _build(self) -> None:
+        if self._workers:
+            return
+        self.places = self.runtime.agree(self.places)
+        self.runtime.place(self._names)
+        self._actors = {n: f"worker{w}" for n, w in self.places.items()}
+        self._actors |= {node.name: CONTROLLER for node in self.graph.of(Input)}
+        how = self.asynchrony
+        self._workers = [GraphWorker(n, self.graph, self._actors, how.backward_first, how.name) for n in self._names]
+
+
+def wiring(
+    workers: Sequence[GraphWorker], graph: NodeGraph, actors: Mapping[str, str], capacity: int, backward_first: bool
+) -> list[Edge]:
+    """The edges that signals take. Nobody ever waits for room: what is under way is bounded by the active instances."""
+    back = "backward" if backward_first else "forward"
+    ways = {(CONTROLLER, worker.name, "forward") for worker in workers}  # the end of the epoch is told to all
+    for source, _, target, _ in graph.edges():
+        a, b = actors[source], actors[target]
+        if a != b:
+            ways |= {(a, b, "forward"), (b, a, back)}
+    ways |= {(actors[loss], CONTROLLER, back) for loss, node in graph.nodes.items() if node.kind == "loss"}
+    return [Edge(source, f"{target}.{port}", target, port, capacity) for source, target, port in sorted(ways)]
+
+
+def costs_of(graph: NodeGraph, costs: Mapping[str, float] | None) -> Cost:
+    """The virtual duration of an operation: that of its node, twice that on the way back."""
+    seconds = costs if costs is not None else {node.name: 1.0 for node in graph.of(PPT)}
+
+    def cost(actor: str, operation: str) -> float:
+        kind, node, _ = operation.split(" ", 2)
+        return seconds.get(node, 0.0) * (2.0 if kind == "B" else 1.0)
+
+    return cost

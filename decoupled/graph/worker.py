@@ -1,0 +1,158 @@
+"""A worker: one actor that hosts nodes of a graph, and hands messages between them and to other workers.
+
+    mailbox "backward"  ----+                            +--> own queues, if the next node lives here
+    own backward queue  ----+--> one node: forward or ---+--> another worker's mailbox
+    mailbox "forward"   ----+    backward of one message +--> the controller: answers of inputs, results of losses
+    own forward queue   ----+
+
+The first line that has a message is served: answers go before new work, because they free what nodes remember and
+keep weights from being updated under a message's feet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from decoupled.errors import OperationError, ProtocolError
+from decoupled.graph.build import Input, NodeGraph
+from decoupled.graph.message import Found, Signal
+from decoupled.graph.node import Backward, Forward, Node, Sends, State
+from decoupled.graph.transform import PPT
+from decoupled.messages import End, Message
+from decoupled.runtime.contract import Actor, Outcome, Want
+
+CONTROLLER = "controller"
+Item = tuple[bool, Node, int, State, Tensor | None]  # an answer or not, where, which port, ...
+Where = tuple[Node, int, str]  # node, its port, and the actor it lives at
+
+
+def addresses(graph: NodeGraph, places: Mapping[str, str]) -> tuple[dict[str, list[Where]], dict[str, list[Where]]]:
+    """Per node: where its outputs lead, and where its inputs come from. `places`: node -> actor."""
+
+    def look_up(table: Mapping[str, list[tuple[str, int]]]) -> dict[str, list[Where]]:
+        return {n: [(graph.nodes[m], port, places[m]) for m, port in ends] for n, ends in table.items()}
+
+    return look_up(graph.successors()), look_up(graph.predecessors())
+
+
+class GraphWorker(Actor):
+    """Hosts nodes.
+
+    Args:
+        name: of the actor. graph: checked. places: node -> actor.
+        backward_first: answers go before new work; else messages are handled as they arrive.
+        method: its name, for error messages only.
+
+    Attributes:
+        nodes: those that live here.
+        bytes_forward, bytes_backward: sent to other workers since it was made.
+    """
+
+    def __init__(
+        self, name: str, graph: NodeGraph, places: Mapping[str, str], backward_first: bool = True, method: str = ""
+    ) -> None:
+        self.name, self._method = name, method
+        self.nodes = {n: node for n, node in graph.nodes.items() if places[n] == name and not isinstance(node, Input)}
+        self._successors, self._predecessors = addresses(graph, places)
+        self._forward: deque[Item] = deque()
+        self._backward: deque[Item] = deque() if backward_first else self._forward
+        self._back_port = "backward" if backward_first else "forward"
+        self._idle = self._ahead = self._answers = (Want(),)
+        self._ended = False
+        self.bytes_forward = self.bytes_backward = 0
+
+    def begin(self, training: bool, limit: int, ports: Collection[str]) -> None:
+        """Get ready for an epoch.
+
+        Args:
+            limit: unanswered messages on one output that are taken for a loop that does not end.
+            ports: those that other actors send to.
+        """
+        mail = tuple(Want((port,)) for port in ("backward", "forward") if port in ports)
+        self._idle, self._ahead, self._answers = mail, (*mail, Want()), (*mail[: len(mail) - 1], Want())
+        self._forward.clear()
+        self._backward.clear()
+        self._ended = False
+        for node in self.nodes.values():
+            node.limit = limit
+            node.begin(training)
+
+    def wants(self) -> Sequence[Want]:
+        if self._backward:
+            return self._answers
+        if self._forward:
+            return self._ahead
+        return () if self._ended else self._idle
+
+    def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
+        if not messages:
+            back, node, port, state, payload = (self._backward or self._forward).popleft()
+        else:
+            message = messages[0]
+            if not isinstance(message, Signal):
+                assert isinstance(message, End)
+                return self._end()
+            back, node, port = message.back, self.nodes[message.node], message.port
+            state, payload = message.state, message.payload
+        label = f"{'B' if back else 'F'} {node.name} {state}"
+        try:
+            if back:
+                sends = node.take_backward(port, state, payload)
+            else:
+                assert payload is not None
+                sends = node.take_forward(port, state, payload)
+        except Exception as error:
+            raise OperationError(self.name, label, error, self._method) from error
+        return Outcome(label, self._route(node, sends))
+
+    def _route(self, node: Node, sends: Sends) -> Sequence[tuple[str, Message]]:
+        leaving: list[tuple[str, Message]] = []
+        for send in sends:
+            if type(send) is Forward:
+                target, port, place = self._successors[node.name][send.port]
+                if place == self.name:
+                    self._forward.append((False, target, port, send.state, send.payload))
+                    continue
+                about = send.state[0].about
+                signal = Signal(send.state, False, target.name, port, send.payload, about, node.version)
+                self.bytes_forward += signal.nbytes
+                leaving.append((f"{place}.forward", signal))
+            elif type(send) is Backward:
+                target, port, place = self._predecessors[node.name][send.port]
+                if place == self.name:
+                    self._backward.append((True, target, port, send.state, send.gradient))
+                    continue
+                about = send.state[0].about
+                signal = Signal(send.state, True, target.name, port, send.gradient, about, node.version)
+                self.bytes_backward += signal.nbytes
+                leaving.append((f"{place}.{self._back_port}", signal))
+            else:
+                leaving.append((f"{CONTROLLER}.{self._back_port}", Found(*send)))
+        return leaving
+
+    def _end(self) -> Outcome:
+        """Every instance has come back: nothing may be left, and what gradients there are become an update."""
+        self._ended = True
+        if left := [f"node {n!r}, {what}" for n, node in self.nodes.items() for what in node.open()]:
+            raise OperationError(
+                self.name, "end of the epoch", ProtocolError(f"all instances came back, yet {'; '.join(left[:8])}")
+            )
+        for node in self.nodes.values():
+            if isinstance(node, PPT):
+                node.update()
+        return Outcome()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The weights and counts of its nodes, and its own: what other processes want to know after an epoch."""
+        nodes = {name: node.snapshot() for name, node in self.nodes.items()}
+        return {"nodes": nodes, "bytes": (self.bytes_forward, self.bytes_backward)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what another process has found here."""
+        for name, found in state["nodes"].items():
+            self.nodes[name].restore(found)
+        self.bytes_forward, self.bytes_backward = state["bytes"]

@@ -1,0 +1,169 @@
+"""Asynchrony: staleness and its bounds, priority, modes, replicas, placement, evaluation; and all runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from decoupled.errors import UserError
+from decoupled.graph import Asynchrony, GraphTrainer, NodeGraph
+from decoupled.graph.placement import balance, measure
+from decoupled.graph.testing import rnn, sequences
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def sgd(rate: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    return lambda weights: torch.optim.SGD(weights, rate)
+
+
+PLACES = {"embed": 1, "out": 1, "loss": 1}
+
+
+def train(graph: NodeGraph, how: Asynchrony, lengths: list[int], **more: object) -> GraphTrainer:
+    options: dict = {"optimizer": sgd(0.01), "workers": PLACES, "runtime": "simulated"} | more
+    with GraphTrainer(graph, how, **options) as trainer:
+        trainer.fit(sequences(lengths, 5, 4, 3))
+    return trainer
+
+
+@pytest.mark.parametrize("keys", [1, 3, 8])
+@pytest.mark.parametrize("muf", [1, 4, 20])
+def test_staleness_stays_within_its_bound(keys: int, muf: int) -> None:
+    T = 5
+    trainer = train(rnn(5, 4, 3), Asynchrony(keys, muf), [T] * 40)
+    for node in trainer.nodes():
+        if node.parameters:
+            visits = 1 if node.node == "out" else T
+            assert max(node.staleness) <= -(-(keys * visits - 1) // muf)  # all other gradients of the active keys
+            assert sum(node.staleness.values()) == 40 * visits
+            assert node.updates == -(-40 * visits // muf)
+    late = {node.node: max(node.staleness) for node in trainer.nodes() if node.staleness}
+    assert keys == 1 or late["recurrent"] > 0
+
+
+def test_one_key_and_one_update_per_instance_has_no_staleness() -> None:
+    trainer = train(rnn(5, 4, 3), Asynchrony(1, 5), [5] * 10)
+    assert all(set(node.staleness) <= {0} for node in trainer.nodes() if node.node != "out")
+
+
+def test_more_keys_use_the_workers_better() -> None:
+    times = []
+    for keys in (1, 4):
+        trainer = train(rnn(5, 4, 3), Asynchrony(keys), [4] * 30, costs={"recurrent": 1.0, "out": 4.0})
+        times.append(sum(w.busy_seconds + w.wait_seconds for w in trainer.statistics()))
+    assert times[1] < 0.8 * times[0]
+
+
+def test_backward_first_keeps_less() -> None:
+    peaks = []
+    for first in (True, False):
+        how = Asynchrony(max_active_keys=12, backward_first=first)
+        trainer = train(rnn(5, 4, 3), how, [6] * 40, costs={"embed": 0.2, "recurrent": 1.0, "out": 1.0})
+        peaks.append(sum(node.peak_kept for node in trainer.nodes()))
+    assert peaks[0] < peaks[1]
+
+
+def test_backward_uses_the_activations_or_the_weights_of_today() -> None:
+    """One linear node, updated by one message while another is on its way: the modes differ as they say."""
+    x, found = torch.ones(1, 2), {}
+    for mode in ("activation", "recompute"):
+        torch.manual_seed(0)
+        graph = rnn(5, 4, 3)
+        node = graph.nodes["out"]
+        node.prepare(sgd(1.0), 1, False, mode)  # pyright: ignore[reportAttributeAccessIssue]
+        node.module = nn.Sequential(nn.Linear(2, 1), nn.Tanh())  # pyright: ignore[reportAttributeAccessIssue]
+        node.function = node.module  # pyright: ignore[reportAttributeAccessIssue]
+        node.prepare(sgd(1.0), 1, False, mode)  # pyright: ignore[reportAttributeAccessIssue]
+        node.inputs = node.outputs = 1
+        node.begin(True)
+        ((_, _, y),) = node.take_forward(0, (0,), x)
+        node.take_forward(0, (1,), x)
+        node.take_backward(0, (1,), torch.ones(1, 1))
+        weight = node.module[0].weight.detach().clone()  # pyright: ignore[reportAttributeAccessIssue]
+        today = node.module(x).detach()  # pyright: ignore[reportAttributeAccessIssue]
+        ((_, _, gradient),) = node.take_backward(0, (0,), torch.ones(1, 1))
+        slope = 1 - (y if mode == "activation" else today) ** 2
+        torch.testing.assert_close(gradient, slope * weight)
+        found[mode] = gradient
+    assert not torch.equal(found["activation"], found["recompute"])
+
+
+def test_mean_divides_by_the_gradients_that_were_added_up() -> None:
+    moved = {}
+    for combine in ("sum", "mean"):
+        torch.manual_seed(0)
+        graph = rnn(5, 4, 3)
+        before = graph.module["out"].weight.detach().clone()
+        train(graph, Asynchrony(1, 1000, combine), [2] * 8)
+        moved[combine] = graph.module["out"].weight.detach() - before
+    torch.testing.assert_close(moved["sum"], 8 * moved["mean"])
+
+
+def test_replicas_share_the_work_and_end_an_epoch_with_equal_weights() -> None:
+    graph = rnn(5, 4, 3)
+    names = list(graph.module)
+    trainer = train(graph, Asynchrony(4, replicas={"recurrent": 3}), [3] * 12)
+    copies = [graph.nodes[n] for n in graph.replicas["recurrent"]]
+    assert [node.visits for node in copies] == [24] * 3
+    first, *others = [dict(node.module.named_parameters()) for node in copies]  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(torch.equal(first[n], other[n]) for other in others for n in first)
+    assert list(graph.module) == names
+    assert {w.worker for w in trainer.statistics()} == {"worker0", "worker1"}
+    with pytest.raises(UserError, match="name a parameterised node"):
+        GraphTrainer(rnn(5, 4, 3), Asynchrony(replicas={"tanh": 2}), optimizer=sgd(0.1))
+
+
+def test_evaluation_changes_nothing_and_needs_no_way_back() -> None:
+    graph, instances = rnn(5, 4, 3), sequences([3, 1, 2], 5, 4, 3, rows=2)
+    before = {n: p.clone() for n, p in graph.module.named_parameters()}
+    with GraphTrainer(graph, optimizer=sgd(0.1), runtime="threads") as trainer:
+        found = trainer.evaluate(instances)
+        assert found == trainer.evaluate(instances)
+        assert all(node.visits == 0 for node in trainer.nodes())
+    assert all(torch.equal(before[n], p) for n, p in graph.module.named_parameters())
+
+
+def test_the_simulator_repeats_itself_and_threads_agree_where_the_order_is_fixed() -> None:
+    ends = []
+    for runtime in ("simulated", "simulated", "threads"):
+        torch.manual_seed(0)
+        graph = rnn(5, 4, 3)
+        train(graph, Asynchrony(1, 2), [3, 1, 4] * 3, runtime=runtime)
+        ends.append(graph.module.state_dict())
+    assert all(torch.equal(ends[0][n], other[n]) for other in ends[1:] for n in ends[0])
+
+
+@pytest.mark.world_size(2)
+def test_processes_agree_with_the_simulator_where_the_order_is_fixed() -> None:
+    ends, updates = [], []
+    for runtime in ("simulated", "processes"):
+        torch.manual_seed(0)
+        graph = rnn(5, 4, 3)
+        how = Asynchrony(1, 2, replicas={"recurrent": 2})
+        trainer = train(graph, how, [3, 1, 4] * 3, runtime=runtime)
+        ends.append(graph.module.state_dict())
+        updates.append([(node.node, node.updates, node.visits, node.staleness) for node in trainer.nodes()])
+    assert updates[0] == updates[1]
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def test_placement_is_balanced_by_cost_and_keeps_light_nodes_with_their_neighbours() -> None:
+    graph = rnn(5, 4, 3).check()
+    costs = {name: 0.0 for name, node in graph.nodes.items() if node.kind != "input"}
+    costs |= {"recurrent": 5.0, "out": 3.0, "embed": 2.0}
+    places = balance(graph, costs, 2)
+    assert places["recurrent"] != places["out"] == places["embed"]
+    assert places["tanh"] == places["step"] == places["recurrent"]
+    assert set(measure(graph, sequences([3], 5, 4, 3), rounds=1)) == set(costs)
+    assert all(p.grad is None for p in graph.module.parameters())
+    with pytest.raises(UserError, match=r"places node 'recurent'.*Did you mean 'recurrent'"):
+        GraphTrainer(graph, optimizer=sgd(0.1), workers={"recurent": 0})
+    with pytest.raises(UserError, match="without gaps"):
+        GraphTrainer(graph, optimizer=sgd(0.1), workers={"recurrent": 2})
