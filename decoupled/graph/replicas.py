@@ -16,23 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoupled.errors import UserError
 from decoupled.graph.build import NodeGraph, Wire
 from decoupled.graph.routing import Cond, Phi
 from decoupled.graph.transform import PPT
 
 
 def replicate(graph: NodeGraph, replicas: Mapping[str, int]) -> None:
-    """Put `replicas[name]` copies in the place of each named node, once; `graph.replicas` says what stands for what.
-
-    Raises:
-        UserError: no parameterised node of that name, or fewer than one of it.
-    """
+    """Put `replicas[name]` copies in the place of each named node, once; `graph.replicas` says what stands for what."""
     for name, count in replicas.items():
         node = graph.nodes.get(name)
-        if not isinstance(node, PPT) or count < 1:
-            raise UserError(f"replicas={{{name!r}: {count}}}: name a parameterised node, and at least 1 of it")
-        if count > 1 and name not in graph.replicas:
+        if isinstance(node, PPT) and count > 1 and name not in graph.replicas:
             graph.replicas[name] = _replace(graph.check(), node, count)
             graph.check()
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from decoupled.build import make_runtime
-from decoupled.errors import StallError, UserError
+from decoupled.errors import StallError
+from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.controller import Controller
 from decoupled.graph.instance import Instance
@@ -36,39 +36,6 @@ from decoupled.specs import parse, positive
 from decoupled.steps import MakeOptimizer
 
 SAMPLE = 4  # instances that costs are measured on
-
-
-@dataclass(frozen=True)
-class Asynchrony:
-    """How far a graph runs ahead, and what its updates are made of.
-
-    Attributes:
-        max_active_keys: instances in the graph at once.
-        min_update_frequency: gradients a node adds up before it updates (a node may have its own, `PPT(muf=...)`).
-        combine: "mean" or "sum" of those gradients.
-        backward: what a backward after an update uses: "activation" (what the forward saved, with today's weights) or
-            "recompute" (the forward is run again).
-        replicas: node -> how many of it.
-        backward_first: answers are handled before new work.
-        messages_per_instance: more unanswered ones on one output are taken for a loop that does not end.
-    """
-
-    max_active_keys: int = 4
-    min_update_frequency: int = 1
-    combine: str = "mean"
-    backward: str = "activation"
-    replicas: Mapping[str, int] = field(default_factory=dict)
-    backward_first: bool = True
-    messages_per_instance: int = 10_000
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        positive(
-            "graph", max_active_keys=self.max_active_keys, min_update_frequency=self.min_update_frequency,
-            messages_per_instance=self.messages_per_instance,
-        )  # fmt: skip
-        if self.combine not in ("mean", "sum"):
-            raise UserError(f"combine must be 'mean' or 'sum', got {self.combine!r}")
 
 
 class GraphTrainer:
@@ -102,12 +69,13 @@ class GraphTrainer:
         on_retire: Callable[[int], None] | None = None,
     ) -> None:
         self.graph, self.asynchrony, self.epoch = graph.check(), asynchrony or Asynchrony(), 0
+        self.asynchrony.check(graph)
         replicate(graph, self.asynchrony.replicas)
         self._observers, self._on_retire = observers, on_retire
         how = self.asynchrony
         for node in graph.of(PPT):
-            node.prepare(optimizer, how.min_update_frequency, how.combine == "mean", how.backward)
-        self._recipe = {"asynchrony": how, "optimizer": optimizer, "workers": workers}
+            node.prepare(optimizer, how.frequency(node), how.combine == "mean", how.backward)
+        self._optimizer = optimizer
         count = workers if isinstance(workers, int) else max(workers.values(), default=0) + 1
         positive("graph", workers=count)
         self.places = {} if isinstance(workers, int) else by_hand(graph, workers)
@@ -239,8 +207,10 @@ class GraphTrainer:
             self.places = balance(self.graph, measure(self.graph, sample), len(self._names))
         if not self._hosted:
             self._hosted = True
-            graph, recipe = self.graph, self._recipe | {"workers": self.places}
-            self.runtime.host(self, lambda runtime: GraphTrainer(graph, **recipe, runtime=runtime))
+            graph, how, optimizer, places = self.graph, self.asynchrony, self._optimizer, self.places
+            self.runtime.host(
+                self, lambda runtime: GraphTrainer(graph, how, optimizer=optimizer, workers=places, runtime=runtime)
+            )
 
     def _build(self) -> None:
         if self._workers:

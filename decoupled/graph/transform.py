@@ -119,10 +119,8 @@ class PPT(NPT):
         self._twins: list[tuple[nn.Parameter, nn.Parameter]] = []  # weight, the same memory for the optimizer
 
     def prepare(self, optimizer: Callable[..., torch.optim.Optimizer], muf: float, mean: bool, mode: str) -> None:
-        """Give it an optimizer, made for its own weights; see `GraphTrainer` for the options."""
-        if mode not in MODES:
-            raise UserError(f"backward must be one of {', '.join(MODES)}, got {mode!r}")
-        self.recompute, self.mean, self.muf = mode == "recompute", mean, self.own_muf or muf
+        """Give it an optimizer, made for its own weights; see `Asynchrony` for the options."""
+        self.recompute, self.mean, self.muf = mode == "recompute", mean, muf
         # The optimizer writes into the same memory through tensors with another version counter: autograd then uses
         # today's weights with the saved activations, instead of refusing to.
         self._twins = [(p, nn.Parameter(p.data)) for p in self.module.parameters() if p.requires_grad]

@@ -20,7 +20,7 @@ from torch import Tensor
 from decoupled.errors import OperationError, ProtocolError
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.message import Found, Signal
-from decoupled.graph.node import Backward, Forward, Node, Sends, State
+from decoupled.graph.node import Backward, Forward, Node, Result, Sends, State
 from decoupled.graph.transform import PPT
 from decoupled.messages import End, Message
 from decoupled.runtime.contract import Actor, Outcome, Want
@@ -131,7 +131,9 @@ class GraphWorker(Actor):
                 self.bytes_backward += signal.nbytes
                 leaving.append((f"{place}.{self._back_port}", signal))
             else:
-                leaving.append((f"{CONTROLLER}.{self._back_port}", Found(*send)))
+                assert isinstance(send, Result)
+                found = Found(send.state, send.loss, send.score, send.samples)
+                leaving.append((f"{CONTROLLER}.{self._back_port}", found))
         return leaving
 
     def _end(self) -> Outcome:

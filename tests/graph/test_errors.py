@@ -172,7 +172,10 @@ def test_payloads_that_do_not_fit() -> None:
         ({"max_active_keys": 0}, "max_active_keys must be an integer of at least 1"),
         ({"min_update_frequency": 0}, "min_update_frequency must be"),
         ({"combine": "max"}, "combine must be 'mean' or 'sum'"),
-        ({"backward": "stash"}, "backward must be one of activation, recompute"),
+        ({"backward": "stash"}, "unknown backward mode 'stash'"),
+        ({"replicas": {"tanh": 2}}, "unknown node in replicas: 'tanh'"),
+        ({"frequencies": {"recurent": 2}}, "Did you mean 'recurrent'"),
+        ({"frequencies": {"out": 0}}, "out must be an integer of at least 1"),
     ],
 )
 def test_impossible_options(option: dict, match: str) -> None:
@@ -187,7 +190,8 @@ def test_flatmap_without_states_and_group_are_answered() -> None:
     x = torch.randn(1, 2)
     execute(graph, [one(("x", (3,), x), ("target", (3,), torch.ones(3, 2)), ("x", (0,), x))])
     layer = graph.module["w"]
-    found = layer.weight.grad.clone()
-    layer.zero_grad()
+    assert isinstance(layer, nn.Linear) and layer.weight.grad is not None
+    found, layer.weight.grad = layer.weight.grad, None
     F.mse_loss(layer(x).expand(3, 2), torch.ones(3, 2)).backward()
+    assert layer.weight.grad is not None
     torch.testing.assert_close(found, layer.weight.grad)

@@ -68,7 +68,7 @@ def sgd(rate: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     return lambda weights: torch.optim.SGD(weights, rate)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(name=st.sampled_from(["rnn", "tree", "web"]), seed=st.integers(0, 10_000), keys=st.integers(1, 4),
        workers=st.integers(1, 4), jitter=st.floats(0, 3), first=st.booleans())  # fmt: skip
 def test_a_late_update_has_the_gradient_of_the_minibatch_in_any_interleaving(

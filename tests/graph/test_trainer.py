@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from decoupled.errors import UserError
-from decoupled.graph import Asynchrony, GraphTrainer, NodeGraph
+from decoupled.graph import PPT, Asynchrony, GraphTrainer, NodeGraph
+from decoupled.graph.node import Backward, Forward
 from decoupled.graph.placement import balance, measure
 from decoupled.graph.testing import rnn, sequences
 
@@ -72,26 +73,22 @@ def test_backward_first_keeps_less() -> None:
 
 def test_backward_uses_the_activations_or_the_weights_of_today() -> None:
     """One linear node, updated by one message while another is on its way: the modes differ as they say."""
-    x, found = torch.ones(1, 2), {}
+    x, one, found = torch.ones(1, 2), torch.ones(1, 1), {}
     for mode in ("activation", "recompute"):
         torch.manual_seed(0)
-        graph = rnn(5, 4, 3)
-        node = graph.nodes["out"]
-        node.prepare(sgd(1.0), 1, False, mode)  # pyright: ignore[reportAttributeAccessIssue]
-        node.module = nn.Sequential(nn.Linear(2, 1), nn.Tanh())  # pyright: ignore[reportAttributeAccessIssue]
-        node.function = node.module  # pyright: ignore[reportAttributeAccessIssue]
-        node.prepare(sgd(1.0), 1, False, mode)  # pyright: ignore[reportAttributeAccessIssue]
-        node.inputs = node.outputs = 1
+        layer = nn.Linear(2, 1)
+        node = PPT(nn.Sequential(layer, nn.Tanh()))
+        node.prepare(sgd(1.0), 1, False, mode)
         node.begin(True)
-        ((_, _, y),) = node.take_forward(0, (0,), x)
+        (sent,) = node.take_forward(0, (0,), x)
         node.take_forward(0, (1,), x)
-        node.take_backward(0, (1,), torch.ones(1, 1))
-        weight = node.module[0].weight.detach().clone()  # pyright: ignore[reportAttributeAccessIssue]
-        today = node.module(x).detach()  # pyright: ignore[reportAttributeAccessIssue]
-        ((_, _, gradient),) = node.take_backward(0, (0,), torch.ones(1, 1))
-        slope = 1 - (y if mode == "activation" else today) ** 2
-        torch.testing.assert_close(gradient, slope * weight)
-        found[mode] = gradient
+        node.take_backward(0, (1,), one)
+        weight, today = layer.weight.detach().clone(), node.module(x).detach()
+        (answer,) = node.take_backward(0, (0,), one)
+        assert isinstance(sent, Forward) and isinstance(answer, Backward) and answer.gradient is not None
+        slope = 1 - (sent.payload if mode == "activation" else today) ** 2
+        torch.testing.assert_close(answer.gradient, slope * weight)
+        found[mode] = answer.gradient
     assert not torch.equal(found["activation"], found["recompute"])
 
 
@@ -100,9 +97,10 @@ def test_mean_divides_by_the_gradients_that_were_added_up() -> None:
     for combine in ("sum", "mean"):
         torch.manual_seed(0)
         graph = rnn(5, 4, 3)
-        before = graph.module["out"].weight.detach().clone()
+        weight = dict(graph.module.named_parameters())["out.weight"]
+        before = weight.detach().clone()
         train(graph, Asynchrony(1, 1000, combine), [2] * 8)
-        moved[combine] = graph.module["out"].weight.detach() - before
+        moved[combine] = weight.detach() - before
     torch.testing.assert_close(moved["sum"], 8 * moved["mean"])
 
 
@@ -110,14 +108,12 @@ def test_replicas_share_the_work_and_end_an_epoch_with_equal_weights() -> None:
     graph = rnn(5, 4, 3)
     names = list(graph.module)
     trainer = train(graph, Asynchrony(4, replicas={"recurrent": 3}), [3] * 12)
-    copies = [graph.nodes[n] for n in graph.replicas["recurrent"]]
+    copies = [node for node in graph.of(PPT) if node.name in graph.replicas["recurrent"]]
     assert [node.visits for node in copies] == [24] * 3
-    first, *others = [dict(node.module.named_parameters()) for node in copies]  # pyright: ignore[reportAttributeAccessIssue]
+    first, *others = [dict(node.module.named_parameters()) for node in copies]
     assert all(torch.equal(first[n], other[n]) for other in others for n in first)
     assert list(graph.module) == names
     assert {w.worker for w in trainer.statistics()} == {"worker0", "worker1"}
-    with pytest.raises(UserError, match="name a parameterised node"):
-        GraphTrainer(rnn(5, 4, 3), Asynchrony(replicas={"tanh": 2}), optimizer=sgd(0.1))
 
 
 def test_evaluation_changes_nothing_and_needs_no_way_back() -> None:
