@@ -195,7 +195,7 @@ class GraphTrainer:
                 if not self.runtime.owns(worker.name):
                     worker.restore(state)
         for names in self.graph.replicas.values():
-            modules = [self.graph.nodes[name].module for name in names]
+            modules = [node.module for node in self.graph.of(PPT) if node.name in names]
             mean = average([module.state_dict() for module in modules])
             for module in modules:
                 module.load_state_dict(mean)
