@@ -1,7 +1,8 @@
 """Transports: an edge between two processes of one host against bare Gloo loops; `python -m` this module.
 
-    ring        an edge through shared memory                 send/recv     torch.distributed send, recv, one by one
-    Gloo edge   an edge through Gloo (over loopback)          isend/irecv   the same with four in flight
+    ring          an edge through shared memory             send/recv     torch.distributed send, recv, one by one
+    Gloo edge     an edge between hosts through Gloo        isend/irecv   the same with four in flight
+    stream edge   the same through its own TCP stream       (all over loopback)
 
 Every round lets every contestant carry the same tensors, one contestant at a time, in turned order; ratios are taken
 within a round. A stream counts from the first send until the receiver's word that everything has come. The edges
@@ -12,6 +13,7 @@ deliver into fresh memory and carry whole messages; the bare loops use one buffe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import socket
 import statistics
@@ -35,7 +37,8 @@ from decoupled.transport.contract import Inlet, Outlet
 from decoupled.transport.endpoint import Endpoint
 
 SIZES = {"4 KiB": 1 << 12, "64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24}
-CONTESTANTS = ("ring", "send/recv", "Gloo edge", "isend/irecv")
+EDGES = ("ring", "Gloo edge", "stream edge")
+CONTESTANTS = ("ring", "send/recv", "Gloo edge", "stream edge", "isend/irecv")
 _IN_FLIGHT = 4  # messages of an edge, and operations of the isend/irecv loop
 _WAIT = 60.0  # seconds that anything may take
 _GB = 1e9
@@ -71,12 +74,13 @@ FIGURES = [
     *(Figure(f"ring / send/recv loop, {size}", _ratio("ring", "send/recv", size), 3.0) for size in ("1 MiB", "16 MiB")),
     Figure("ring, round trip of 4 KiB, ms (median)", _found("ring trip"), 0.3, at_most=True, form=".3f"),
     *(
-        Figure(f"Gloo edge / isend/irecv loop, {size}", _ratio("Gloo edge", "isend/irecv", size), 0.9)
+        Figure(f"{edge} / isend/irecv loop, {size}", _ratio(edge, "isend/irecv", size), 0.9)
+        for edge in ("Gloo edge", "stream edge")
         for size in ("1 MiB", "16 MiB")
     ),
     *(
         Figure(f"{edge}, bytes sent / bytes of tensors, 64 samples of 1 KiB", _found(f"{edge} wire"), 1.02, True, ".4f")
-        for edge in ("ring", "Gloo edge")
+        for edge in EDGES
     ),
 ]
 
@@ -174,29 +178,27 @@ def _rank(rank: int, port: int, pipe: Connection) -> None:
     """A process: opens everything, then does as told, in step with the other one."""
     torch.set_num_threads(1)
     memory.keep()
+    memory.settle()
     limit = datetime.timedelta(seconds=_WAIT)
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, limit)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     with Endpoint(b"benchmark", "127.0.0.1") as endpoint:
         pipe.send(endpoint.address)
         other = pipe.recv()
-        ring, gloo = (Edges(rank, endpoint, other, bulk) for bulk in ("shared_memory", "gloo"))
-        carriers: dict[str, Carry] = {
-            "ring": ring.carry,
-            "send/recv": _send_recv,
-            "Gloo edge": gloo.carry,
-            "isend/irecv": _isend_irecv,
-        }
+        far = dataclasses.replace(other, host="elsewhere")  # so that headers go over TCP, too
+        places = ((other, "shared_memory"), (far, "gloo"), (far, "stream"))
+        edges = {name: Edges(rank, endpoint, *where) for name, where in zip(EDGES, places, strict=True)}
+        carriers: dict[str, Carry] = {name: edge.carry for name, edge in edges.items()}
+        carriers |= {"send/recv": _send_recv, "isend/irecv": _isend_irecv}
         while (order := pipe.recv()) is not None:
             what, size, count = order
             if what in carriers:
                 carriers[what](rank, size, 2)
                 pipe.send(carriers[what](rank, size, count))
             elif what.endswith("trip"):
-                edges = ring if what.startswith("ring") else gloo
-                pipe.send(statistics.median(edges.trips(rank, size, count)))
+                pipe.send(statistics.median(edges[what.removesuffix(" trip")].trips(rank, size, count)))
             else:
-                pipe.send((ring if what.startswith("ring") else gloo).overhead(rank))
+                pipe.send(edges[what.removesuffix(" wire")].overhead(rank))
     dist.destroy_process_group()
 
 
@@ -251,9 +253,10 @@ def measure(rounds: int, volume: int, say: Callable[[str], None]) -> list[dict[s
             record: dict[str, float] = {}
             for title, size in SIZES.items():
                 count = max(8, min(2000, volume // size))
-                for name in CONTESTANTS[number % 4 :] + CONTESTANTS[: number % 4]:
+                turn = number % len(CONTESTANTS)
+                for name in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
                     record[f"{name} {title}"] = count * size / pair.ask(name, size, count) / _GB
-            for name in ("ring", "Gloo edge"):
+            for name in EDGES:
                 record[f"{name} trip"] = pair.ask(f"{name} trip", 1 << 12, 300) * 1e3
                 record[f"{name} wire"] = pair.ask(f"{name} wire")
             found.append(record)
@@ -273,7 +276,7 @@ def markdown(found: Sequence[Mapping[str, float]], facts: Mapping[str, Any], sec
         verdict = "yes" if figure.reached(values.median) else "**no**"
         figures.append([figure.title, must, values.text(figure.form), verdict])
     speeds = [[size, *(spread[f"{name} {size}"].text() for name in CONTESTANTS)] for size in SIZES]
-    trips = [[name, spread[f"{name} trip"].text(".3f")] for name in ("ring", "Gloo edge")]
+    trips = [[name, spread[f"{name} trip"].text(".3f")] for name in EDGES]
     how = (
         f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
         f"{facts['system']}; `python -m decoupled.benchmarks.transport`, {seconds:.0f} s. "

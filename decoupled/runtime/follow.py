@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 
+from decoupled.runtime import memory
 from decoupled.runtime.launch import FOLLOW
 from decoupled.runtime.processes import Processes
 
@@ -16,6 +17,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"decoupled\.")  # rank 0 says them, too
     faulthandler.register(signal.SIGUSR1)
+    memory.settle()
     code = 1
     try:
         runtime = Processes(**json.loads(os.environ[FOLLOW]))

@@ -32,11 +32,13 @@ class Bulk(ABC):
     Attributes:
         inline: bytes of tensors of a message that go behind the header.
         ahead: messages that the target may begin to receive before the first of them is complete.
+        announces: whether large pieces are announced at once, so that the header can wait for the first announcement.
         device: of this end, whose tensors stay on it; None: all go through CPU memory.
     """
 
     inline: int = 5 << 14
     ahead: int = 1
+    announces: bool = False
     device: torch.device | None = None
 
     def divide(self, pieces: Sequence[Piece]) -> tuple[list[Bytes], list[Any]]:

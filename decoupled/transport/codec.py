@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -43,7 +43,10 @@ _NAMES: dict[torch.dtype, str] = {
     )
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+_NUMPY = frozenset({torch.float16, torch.float32, torch.float64, torch.int64, torch.bool})  # what both sides know
+_PLAIN = frozenset({type(None), bool, int, float, str})  # JSON knows them
 _DIMENSIONS = 64
+_LAYOUTS = 1 << 12  # descriptions of tensors kept: messages of an edge are alike
 _TEXT = json.JSONEncoder(separators=(",", ":"))
 
 _kinds: dict[str, type[Message]] = {}
@@ -88,13 +91,15 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
         meta = _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
     except (ValueError, RecursionError, ProtocolError) as error:
         raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
-    size = sum(tensor.nbytes for tensor in tensors)
+    size = sum([tensor.nbytes for tensor in tensors])
     if len(meta) > META_LIMIT or len(tensors) > TENSORS_LIMIT or size > PAYLOAD_LIMIT:
         raise ProtocolError(
             f"edge {edge}: a message {kind.__name__} is too large: {len(meta)} bytes of description "
             f"(limit {META_LIMIT}), {len(tensors)} tensors (limit {TENSORS_LIMIT}), {size} bytes of tensors "
             f"(limit {PAYLOAD_LIMIT})"
         )
+    if keep is None and all(tensor.is_cpu for tensor in tensors):
+        return Encoded(meta, [_piece(tensor, False) for tensor in tensors])
     pieces = [_piece(t, _stays(t, keep)) for t in cuda.to_host(tensors, keep)]
     return Encoded(meta, pieces, cuda.computed(keep))
 
@@ -133,9 +138,10 @@ class Draft:
             ) from None
         if fields.keys() != set(_fields(self._kind)):
             raise ProtocolError(f"edge {edge}: a {self._kind.__name__} arrived with the fields {', '.join(fields)}")
-        if len(specs) != tensors or sum(spec.nbytes for spec in specs) != size:
+        found = sum([spec.nbytes for spec in specs])
+        if len(specs) != tensors or found != size:
             raise ProtocolError(
-                f"edge {edge}: a message describes {len(specs)} tensors of {sum(spec.nbytes for spec in specs)} bytes, "
+                f"edge {edge}: a message describes {len(specs)} tensors of {found} bytes, "
                 f"its header announced {tensors} of {size}"
             )
         self._fields = fields
@@ -172,11 +178,8 @@ class _Spec(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    nbytes: int
     stays: bool = False  # on its device
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Slot(NamedTuple):
@@ -184,7 +187,7 @@ class _Slot(NamedTuple):
 
 
 def _pack(value: Any, tensors: list[Tensor], keep: torch.device | None) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, int):  # a number with something attached travels as the number
         return int(value)
@@ -205,7 +208,7 @@ def _stays(tensor: Tensor, keep: torch.device | None) -> bool:
 
 
 def _unpack(value: Any, specs: list[_Spec]) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in _PLAIN:
         return value
     if type(value) is dict and len(value) == 1:
         ((tag, inner),) = value.items()
@@ -214,20 +217,21 @@ def _unpack(value: Any, specs: list[_Spec]) -> Any:
         if tag == "f" and type(inner) is list:
             return frozenset(_unpack(item, specs) for item in inner)
         if tag in ("x", "d") and type(inner) is list:
-            specs.append(_spec(*inner)._replace(stays=tag == "d"))
+            spec = _spec(*(tuple(part) if type(part) is list else part for part in inner))
+            specs.append(spec if tag == "x" else spec._replace(stays=True))
             return _Slot(len(specs) - 1)
     raise ProtocolError(f"unknown value in a message: {str(value)[:80]}")
 
 
 def _fill(value: Any, tensors: list[Tensor]) -> Any:
+    if type(value) in _PLAIN:
+        return value
     if type(value) is _Slot:
         return tensors[value.number]
-    if type(value) in (tuple, frozenset):
-        return type(value)(_fill(item, tensors) for item in value)
-    return value
+    return type(value)([_fill(item, tensors) for item in value])
 
 
-def _lay_out(tensor: Tensor, tensors: list[Tensor]) -> list[Any]:
+def _lay_out(tensor: Tensor, tensors: list[Tensor]) -> Sequence[Any]:
     """Add `tensor`, as dense memory on its device, to `tensors`; returns its description."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise ProtocolError(f"a tensor is not dense memory, but of {tensor.layout} on {tensor.device}")
@@ -238,32 +242,40 @@ def _lay_out(tensor: Tensor, tensors: list[Tensor]) -> list[Any]:
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    description: list[Any] = [_NAMES[tensor.dtype], list(tensor.shape)]
-    if tensor.stride() != _usual_strides(tensor.shape):
-        if _is_dense(tensor.shape, tensor.stride()):
-            description.append(list(tensor.stride()))
-        else:
-            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    description, has_gaps = _description(tensor.dtype, tensor.shape, tensor.stride())
+    if has_gaps:
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     tensors.append(tensor)
     return description
 
 
+@functools.lru_cache(_LAYOUTS)
+def _description(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Sequence[Any], bool]:
+    """What `_spec` reads, and whether the tensor must be copied because its memory has gaps."""
+    usual = (_NAMES[dtype], tuple(shape))
+    if strides == _usual_strides(shape):
+        return usual, False
+    return ((*usual, strides), False) if _is_dense(shape, strides) else (usual, True)
+
+
+@functools.lru_cache(_LAYOUTS)
 def _spec(dtype: Any, shape: Any, strides: Any = None) -> _Spec:
     """A checked description of a tensor: nothing absurd passes."""
     if type(dtype) is not str or dtype not in _BY_NAME:
         raise ProtocolError(f"unknown dtype {str(dtype)[:40]!r}")
     for numbers in (shape,) if strides is None else (shape, strides):
-        if type(numbers) is not list or len(numbers) > _DIMENSIONS:
+        if type(numbers) is not tuple or len(numbers) > _DIMENSIONS:
             raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
         if any(type(n) is not int or not 0 <= n <= PAYLOAD_LIMIT for n in numbers):
             raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
-    shape = tuple(shape)
-    spec = _Spec(_BY_NAME[dtype], shape, _usual_strides(shape) if strides is None else tuple(strides))
-    if spec.nbytes > PAYLOAD_LIMIT or any(n > PAYLOAD_LIMIT for n in spec.strides):
-        raise ProtocolError(f"a tensor announces {spec.nbytes} bytes, more than the limit of {PAYLOAD_LIMIT}")
-    if strides is not None and (len(shape) != len(strides) or not _is_dense(shape, spec.strides)):
+    kind = _BY_NAME[dtype]
+    laid_out = _usual_strides(shape) if strides is None else strides
+    nbytes = math.prod(shape) * kind.itemsize
+    if nbytes > PAYLOAD_LIMIT or any(n > PAYLOAD_LIMIT for n in laid_out):
+        raise ProtocolError(f"a tensor announces {nbytes} bytes, more than the limit of {PAYLOAD_LIMIT}")
+    if strides is not None and (len(shape) != len(strides) or not _is_dense(shape, laid_out)):
         raise ProtocolError(f"strides {strides} do not fit the shape {shape}")
-    return spec
+    return _Spec(kind, shape, laid_out, nbytes)
 
 
 def _usual_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -294,5 +306,7 @@ def _piece(tensor: Tensor, stays: bool) -> Piece:
     """The memory of a dense tensor as flat bytes."""
     if not tensor.numel():
         return np.empty(0, np.uint8)
+    if not stays and tensor.dtype in _NUMPY and tensor.is_contiguous():
+        return tensor.numpy().reshape(-1).view(np.uint8)
     flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
     return flat if stays else flat.numpy()

@@ -37,7 +37,7 @@ from decoupled.transport.link import Link
 from decoupled.transport.place import Address
 from decoupled.transport.queued import LINGER
 
-_RING = 1 << 23  # bytes
+_RING = 1 << 22
 _HEARING = 5.0  # seconds a caller has to prove the token
 _CALLERS = 256  # that may be heard at once
 _End = TypeVar("_End", LinkOutlet, LinkInlet)

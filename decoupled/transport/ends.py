@@ -50,14 +50,12 @@ class LinkOutlet(Outlet):
             while True:
                 if self._over:
                     raise self._over.with_traceback(None)
-                patience = 0.0 if self._credits else None if deadline is None else deadline - time.monotonic()
+                if self._credits:
+                    return True
+                patience = None if deadline is None else deadline - time.monotonic()
                 if self._link.wait(patience):
                     self._handle()
-                elif self._over:
-                    continue
-                elif self._credits:
-                    return True
-                elif patience is not None:
+                elif patience is not None and not self._over:
                     return False
 
     def send(self, message: Message) -> None:
@@ -87,13 +85,15 @@ class LinkOutlet(Outlet):
     def _put(self, encoded: Encoded, sent: float) -> None:
         self._deliver(encoded, sent)()
 
-    def _deliver(self, encoded: Encoded, sent: float) -> Complete:
+    def _deliver(self, encoded: Encoded, sent: float, wait: bool = True) -> Complete:
+        """Write the message, begin with its large tensors; unless it may `wait`, the link may hold some of it then."""
         small, large = self._bulk.divide(encoded.pieces)
-        size = sum(piece.nbytes for piece in encoded.pieces)
+        size = sum([piece.nbytes for piece in encoded.pieces])
         self.payload_bytes += size
-        self._large_bytes += sum(piece.nbytes for piece in large)
+        self._large_bytes += sum([piece.nbytes for piece in large])
         try:
-            self._link.write(Frame(Kind.MESSAGE, size, sent, encoded.meta, len(encoded.pieces)), small)
+            header = Frame(Kind.MESSAGE, size, sent, encoded.meta, len(encoded.pieces))
+            self._link.write(header, small, hold=bool(large) and self._bulk.announces, wait=wait)
             complete = self._bulk.send(large, self._announce, self._wait) if large else nothing
         except (Lost, Closed, OSError) as error:
             raise self._reason() from error

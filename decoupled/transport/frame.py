@@ -99,15 +99,11 @@ def unpack(data: bytes | bytearray | memoryview, edge: int, sequence: int, name:
         ProtocolError: it says which field is wrong, and how.
     """
     magic, version, kind, tensors, edge_, sequence_, amount, sent, meta_bytes, meta_checksum = _FIELDS.unpack_from(data)
-    for what, found, due in (
-        ("magic", magic, MAGIC),
-        ("protocol version", version, VERSION),
-        ("checksum", _CHECKSUM.unpack_from(data, _FIELDS.size)[0], zlib.crc32(data[: _FIELDS.size])),
-        ("edge number", edge_, edge),
-        ("sequence number", sequence_, sequence),
-    ):
-        if found != due:
-            raise ProtocolError(f"edge {name}: a header has {what} {found!r} where {due!r} is due")
+    found = (magic, version, *_CHECKSUM.unpack_from(data, _FIELDS.size), edge_, sequence_)
+    due = (MAGIC, VERSION, zlib.crc32(data[: _FIELDS.size]), edge, sequence)
+    if found != due:
+        what, is_, was = next(trio for trio in zip(_CHECKED, found, due, strict=True) if trio[1] != trio[2])
+        raise ProtocolError(f"edge {name}: a header has {what} {is_!r} where {was!r} is due")
     if kind not in _KINDS:
         raise ProtocolError(f"edge {name}: a header of unknown kind {kind}")
     for what, found, limit in (
@@ -121,3 +117,4 @@ def unpack(data: bytes | bytearray | memoryview, edge: int, sequence: int, name:
 
 
 _KINDS = frozenset(int(kind) for kind in Kind)
+_CHECKED = ("magic", "protocol version", "checksum", "edge number", "sequence number")

@@ -47,6 +47,7 @@ class Link:
         self._socket = sock
         self._reading, self._writing = threading.Lock(), threading.Lock()
         self._written = self._read = 0  # frames
+        self._held: list[memoryview] = []  # what leaves with the next frame
         self.sent_bytes = 0
         self._buffer = memoryview(bytearray(_BUFFER))
         self._start = self._end = 0  # what has been read from the socket, but not been asked for
@@ -57,8 +58,15 @@ class Link:
         self._waking = threading.Lock()
         self._is_cut = self.is_closed = False
 
-    def write(self, header: Frame, pieces: Sequence[Bytes] = ()) -> None:
-        """Write a frame, and `pieces` behind it; waits while the socket is full.
+    def write(self, header: Frame, pieces: Sequence[Bytes] = (), hold: bool = False, wait: bool = True) -> bool:
+        """Write a frame, and `pieces` behind it; what is held leaves with the next frame, or by `flush`.
+
+        Args:
+            hold: all of it.
+            wait: while the socket is full; otherwise what it does not take at once is held.
+
+        Returns:
+            Whether nothing is held.
 
         Raises:
             Closed: this end was cut. Lost: the other end is closed or gone.
@@ -67,17 +75,27 @@ class Link:
             first = frame.pack(header, self._number, self._written)
             self._written += 1
             buffers = [memoryview(first), memoryview(header.meta), *(piece.data for piece in pieces)]
-            self.sent_bytes += sum(len(buffer) for buffer in buffers)  # before anybody can have received them
-            try:
-                self._write_all(buffers)
-            except OSError as error:
-                raise self.gone() from error
+            self.sent_bytes += sum(map(len, buffers))  # before anybody can have received them
+            self._held += buffers
+            return not hold and self._write(wait)
+
+    @property
+    def holds(self) -> bool:
+        """Whether something waits for `flush`."""
+        return bool(self._held)
+
+    def flush(self) -> None:
+        """Write what is held; waits and fails as `write`."""
+        with self._writing:
+            self._write(wait=True)
 
     def goodbye(self, patience: float) -> None:
         """Tell the other end that nothing follows, if that is possible within `patience` seconds; never raises."""
         if not self._writing.acquire(timeout=patience):
             return  # a writer is stuck in the middle of a frame
         try:
+            if not self._write(wait=False):
+                return  # so it would be here
             goodbye = frame.pack(Frame(Kind.GOODBYE), self._number, self._written)
             try:
                 self._socket.send(goodbye, socket.MSG_DONTWAIT)
@@ -88,7 +106,7 @@ class Link:
                 self._socket.send(goodbye, socket.MSG_DONTWAIT)
             self._written += 1
             self._socket.shutdown(socket.SHUT_WR)
-        except (OSError, ValueError):
+        except (OSError, ValueError, Closed, Lost):
             pass  # gone already
         finally:
             self._writing.release()
@@ -100,15 +118,6 @@ class Link:
                 return True
             found = self._poll.poll(None if timeout is None else max(timeout, 0) * 1000)
             return self._is_cut or bool(found and all(descriptor != self._wake_reader for descriptor, _ in found))
-
-    def is_writable(self) -> bool:
-        """Whether the system takes more bytes now."""
-        room = select.poll()
-        try:
-            room.register(self._socket, select.POLLOUT)
-            return bool(room.poll(0))
-        except (OSError, ValueError):  # closed
-            return False
 
     def wake(self) -> None:
         """End the present and all future calls of `wait`."""
@@ -202,22 +211,29 @@ class Link:
         if ready:
             view[:ready] = self._take(ready)
         while ready < len(view):
-            ready += self._receive(view[ready:])
+            ready += self._receive(view[ready:], socket.MSG_WAITALL)
 
-    def _receive(self, view: memoryview) -> int:
+    def _receive(self, view: memoryview, flags: int = 0) -> int:
         try:
-            size = self._socket.recv_into(view)
+            size = self._socket.recv_into(view, 0, flags)
         except OSError as error:
             raise self.gone() from error
         if not size:
             raise self.gone()
         return size
 
-    def _write_all(self, buffers: list[memoryview]) -> None:
-        buffers = [buffer for buffer in buffers if len(buffer)]
+    def _write(self, wait: bool) -> bool:
+        """Write what is held; called with `_writing` held."""
+        buffers = self._held = [buffer for buffer in self._held if len(buffer)]
         while buffers:
-            sent = self._socket.sendmsg(buffers[:_VECTORS])
+            try:
+                sent = self._socket.sendmsg(buffers[:_VECTORS], (), 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise self.gone() from error
             while buffers and sent >= len(buffers[0]):
                 sent -= len(buffers.pop(0))
             if sent:
                 buffers[0] = buffers[0][sent:]
+        return True

@@ -1,7 +1,7 @@
-"""The sending end where what comes after the credit can be slow: a thread of its own does it.
+"""The sending end where what comes after the credit can be slow: a thread of its own does what would have to wait.
 
-QueuedOutlet  send, in the caller: encode -> wait for a credit -> queue
-              its thread: header, small tensors -> large ones
+QueuedOutlet  send, in the caller: encode -> wait for a credit -> header, tensors, as much as the system takes at once
+              its thread: the rest
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from decoupled.errors import ProtocolError
 from decoupled.transport.bulk import Bulk, Complete
@@ -19,20 +20,19 @@ from decoupled.transport.ends import LinkOutlet
 from decoupled.transport.link import Link
 
 LINGER = 5.0  # seconds that the last messages have, after `close`, to get away
-_AT_ONCE = 1 << 14  # bytes behind a header that the system takes at once if it takes any
 
 
 class QueuedOutlet(LinkOutlet):
     """A `LinkOutlet` that never writes in the caller what a slow network could hold up.
 
-    A header and little else is written at once, if nothing is waiting before it: a change of threads costs more.
+    What the system takes at once is written there, if nothing is waiting before it: a change of threads costs more.
     """
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         super().__init__(link, capacity, bulk)
         self._begun: deque[Complete] = deque()  # taken messages leave it: their transfers need no waiting for
-        self._handed = self._delivered = 0  # messages given to the thread, and done by it
-        self._queue: queue.SimpleQueue[tuple[Encoded, float] | None] = queue.SimpleQueue()
+        self._handed = self._done = 0  # jobs given to the thread, and done by it
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"send {link.edge}", daemon=True)
         self._thread.start()
 
@@ -44,15 +44,23 @@ class QueuedOutlet(LinkOutlet):
             self._thread.join(timeout)
 
     def _put(self, encoded: Encoded, sent: float) -> None:
-        inline = sum(len(piece) for piece in self._bulk.divide(encoded.pieces)[0])
-        if self._handed == self._delivered and inline <= _AT_ONCE and self._link.is_writable():
-            self._begun.append(self._deliver(encoded, sent))
+        if self._handed > self._done:
+            self._hand_over(encoded, sent)
             return
+        self._begun.append(self._deliver(encoded, sent, wait=False))
+        if self._link.holds:
+            self._hand(self._link.flush)
+
+    def _hand_over(self, encoded: Encoded, sent: float) -> None:
+        """Let the thread deliver a message."""
+        self._hand(lambda: self._begun.append(self._deliver(encoded, sent)))
+
+    def _hand(self, job: Callable[[], None]) -> None:
         self._handed += 1
-        self._queue.put((encoded, sent))
+        self._jobs.put(job)
 
     def _finish(self) -> None:
-        self._queue.put(None)
+        self._jobs.put(None)
 
     def _credited(self) -> None:
         with contextlib.suppress(OSError, IndexError):  # the link will tell; closing has just completed all
@@ -61,9 +69,9 @@ class QueuedOutlet(LinkOutlet):
 
     def _run(self) -> None:
         try:
-            while item := self._queue.get():
-                self._begun.append(self._deliver(*item))
-                self._delivered += 1
+            while job := self._jobs.get():
+                job()
+                self._done += 1
             self._complete_all()
             self._link.goodbye(LINGER)
             self._see_off()

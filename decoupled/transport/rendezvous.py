@@ -92,17 +92,16 @@ class MeetingOutlet(QueuedOutlet):
 
     def _put(self, encoded: Encoded, sent: float) -> None:
         if any(isinstance(piece, Tensor) for piece in encoded.pieces):
-            self._handed += 1
-            self._queue.put((encoded, sent))
+            self._hand_over(encoded, sent)
         else:
             super()._put(encoded, sent)
 
-    def _deliver(self, encoded: Encoded, sent: float) -> Complete:
+    def _deliver(self, encoded: Encoded, sent: float, wait: bool = True) -> Complete:
         try:
             encoded.computed()
         except RuntimeError as error:  # from the device; the actor's thread will meet it, too
             raise Lost(f"edge {self._link.edge}: what should be sent could not be computed: {error}") from error
-        return super()._deliver(encoded, sent)
+        return super()._deliver(encoded, sent, wait)
 
     def _listen(self) -> None:
         try:

@@ -19,6 +19,7 @@ from decoupled.transport.codec import Draft, encode
 from decoupled.transport.contract import Lost, NeverOpened
 from decoupled.transport.endpoint import Endpoint
 from decoupled.transport.exchange import GLOO, Exchange, Library
+from decoupled.transport.frame import Frame
 from decoupled.transport.rendezvous import MeetingInlet, MeetingOutlet
 from decoupled.transport.shared_memory import Ring
 
@@ -142,7 +143,12 @@ def test_nothing_is_said_before_it_is_computed_nor_sent_before_the_target_is_rea
     group: Any = out._bulk._group  # type: ignore[attr-defined]
     send, write, tell = group.send, out._link.write, inlet._tell
     group.send = lambda tensors: (events.append("send"), send(tensors))[1]
-    out._link.write = lambda header, pieces=(): (events.append(header.kind.name), write(header, pieces))[1]
+
+    def noted(header: Frame, *rest: Any, **how: Any) -> bool:
+        events.append(header.kind.name)
+        return write(header, *rest, **how)
+
+    monkeypatch.setattr(out._link, "write", noted)
     inlet._tell = lambda frame: (events.append(frame.kind.name), tell(frame))[1]  # type: ignore[method-assign]
     out.send(data(1))  # the actor's thread goes on
     receiving = Background(inlet.receive)
