@@ -3,8 +3,8 @@
     costs = measure(graph, instances)            seconds per instance and node, forward and backward
     balance(graph, costs, workers=2)             {"embed": 0, "recurrent": 1, ...}
 
-Heavy nodes are dealt out first, each to the worker with the least to do; light ones (that together fit into the slack)
-go where their neighbours are, so that their messages need not leave a worker.
+Heavy nodes are dealt out first, each to the worker with the least to do; light ones go where their neighbours are, so
+that their messages need not leave a worker, unless that one has its fair share already.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from decoupled.errors import UserError, nearest
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.execute import execute
 from decoupled.graph.instance import Instance
+from decoupled.runtime.contract import intra_op_threads
 
 LIGHT = 0.1  # of a worker's fair share: what costs less follows its neighbours
 
 
 def measure(graph: NodeGraph, instances: Sequence[Instance], rounds: int = 3) -> dict[str, float]:
-    """Seconds per instance at every node but the inputs: the least of some rounds. The graph itself is not touched."""
+    """Seconds per instance at every node but the inputs, on one thread: the least of some rounds.
+
+    The graph itself is not touched.
+    """
     trial = copy.deepcopy(graph)
-    found: list[dict[str, float]] = [execute(trial, instances).seconds for _ in range(rounds + 1)][1:]
+    with intra_op_threads(1):
+        found: list[dict[str, float]] = [execute(trial, instances).seconds for _ in range(rounds + 1)][1:]
     names = [name for name, node in graph.nodes.items() if not isinstance(node, Input)]
     return {name: min(one.get(name, 0.0) for one in found) / max(1, len(instances)) for name in names}
 
@@ -50,7 +55,7 @@ def balance(graph: NodeGraph, costs: Mapping[str, float], workers: int) -> dict[
         name = next((n for n in waiting if any(m in places for m in neighbours[n])), waiting[0])
         waiting.remove(name)
         near = Counter(places[m] for m in neighbours[name] if m in places)
-        put(name, max(range(workers), key=lambda w: (near[w], -load[w])))
+        put(name, max(range(workers), key=lambda w: (load[w] < share, near[w], -load[w])))
     return places
 
 
