@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from decoupled.method import Method
+from decoupled.method import Described
 
 HEADINGS = (
     "In one sentence", "Paper", "Flow", "Equations", "What is truncated", "Staleness", "Memory", "Bytes",
@@ -32,7 +32,7 @@ class Card:
     name: str
     family: str
     text: str
-    method: Method
+    method: Described
     options: dict[str, Any]
 
     @property
@@ -48,24 +48,7 @@ class Card:
 
     def facts(self, K: int = 4) -> dict[str, Any]:
         """The facts of the method for `K` blocks, as plain data."""
-        facts, order = self.method.facts, self.method.order
-        up, down = self.method.coupling.up, self.method.coupling.down
-        text = "takes what has arrived" if order.rule is None else order.text(0, K, 6)
-        return {
-            "family": self.family,
-            "options": self.options,
-            "up": list(up),
-            "down": list(down),
-            "order": f"{order}; block 0 of {K}, 6 passes: {text}",
-            "retention": self.method.retention.__name__,
-            "corrections": [str(correction) for correction in self.method.corrections],
-            "exact": facts.exact,
-            "surrogate": facts.surrogate,
-            "objectives that reach block k": {k: list(facts.reach(k, K)) for k in range(K)},
-            "updates between forward and backward": [facts.delay(k, K) for k in range(K)],
-            "passes in flight": [facts.in_flight(k, K) for k in range(K)],
-            "locks removed": list(facts.locks),
-        }
+        return {"family": self.family, "options": self.options, **self.method.describe(K)}
 
     def render(self, K: int = 4) -> str:
         """The card as markdown, with the generated facts for `K` blocks at its end."""

@@ -194,7 +194,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(found))
         return
-    print(f"test accuracy {found['test']['accuracy']:.4f}, test loss {found['test']['loss']:.4f}")
+    test, metric = found["test"], found.get("metric", "accuracy")
+    print(f"test {metric} {test.get('score', test['accuracy']):.4f}, test loss {test['loss']:.4f}")
     if options.out is not None:
         print(f"checkpoint: {options.out / 'checkpoint.pt'}")
         if options.events:
@@ -233,7 +234,7 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    cards = [registry.card(name) for name in registry.methods()]
+    cards = [registry.card(name) for name in registry.methods(object)]
     if options.json:
         print(json.dumps([{"name": c.name, "family": c.family, "summary": c.summary} for c in cards]))
         return

@@ -19,7 +19,8 @@ from typing import Any
 from decoupled import registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
-from decoupled.experiment import CONTROLS, Setting, environment, label, run_control, run_method
+from decoupled.experiment import Setting, environment, label
+from decoupled.graph.experiment import GraphSetting
 from decoupled.observe.claims import check
 from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
@@ -48,19 +49,20 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
         UserError: nothing to compare, an unknown name, or `out` holds files.
     """
     given = config.methods if isinstance(config.methods, list) else [config.methods]
-    specs: list[Spec] = list(given) or list(registry.methods())
-    if config.baseline not in map(label, specs):
+    kind = sweep.kind(config)
+    specs: list[Spec] = list(given) or list(registry.methods(kind.trains))
+    if kind.baseline is None and config.baseline not in map(label, specs):
         specs.insert(0, config.baseline)  # no table without it
     if config.seeds < 1:
         raise UserError(f"seeds must be at least 1, got {config.seeds}")
     for spec in specs:
-        registry.make(spec)  # wrong names are refused before anything runs
+        registry.make(spec, kind.trains)  # wrong names are refused before anything runs
     check(config.claims, config.cutoffs)
     settings = sweep.settings(config)
     fresh_directory(out)
     records: list[dict[str, Any]] = []
     recorders: list[Recorder] = []
-    contestants: list[Spec] = [*specs, *(CONTROLS if config.controls else ())]
+    contestants: list[Spec] = [*specs, *(kind.controls if config.controls else ())]
     results: dict[str, Any] = {}
     samples = sum(setting.samples for _, setting in settings)
     with Reporter(samples * len(contestants) * config.seeds, quiet) as reporter:
@@ -68,7 +70,8 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
             for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants):
                 traced = recorders if seed == 0 and point == settings[0][0] else []
                 record = _one(setting, point, spec, seed, reporter, traced)
-                if config.cutoffs and record["kind"] == "method" and record["status"] == "ok":
+                done = record["kind"] == "method" and record["status"] == "ok"
+                if config.cutoffs and done and isinstance(setting, Setting):
                     price(record, setting, spec)
                 records.append(record)
         finally:
@@ -92,17 +95,22 @@ def fresh_directory(out: Path) -> None:
 
 
 def _one(
-    setting: Setting, point: sweep.Point, spec: Spec, seed: int, reporter: Reporter, recorders: list[Recorder]
+    setting: Setting | GraphSetting,
+    point: sweep.Point,
+    spec: Spec,
+    seed: int,
+    reporter: Reporter,
+    recorders: list[Recorder],
 ) -> dict[str, Any]:
     where = {"point": point, "blocks": len(setting.cuts) + 1, "cuts": setting.cuts}
     what = " ".join(filter(None, (f"{label(spec):24}", describe(point), f"seed {seed}")))
     reporter.start(what)
     began = time.perf_counter()
     try:
-        if isinstance(spec, str) and spec in CONTROLS:
-            record = run_control(setting, spec, seed, reporter.advance)
+        if isinstance(spec, str) and spec in setting.controls:
+            record = setting.run_control(spec, seed, reporter.advance)
         else:
-            record, recorder = run_method(setting, spec, seed, reporter.advance)
+            record, recorder = setting.run_method(spec, seed, reporter.advance)
             recorders.append(recorder)
     except OperationError as error:
         reporter.line(f"{what}  failed: {error}")
@@ -128,26 +136,31 @@ def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _results(config: CompareConfig, setting: Setting, records: list[dict[str, Any]], command: str) -> dict[str, Any]:
-    base = [r for r in records if r["label"] == config.baseline and r["status"] == "ok"]
+def _results(
+    config: CompareConfig, setting: Setting | GraphSetting, records: list[dict[str, Any]], command: str
+) -> dict[str, Any]:
+    baseline = setting.baseline or config.baseline
+    base = [r for r in records if r["label"] == baseline and r["status"] == "ok"]
     pace = {(r["seed"], describe(r["point"])): r["samples_per_second"] for r in base}
     if config.runtime == "simulated":  # one thread did all the work: its pace says nothing
         pace = {}
     for record in records:
         reference, own = pace.get((record["seed"], describe(record["point"]))), record["samples_per_second"]
         record["speedup_over_backprop"] = own / reference if reference and own else None
-    data, model = (spec if isinstance(spec, str) else label(spec) for spec in (config.data, config.model))
+    data, model = (
+        spec if isinstance(spec, str) else label(spec) for spec in (config.task or config.data, config.model)
+    )
     return {
         "suite": config.suite,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "environment": environment(),
         "data": data,
-        "model": model,
+        "model": "its graph" if config.task else model,
         "blocks": len(setting.cuts) + 1,
         "cuts": setting.cuts,
         "runtime": config.runtime,
-        "baseline": config.baseline,
+        "baseline": baseline,
         "config": plain(config),
         "records": records,
     }

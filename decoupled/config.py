@@ -42,6 +42,7 @@ class Task:
     model: Any = "resnet8"  # a name, or {name: mlp, width: 64}
     blocks: Any = 2  # a number (balanced by measured time), or a list of cut indices
     runtime: Any = "threads"  # threads | simulated | processes, or {name: processes, processes: 2, heartbeat: 30}
+    task: Any = None  # instead of data and model: a graph's task, by name, or {name: list_reduction, hidden: 64}
     precision: Any = "float32"  # float32 | bf16 (autocast), or a list with one per block
     recipe: Recipe = field(default_factory=Recipe)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
 from decoupled.errors import UserError, first_line, unknown
 from decoupled.evaluation import evaluate
+from decoupled.method import Method
 from decoupled.observe.recorder import Recorder
 from decoupled.partition import split
 from decoupled.steps import MakeOptimizer, MakeScheduler
@@ -43,6 +44,10 @@ class Setting:
     task: Task
     dataset: Dataset
     cuts: list[int]
+
+    trains: ClassVar[type] = Method
+    controls: ClassVar[Mapping[str, str]] = CONTROLS
+    baseline: ClassVar[str | None] = None  # a control that speed-ups are relative to, whatever the suite says
 
     @classmethod
     def prepare(cls, task: Task) -> Setting:
@@ -67,6 +72,14 @@ class Setting:
     def held_out(self, name: str) -> Loader:
         """Batches of the "validation" or "test" split."""
         return Loader(getattr(self.dataset, name), 256)
+
+    def run_method(self, spec: str | Mapping[str, Any], seed: int, advance: Advance) -> tuple[dict, Recorder]:
+        """See `run_method`."""
+        return run_method(self, spec, seed, advance)
+
+    def run_control(self, control: str, seed: int, advance: Advance) -> dict[str, Any]:
+        """See `run_control`."""
+        return run_control(self, control, seed, advance)
 
     @property
     def samples(self) -> int:
@@ -142,7 +155,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
             epoch = trainer.fit(loader)[0]
             seconds, samples = seconds + epoch["seconds"], samples + int(epoch["samples"])
             held_out = trainer.evaluate(setting.held_out("validation"))
-            curve.append(_point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]))
+            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]))
         final = trainer.evaluate(setting.held_out("test"))
         blocks, startup = trainer.statistics(), trainer.runtime.startup_seconds
     busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
@@ -163,7 +176,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
         "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
     }
-    return _complete(record, setting, seed, final, curve, samples, seconds), recorder
+    return complete(record, setting.task.recipe.epochs, seed, final, curve, samples, seconds), recorder
 
 
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
             advance(len(inputs))
         seconds += time.perf_counter() - start
         held_out = evaluate(list(network), setting.held_out("validation"), F.cross_entropy)
-        curve.append(_point(held_out, epoch + 1, samples, seconds, total / len(setting.dataset.train)))
+        curve.append(point(held_out, epoch + 1, samples, seconds, total / len(setting.dataset.train)))
     final = evaluate(list(network), setting.held_out("test"), F.cross_entropy)
     record = {
         "method": control,
@@ -215,7 +228,7 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
         "auxiliary_parameters": 0,
         "timeline": [],
     }
-    return _complete(record, setting, seed, final, curve, samples, seconds)
+    return complete(record, recipe.epochs, seed, final, curve, samples, seconds)
 
 
 def environment() -> dict[str, Any]:
@@ -249,7 +262,8 @@ def label(spec: str | Mapping[str, Any]) -> str:
     return f"{spec['name']}({options})" if options else str(spec["name"])
 
 
-def _point(held_out: Mapping[str, float], epoch: int, samples: int, seconds: float, loss: float) -> dict[str, Any]:
+def point(held_out: Mapping[str, float], epoch: int, samples: int, seconds: float, loss: float) -> dict[str, Any]:
+    """One point of a learning curve."""
     return {
         "epoch": epoch,
         "samples": samples,
@@ -260,22 +274,23 @@ def _point(held_out: Mapping[str, float], epoch: int, samples: int, seconds: flo
     }
 
 
-def _complete(
+def complete(
     record: dict[str, Any],
-    setting: Setting,
+    epochs: int,
     seed: int,
     final: Mapping[str, float],
     curve: list[dict[str, Any]],
     samples: int,
     seconds: float,
 ) -> dict[str, Any]:
+    """A record of a finished run, with what all of them have."""
     return record | {
         "status": "ok",
         "error": None,
         "seed": seed,
         "test_accuracy": final["accuracy"],
         "test_loss": final["loss"],
-        "epochs": setting.task.recipe.epochs,
+        "epochs": epochs,
         "samples": samples,
         "wall_seconds": seconds,
         "samples_per_second": samples / seconds,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 from decoupled.correction import Correction
 from decoupled.coupling import Coupling
@@ -60,6 +61,37 @@ class Method:
     feed: Whole = field(default_factory=Whole)
     channel: int = 2
     name: str = ""
+
+    trains: ClassVar[str] = "networks cut into blocks (data=... model=..., no task)"
+
+    def describe(self, K: int) -> dict[str, Any]:
+        """Its facts for `K` blocks, as plain data."""
+        facts, order = self.facts, self.order
+        text = "takes what has arrived" if order.rule is None else order.text(0, K, 6)
+        return {
+            "up": list(self.coupling.up),
+            "down": list(self.coupling.down),
+            "order": f"{order}; block 0 of {K}, 6 passes: {text}",
+            "retention": self.retention.__name__,
+            "corrections": [str(correction) for correction in self.corrections],
+            "exact": facts.exact,
+            "surrogate": facts.surrogate,
+            "objectives that reach block k": {k: list(facts.reach(k, K)) for k in range(K)},
+            "updates between forward and backward": [facts.delay(k, K) for k in range(K)],
+            "passes in flight": [facts.in_flight(k, K) for k in range(K)],
+            "locks removed": list(facts.locks),
+        }
+
+
+class Described(Protocol):
+    """What every registered method is, whatever it trains."""
+
+    trains: ClassVar[str]
+
+    @property
+    def name(self) -> str: ...
+
+    def describe(self, K: int) -> dict[str, Any]: ...
 
 
 def corrected(method: Method, more: Sequence[Correction]) -> Method:

@@ -1,4 +1,5 @@
-"""Names of methods. A method is a function that returns a `Method`; its keyword arguments are its options.
+"""Names of methods. A method is a function that returns a `Method` (or what trains other things than networks cut into
+blocks, by its annotation); its keyword arguments are its options.
 
     @register("gpipe")
     def gpipe(microbatches: int = 4) -> Method: ...
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from decoupled import compensation, correction, prediction  # noqa: F401  (they name corrections)
 from decoupled.card import Card
@@ -28,6 +29,7 @@ from decoupled.errors import UserError, nearest, unknown
 from decoupled.method import Method, corrected
 from decoupled.specs import parse
 
+T = TypeVar("T")
 GROUP = "decoupled.methods"
 _registry: dict[str, _Entry] = {}
 _found = False
@@ -35,22 +37,27 @@ _found = False
 
 @dataclass(frozen=True)
 class _Entry:
-    make: Callable[..., Method]
+    make: Callable[..., Any]
     family: str
     card: Path
+
+    def makes(self, kind: type) -> bool:
+        """Whether it returns a `kind`, as it is annotated."""
+        made = typing.get_type_hints(self.make).get("return", Method)
+        return isinstance(made, type) and issubclass(made, kind)
 
     def options(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.make).parameters)
 
 
-def register(name: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+def register(name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Give the decorated function the method name `name`; its card is `<name>.md` beside its module.
 
     Raises:
         ValueError: the name is taken by another function.
     """
 
-    def add(make: Callable[..., Method]) -> Callable[..., Method]:
+    def add(make: Callable[..., T]) -> Callable[..., T]:
         taken = _registry.get(name)
         if taken is not None and (taken.make.__module__, taken.make.__qualname__) != (
             make.__module__,
@@ -64,9 +71,9 @@ def register(name: str) -> Callable[[Callable[..., Method]], Callable[..., Metho
     return add
 
 
-def methods() -> list[str]:
-    """Names of all methods, sorted."""
-    return sorted(_all())
+def methods(kind: type = Method) -> list[str]:
+    """Names of the methods that make a `kind`, sorted; `object`: of all."""
+    return sorted(name for name, entry in _all().items() if entry.makes(kind))
 
 
 def family(name: str) -> str:
@@ -79,14 +86,20 @@ def options(name: str) -> dict[str, Any]:
     return {key: parameter.default for key, parameter in _entry(name).options().items()}
 
 
-def make(spec: str | Mapping[str, Any]) -> Method:
+@overload
+def make(spec: str | Mapping[str, Any]) -> Method: ...
+@overload
+def make(spec: str | Mapping[str, Any], kind: type[T]) -> T: ...
+
+
+def make(spec: str | Mapping[str, Any], kind: type = Method) -> Any:
     """Build a method from a name, or from a mapping with `name` and options (an OmegaConf node is one).
 
-    Every method takes `corrections`: a list of names, or mappings with name and options, see `decoupled.correction`.
+    A `Method` takes `corrections`: a list of names, or mappings with name and options, see `decoupled.correction`.
 
     Raises:
-        UserError: unknown name or option (with the nearest one), an option of the wrong type, or corrections that do
-            not go with the method.
+        UserError: unknown name or option (with the nearest one), an option of the wrong type, corrections that do
+            not go with the method, or a method that makes no `kind`.
     """
     name, given = parse("method", spec)
     more = given.pop("corrections", [])
@@ -102,6 +115,10 @@ def make(spec: str | Mapping[str, Any]) -> Method:
             )
         given[key] = _coerce(name, key, value, hints.get(key, object))
     method = replace(entry.make(**given), name=name)
+    if not isinstance(method, kind):
+        raise UserError(f"method {name!r} trains {method.trains}")
+    if more and not isinstance(method, Method):
+        raise UserError(f"method {name!r} takes no corrections; leave them out")
     return corrected(method, [correction.make(one) for one in more]) if more else method
 
 
@@ -114,7 +131,8 @@ def card(name: str) -> Card:
     entry = _entry(name)
     if not entry.card.is_file():
         raise UserError(f"method {name!r} has no card; write {entry.card.name} beside its module")
-    return Card(name, entry.family, entry.card.read_text(encoding="utf-8"), make(name), options(name))
+    method: Any = make(name, object)
+    return Card(name, entry.family, entry.card.read_text(encoding="utf-8"), method, options(name))
 
 
 def _coerce(name: str, key: str, value: object, wanted: object) -> object:

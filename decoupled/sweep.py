@@ -20,6 +20,7 @@ from typing import Any
 from decoupled.config import CompareConfig, Recipe, Task, changed
 from decoupled.errors import UserError
 from decoupled.experiment import Setting
+from decoupled.graph.experiment import GraphSetting
 
 Point = dict[str, Any]
 
@@ -42,13 +43,18 @@ def points(config: CompareConfig) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def settings(config: CompareConfig) -> list[tuple[Point, Setting]]:
+def kind(config: Task) -> type[Setting] | type[GraphSetting]:
+    """What a configuration trains: a graph if it names a task, else a network cut into blocks."""
+    return Setting if config.task is None else GraphSetting
+
+
+def settings(config: CompareConfig) -> list[tuple[Point, Setting | GraphSetting]]:
     """One setting per point. Data are loaded and the network is cut once for all points that agree on both."""
     found, known = [], {}
     for point in points(config):
         task = changed(config, point)
-        same = json.dumps([task.data, task.model, task.blocks], sort_keys=True)
+        same = json.dumps([task.data, task.model, task.task, task.blocks], sort_keys=True)
         if same not in known:
-            known[same] = Setting.prepare(task)
+            known[same] = kind(task).prepare(task)
         found.append((point, replace(known[same], task=task)))
     return found

@@ -20,6 +20,7 @@ from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
 from decoupled.experiment import Setting, label, make_trainer
+from decoupled.graph.train import train_graph
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
 from decoupled.runtime.launch import launched_rank, under_torchrun
@@ -41,6 +42,8 @@ def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = 
     Raises:
         UserError: an unknown name, an impossible value, `out` holds files, or torchrun without runtime=processes.
     """
+    if config.task is not None:
+        return train_graph(config, out, events, quiet)
     registry.make(config.method)
     if under_torchrun() and parse("runtime", config.runtime)[0] != "processes":
         raise UserError(f"torchrun needs runtime=processes, got runtime={config.runtime}")

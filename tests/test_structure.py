@@ -88,13 +88,13 @@ def strings(tree: ast.AST) -> Iterator[ast.Constant]:
 
 def test_the_core_never_names_a_method() -> None:
     for path in CORE:
-        known = set(registry.methods()) - ORDERS.get(name(path), set())
+        known = set(registry.methods(object)) - ORDERS.get(name(path), set())
         for constant in strings(ast.parse(path.read_text(encoding="utf-8"))):
             assert constant.value not in known, f"{name(path)}:{constant.lineno} names the method {constant.value!r}"
 
 
 def test_generic_tests_never_name_a_method() -> None:
-    known = set(registry.methods())
+    known = set(registry.methods(object))
     for path in sorted((ROOT / "tests" / "zoo").rglob("*.py")):
         for constant in strings(ast.parse(path.read_text(encoding="utf-8"))):
             assert constant.value not in known, f"{name(path)}:{constant.lineno} names the method {constant.value!r}"
@@ -159,11 +159,21 @@ OPTIONS = {
     "infopro": {"lambda1": 1.0, "lambda2": 0.5, "contrast": False, "head": "mlp"},
     "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
     "penalty": {"beta": 0.1, "eta": 5.0, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
+    "ampnet": {
+        "max_active_keys": 4,
+        "min_update_frequency": 1,
+        "combine": "mean",
+        "backward": "activation",
+        "replicas": None,
+        "backward_first": True,
+        "frequencies": None,
+        "messages_per_instance": 10_000,
+    },
 }
 KEYS = {
     config.Recipe: "optimizer lr momentum weight_decay schedule batch_size epochs augment",
-    config.TrainConfig: "data model blocks runtime precision recipe method seed on_nonfinite resume",
-    config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds sweep "
+    config.TrainConfig: "data model blocks runtime task precision recipe method seed on_nonfinite resume",
+    config.CompareConfig: "data model blocks runtime task precision recipe suite methods controls baseline seeds sweep "
     "cutoffs claims",
     config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
 }
@@ -171,7 +181,7 @@ KEYS = {
 
 def test_the_option_surface_is_frozen() -> None:
     assert list(inspect.signature(decoupled.Trainer).parameters) == TRAINER.split()
-    assert {name: registry.options(name) for name in registry.methods()} == OPTIONS
+    assert {name: registry.options(name) for name in registry.methods(object)} == OPTIONS
     for kind, keys in KEYS.items():
         assert [field.name for field in dataclasses.fields(kind)] == keys.split()
 

@@ -43,8 +43,10 @@ class Asynchrony:
     def __post_init__(self) -> None:
         positive(
             "graph", max_active_keys=self.max_active_keys, min_update_frequency=self.min_update_frequency,
-            messages_per_instance=self.messages_per_instance, **self.frequencies, **self.replicas,
+            messages_per_instance=self.messages_per_instance,
         )  # fmt: skip
+        positive("frequencies", **self.frequencies)
+        positive("replicas", **self.replicas)
         if self.backward not in MODES:
             raise unknown("backward mode", self.backward, MODES)
         if self.combine not in ("mean", "sum"):
@@ -74,6 +76,7 @@ class Asynchrony:
                 if name not in known:
                     raise unknown(f"node in {option}:", name, known)
 
-    def frequency(self, node: PPT) -> int:
-        """Gradients that `node` adds up."""
-        return self.frequencies.get(node.name, node.own_muf or self.min_update_frequency)
+    def frequency(self, graph: NodeGraph, node: PPT) -> int:
+        """Gradients that `node` adds up; a replica does as the node it stands for."""
+        name = next((name for name, copies in graph.replicas.items() if node.name in copies), node.name)
+        return self.frequencies.get(name, node.own_muf or self.min_update_frequency)

@@ -1,6 +1,7 @@
 """GraphTrainer: trains a graph of nodes asynchronously on any runtime.
 
-    with GraphTrainer(graph, optimizer=lambda p: torch.optim.Adam(p, 1e-3), max_active_keys=8, workers=2) as trainer:
+    method = {"name": "...", "max_active_keys": 8}
+    with GraphTrainer(graph, method, optimizer=lambda p: torch.optim.Adam(p, 1e-3), workers=2) as trainer:
         trainer.fit(instances, epochs=10)
         print(trainer.evaluate(held_out))
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from decoupled import registry
 from decoupled.build import make_runtime
 from decoupled.errors import StallError
 from decoupled.graph.asynchrony import Asynchrony
@@ -43,7 +45,8 @@ class GraphTrainer:
 
     Args:
         graph: trained in place (with replicas, nodes are added to it).
-        asynchrony: how far it runs ahead.
+        method: how far it runs ahead, and what updates are made of: a name, a mapping with name and options, or an
+            `Asynchrony`.
         optimizer: parameters -> Optimizer, called once per parameterised node.
         workers: how many, nodes balanced by measured cost; or node -> number of its worker.
         runtime: "threads", "simulated", "processes", a mapping with name and options, or a Runtime, which stays open.
@@ -59,7 +62,7 @@ class GraphTrainer:
     def __init__(
         self,
         graph: NodeGraph,
-        asynchrony: Asynchrony | None = None,
+        method: str | Mapping[str, Any] | Asynchrony | None = None,
         *,
         optimizer: MakeOptimizer,
         workers: int | Mapping[str, int] = 2,
@@ -68,13 +71,15 @@ class GraphTrainer:
         observers: Sequence[Observer] = (),
         on_retire: Callable[[int], None] | None = None,
     ) -> None:
-        self.graph, self.asynchrony, self.epoch = graph.check(), asynchrony or Asynchrony(), 0
+        method = method or Asynchrony()
+        self.asynchrony = method if isinstance(method, Asynchrony) else registry.make(method, Asynchrony)
+        self.graph, self.epoch = graph.check(), 0
         self.asynchrony.check(graph)
         replicate(graph, self.asynchrony.replicas)
         self._observers, self._on_retire = observers, on_retire
         how = self.asynchrony
         for node in graph.of(PPT):
-            node.prepare(optimizer, how.frequency(node), how.combine == "mean", how.backward)
+            node.prepare(optimizer, how.frequency(graph, node), how.combine == "mean", how.backward)
         self._optimizer = optimizer
         count = workers if isinstance(workers, int) else max(workers.values(), default=0) + 1
         positive("graph", workers=count)

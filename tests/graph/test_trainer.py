@@ -107,9 +107,10 @@ def test_mean_divides_by_the_gradients_that_were_added_up() -> None:
 def test_replicas_share_the_work_and_end_an_epoch_with_equal_weights() -> None:
     graph = rnn(5, 4, 3)
     names = list(graph.module)
-    trainer = train(graph, Asynchrony(4, replicas={"recurrent": 3}), [3] * 12)
+    how = Asynchrony(4, replicas={"recurrent": 3}, frequencies={"recurrent": 6})
+    trainer = train(graph, how, [3] * 12)
     copies = [node for node in graph.of(PPT) if node.name in graph.replicas["recurrent"]]
-    assert [node.visits for node in copies] == [24] * 3
+    assert [(node.visits, node.updates) for node in copies] == [(24, 2)] * 3
     first, *others = [dict(node.module.named_parameters()) for node in copies]
     assert all(torch.equal(first[n], other[n]) for other in others for n in first)
     assert list(graph.module) == names
@@ -156,7 +157,9 @@ def test_placement_is_balanced_by_cost_and_keeps_light_nodes_with_their_neighbou
     costs |= {"recurrent": 5.0, "out": 3.0, "embed": 2.0}
     places = balance(graph, costs, 2)
     assert places["recurrent"] != places["out"] == places["embed"]
-    assert places["tanh"] == places["step"] == places["recurrent"]
+    assert places["tanh"] == places["step"] == places["state"] == places["recurrent"]
+    alone = balance(graph, costs | {"loss": 1000.0}, 2)  # who has too much already gets nothing more
+    assert [name for name, worker in alone.items() if worker == alone["loss"]] == ["loss"]
     assert set(measure(graph, sequences([3], 5, 4, 3), rounds=1)) == set(costs)
     assert all(p.grad is None for p in graph.module.parameters())
     with pytest.raises(UserError, match=r"places node 'recurent'.*Did you mean 'recurrent'"):

@@ -125,7 +125,7 @@ def test_simulate_list_and_info_speak_json(capsys: pytest.CaptureFixture[str]) -
     assert run("simulate", "method=pipedream", "blocks=3", "slow={1: 2.0}", "--json") == 0
     assert json.loads(capsys.readouterr().out)["staleness"][2] == {"0": 64}
     assert run("list", "--json") == 0
-    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == methods()
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == methods(object)
     assert run("info", "pipedream", "--json", "--blocks", "3") == 0
     assert json.loads(capsys.readouterr().out)["updates between forward and backward"] == [2, 1, 0]
     assert run("info", "pipedream") == 0
