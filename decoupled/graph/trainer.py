@@ -22,7 +22,7 @@ import torch
 
 from decoupled import registry
 from decoupled.build import make_runtime
-from decoupled.errors import StallError
+from decoupled.errors import StallError, UserError
 from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.controller import Controller
@@ -102,7 +102,14 @@ class GraphTrainer:
         Returns:
             One record per epoch: epoch, loss and score (means over the rows that the losses saw, during training),
             samples (sum of the instances' sizes), instances, seconds, samples_per_second.
+
+        Raises:
+            UserError: no instances.
+            OperationError: a node failed, or the protocol was broken; names node, port and state.
+            StallError: instances never came back; says where their messages are.
         """
+        if self.runtime.rank == 0 and not instances:
+            raise UserError("there are no instances to train on")
         return [self._fit_epoch(instances, shuffle) for _ in range(epochs)]
 
     def evaluate(self, instances: Sequence[Instance]) -> dict[str, float]:
@@ -177,7 +184,8 @@ class GraphTrainer:
         for worker in self._workers:
             worker.begin(training, limit, {edge.port for edge in edges if edge.target == worker.name})
         try:
-            return controller, self.runtime.run(Graph([controller, *self._workers], edges), self._observers)
+            observers = self._observers if training else ()
+            return controller, self.runtime.run(Graph([controller, *self._workers], edges), observers)
         except StallError as error:
             raise StallError(self._lost(controller)) from error
 

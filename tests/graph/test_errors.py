@@ -183,6 +183,11 @@ def test_impossible_options(option: dict, match: str) -> None:
         trained(rnn(5, 4, 3), *sequences([1], 5, 4, 3), how=Asynchrony(**option))
 
 
+def test_no_instances() -> None:
+    with pytest.raises(UserError, match="no instances to train on"):
+        trained(rnn(5, 4, 3))
+
+
 def test_flatmap_without_states_and_group_are_answered() -> None:
     graph = NodeGraph("fan")
     sent = Flatmap(lambda i, n: [(i, n, e) for e in range(n)])(PPT(nn.Linear(2, 2), "w")(graph.input("x")))

@@ -12,6 +12,7 @@ import pytest
 from decoupled import cli
 from decoupled.config import CompareConfig, TrainConfig, changed, read
 from decoupled.errors import UserError
+from decoupled.experiment import Setting
 from decoupled.observe import sweeps
 from decoupled.observe.plane import Curve, Scale, plane
 from decoupled.observe.points import best, by_point, describe
@@ -52,11 +53,11 @@ def test_a_wrong_sweep_is_one_clear_line(sweep: str, message: str) -> None:
 
 
 def test_settings_are_changed_where_the_point_says_and_share_data_and_cuts() -> None:
-    found = settings(config("{lr: [0.1, 0.2], model.width: [8, 16]}"))
-    assert [(s.task.recipe.lr, s.task.model["width"]) for _, s in found] == [(0.1, 8), (0.1, 16), (0.2, 8), (0.2, 16)]
-    assert found[0][1].dataset is found[2][1].dataset
-    assert found[0][1].cuts is found[2][1].cuts
-    assert [len(s.units(0)) for _, s in found] == [3] * 4
+    found = [s for _, s in settings(config("{lr: [0.1, 0.2], model.width: [8, 16]}")) if isinstance(s, Setting)]
+    assert [(s.task.recipe.lr, s.task.model["width"]) for s in found] == [(0.1, 8), (0.1, 16), (0.2, 8), (0.2, 16)]
+    assert found[0].dataset is found[2].dataset
+    assert found[0].cuts is found[2].cuts
+    assert [len(s.units(0)) for s in found] == [3] * 4
 
 
 def test_a_name_becomes_a_mapping_where_dots_reach_into_it() -> None:
