@@ -157,7 +157,18 @@ OPTIONS = {
     "momentum_auxiliary": {"momentum": 0.995, "head": "auto"},
     "predsim": {"mode": "both", "beta": 0.99},
     "infopro": {"lambda1": 1.0, "lambda2": 0.5, "contrast": False, "head": "mlp"},
-    "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},
+    "block_admm": {
+        "beta": 0.1,
+        "eta": 5.0,
+        "sigma": 0.5,
+        "rounds": 4,
+        "sweep": False,
+        "step": "gradient",
+        "z_steps": 1,
+        "output": False,
+        "stored": False,
+        "memory": 1024.0,
+    },
     "penalty": {"beta": 0.1, "eta": 5.0, "stored": True, "rounds": 1, "sweep": False, "step": "gradient"},
 }
 KEYS = {
