@@ -7,13 +7,15 @@ block k --X_k--> Variable --Z_k--> block k+1
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, autograd
 
 from decoupled.coupling import Coupling, Lower, Place, Top, Upper
+from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.method import Facts, Method, own
+from decoupled.methods.auxiliary_variables.proximal import Handed, Pull, unit_of
 from decoupled.methods.auxiliary_variables.variable import Rule, Variable
 from decoupled.order import accumulate
 from decoupled.order import rounds as rounds_order
@@ -28,7 +30,7 @@ class AuxiliaryVariable(Coupling):
     Attributes:
         rule: how Z and U move.
         depth: how many blocks hear the top in a minibatch (None: all).
-        output: the network's output has a variable too, and the loss is a function of that.
+        output: the network's output has a variable too, and the loss is a function of that (with more than one block).
     """
 
     rule: Rule
@@ -44,14 +46,28 @@ class AuxiliaryVariable(Coupling):
                 f"use rounds={place.K} or more, or sweep=true",
                 stacklevel=2,
             )
+        unit = unit_of(place, place.k)
+        if (place.top and unit is not None) or (place.k == 0 and unit is not None and unit.learns):
+            raise UserError(
+                f"block{place.k} is {type(unit).__name__}, which has no gradient, and needs a differentiable block on "
+                "both sides; put one there"
+            )
         if place.top:
-            return Output(self.rule, place) if self.output else Top(place)
-        return Variable(self.rule, f"{place.k}-{place.k + 1}")
+            return Output(self.rule, place) if self.output and place.K > 1 else Top(place)
+        kind = Variable if unit is None else Handed
+        return kind(self._rule(place, place.k), f"{place.k}-{place.k + 1}")
 
     def upper(self, place: Place) -> Upper:
+        if (unit := unit_of(place, place.k)) is not None:
+            return Pull(unit, self.rule)
         upper = Upper()
         upper.replies = True
         return upper
+
+    def _rule(self, place: Place, k: int) -> Rule:
+        """The rule of the variable between blocks k and k+1, which one of them may keep non-negative."""
+        nonnegative = any(unit is not None and unit.nonnegative for unit in (unit_of(place, k), unit_of(place, k + 1)))
+        return replace(self.rule, step="nonnegative") if nonnegative else self.rule
 
 
 class Output(Variable):

@@ -39,7 +39,7 @@ class Reference:
         self.o = {**DEFAULTS, **options}
         self.blocks = case.blocks()
         self.K = len(self.blocks)
-        self.edges = self.K if self.o["output"] else self.K - 1
+        self.edges = self.K if self.o["output"] and self.K > 1 else self.K - 1
         self.optimizers = [optimizer(list(block.parameters())) for block in self.blocks]
         self.weights = [[flat(block)] for block in self.blocks]
         self.rows: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in self.blocks]  # stored (Z, U), by sample
