@@ -25,7 +25,9 @@ def block_admm(
 ) -> Method:
     """Stochastic block-ADMM: `rounds` rounds per minibatch on forward-initialised variables and duals (online), or on
     those stored per sample (batch), in up to `memory` MiB per edge and above that in a file."""
+    rule = Rule(beta, eta, sigma, stored, step, z_steps, memory * 2**20)
     if sigma > eta * beta:
         warnings.warn(f"block_admm: sigma {sigma} > eta*beta {eta * beta} is known to be unstable", stacklevel=2)
-    rule = Rule(beta, eta, sigma, stored, step, z_steps, memory * 2**20)
+    if rule.overshoots:
+        warnings.warn(f"block_admm: {rule.broken()}, or the variables move away from the blocks", stacklevel=2)
     return method(AuxiliaryVariable(rule, None if stored or sweep else rounds * z_steps, output), sweep, rounds)

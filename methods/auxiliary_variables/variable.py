@@ -67,10 +67,15 @@ class Rule:
         if self.step not in STEPS:
             raise unknown("step of the auxiliary variable", self.step, STEPS)
 
+    @property
+    def overshoots(self) -> bool:
+        """Whether a step of the variable overshoots by more than it came from, whatever lies above."""
+        return self.step == "gradient" and self.eta * self.beta >= 2
+
     def broken(self) -> str:
         """Which condition of stability these numbers break, and what to set; if none, what is left to lower."""
         product, far = self.eta * self.beta, f"eta*beta = {self.eta * self.beta:g}"
-        if self.step == "gradient" and product >= 2:
+        if self.overshoots:
             return f"{far} breaks eta*beta < 2; set eta below {2 / self.beta:g}"
         if self.sigma > product:
             return f"sigma = {self.sigma:g} breaks sigma <= eta*beta = {product:g}; set sigma={product:g} or less"

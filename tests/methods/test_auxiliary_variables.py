@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decoupled import registry
 from decoupled.errors import OperationError, UserError
 from decoupled.messages import Data, Down, Up
 from decoupled.methods.auxiliary_variables.variable import Rule, Variable, nonnegative_step, proximal_step
@@ -325,6 +326,8 @@ def test_stored_rows_cost_one_row_per_sample_and_edge():
 def test_an_unstable_dual_step_is_warned_of():
     with pytest.warns(UserWarning, match=r"sigma 0.9 > eta\*beta 0.5 is known to be unstable"):
         train(CASE, {"name": "block_admm", "sigma": 0.9})
+    with pytest.warns(UserWarning, match=r"eta\*beta = 2.5 breaks eta\*beta < 2; set eta below 4, or the variables"):
+        registry.make({"name": "block_admm", "beta": 0.5})
 
 
 # --- batch mode: rows in memory or in a file; residuals; what goes wrong ---------------------------------------------
