@@ -125,7 +125,11 @@ def decompositions(data: Dataset, rank: int, seed: int) -> dict[str, tuple[Tenso
         warnings.simplefilter("ignore")  # that it stopped at max_iter
         for name, model in (
             ("PCA of the images", PCA(rank, random_state=seed)),
-            ("NMF of the images (scikit-learn)", ImageNMF(rank, init="nndsvda", max_iter=200, random_state=seed)),
+            (
+                "NMF of the images (scikit-learn)",
+                # pyright takes the parameter's default, "auto", for its type
+                ImageNMF(rank, init="nndsvda", max_iter=200, random_state=seed),  # pyright: ignore[reportArgumentType]
+            ),
         ):
             found[name] = tuple(
                 torch.from_numpy(codes).float() for codes in (model.fit_transform(x), model.transform(test))
