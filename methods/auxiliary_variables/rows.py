@@ -74,7 +74,7 @@ class Rows:
             )
         missing = int(indices.max()) + 1 - len(self._known)
         if missing > 0 or self._values is None:
-            self._grow(max(missing, len(self._known) // 2), values)  # by half, so that growing stays cheap
+            self._grow(max(missing, len(self._known) // 8), values)  # ahead, so that growing stays cheap
         assert self._values is not None
         device = self._values.device
         self._values.index_copy_(0, indices.to(device), values.to(device))
