@@ -17,7 +17,7 @@ is the end of the network (`Top`); the bottom block's upper half is the data (`B
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,10 @@ class Lower:
     def held_bytes(self) -> int:
         """Bytes kept from pass to pass beside parameters (auxiliary variables)."""
         return 0
+
+    def figures(self) -> Mapping[str, float]:
+        """What it has measured about its edge in this run, by name (residuals), for the statistics."""
+        return {}
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
         """Payload of an operation E, before the block has run; None if only `emit` can make it."""

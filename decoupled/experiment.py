@@ -129,8 +129,7 @@ def _cosine(step: int, updates: int) -> float:
 def make_trainer(setting: Setting, spec: str | Mapping[str, Any], seed: int, **more: Any) -> Trainer:
     """A trainer for one run of a setting."""
     method, recipe = registry.make(spec), setting.task.recipe
-    steps_per_batch = method.feed.count if method.feed.share == 1 else 1
-    updates = recipe.epochs * len(setting.loader(seed)) * steps_per_batch
+    updates = recipe.epochs * len(setting.loader(seed)) * method.feed.steps
     return Trainer(
         nn.Sequential(*setting.units(seed)),
         method,
@@ -172,6 +171,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "bytes_down_per_sample": [b.bytes_down / samples for b in blocks[1:]],
         "staleness": [{str(late): count for late, count in b.staleness.items()} for b in blocks],
         "updates": [b.updates for b in blocks],
+        "edges": [dict(b.edge) for b in blocks],
         "parameters": sum(b.parameters for b in blocks),
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
         "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],

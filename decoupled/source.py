@@ -2,7 +2,7 @@
 
     Whole()     one pass per minibatch
     Split(M)    M micro-batches per minibatch, weighted by their share of the samples (synchronous pipelines)
-    Repeat(M)   M inner rounds on the same minibatch (online auxiliary variables)
+    Repeat(M)   M inner rounds on the same minibatch (auxiliary variables), of one or more passes each
 
 It runs in the caller's thread, because it iterates the caller's data; bounded ports hold it back.
 """
@@ -26,11 +26,12 @@ class Whole:
     """One pass per minibatch.
 
     Attributes:
-        count: passes per minibatch. share: part of the minibatch's samples in each.
+        count: passes per minibatch. share: part of the minibatch's samples in each. steps: of an optimizer.
     """
 
     count: int = 1
     share: float = 1.0
+    steps: int = 1
 
     def passes(self, data: Data) -> Iterator[Data]:
         """The passes of one minibatch; their keys are set by the source."""
@@ -63,18 +64,21 @@ class Split(Whole):
 
 @dataclass(frozen=True)
 class Repeat(Whole):
-    """`rounds` passes over the same minibatch."""
+    """`rounds` rounds on the same minibatch, each of `passes_per_round` passes that share one optimizer step."""
 
     rounds: int
+    passes_per_round: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"rounds must be at least 1, got {self.rounds}")
-        object.__setattr__(self, "count", self.rounds)
+        for name, value in (("rounds", self.rounds), ("passes_per_round", self.passes_per_round)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(self, "count", self.rounds * self.passes_per_round)
+        object.__setattr__(self, "steps", self.rounds)
 
     def passes(self, data: Data) -> Iterator[Data]:
-        for m in range(self.rounds):
-            yield replace(data, round=m, rounds=self.rounds)
+        for m in range(self.count):
+            yield replace(data, round=m, rounds=self.count, share=1 / self.passes_per_round)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def statistics(worker: Worker) -> BlockStatistics:
         peak_held_bytes=worker.retention.peak_held_bytes + worker.lower.held_bytes,
         peak_in_flight=worker.retention.peak_passes, parameters=sum(p.numel() for p in worker.block.parameters),
         auxiliary_parameters=sum(p.numel() for module in halves for p in module.parameters()),
+        edge=dict(worker.lower.figures()),
     )  # fmt: skip
 
 

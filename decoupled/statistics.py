@@ -68,6 +68,7 @@ class BlockStatistics:
         peak_in_flight: most passes kept at once.
         parameters: number of weights of the block.
         auxiliary_parameters: number of weights of its coupling halves (heads; dropped when the network is used).
+        edge: what the method measures about the edge above, by name, in the latest epoch (residuals); often empty.
     """
 
     block: int
@@ -85,6 +86,7 @@ class BlockStatistics:
     peak_in_flight: int
     parameters: int
     auxiliary_parameters: int
+    edge: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

@@ -1,7 +1,7 @@
 """Auxiliary variables: every edge k has a variable Z_k that stands for block k's output, so that blocks need not wait.
 
     name        dual        variables                                    order               feed
-    block_admm  U (scaled)  per minibatch, forward-initialised (online)  rounds              Repeat(M)
+    block_admm  U (scaled)  per minibatch, or per sample (stored)        rounds              Repeat(M)
     penalty     none        per sample (stored) or per minibatch         rounds              Whole / Repeat(M)
 
 Symbols: X_k = f_k(Z_{k-1}; w_k), Z_{-1} = x, Z_k and U_k (batch, *features), B samples, K blocks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decoupled.method import Method
 from decoupled.methods.auxiliary_variables.edge import AuxiliaryVariable, method
+from decoupled.methods.auxiliary_variables.variable import Rule
 from decoupled.registry import register
 
 
@@ -18,4 +19,4 @@ def penalty(
 ) -> Method:
     """Layer-parallel penalty method: variables stored per sample, or forward-initialised per minibatch."""
     depth = None if stored or sweep else rounds
-    return method(AuxiliaryVariable(beta, eta, 0.0, stored, step, depth), sweep, rounds)
+    return method(AuxiliaryVariable(Rule(beta, eta, 0.0, stored, step), depth), sweep, rounds)
