@@ -61,6 +61,8 @@ class Lower:
         replies: Down messages per pass.
         has_objective: whether J_k exists here.
         needs_data: whether it reads targets or sample indices.
+        needs_inputs: whether it reads the raw batch as well.
+        remedy: what to do about an objective that is not finite.
         relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
             one that B or W takes alone (else they follow the sum).
         learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
@@ -71,6 +73,8 @@ class Lower:
     replies: int = 0
     has_objective: bool = False
     needs_data: bool = False
+    needs_inputs: bool = False
+    remedy: str = "lower the learning rate, or train with on_nonfinite='skip'"
     relays: bool = False
     learns_from_answers: bool = False
     module: nn.Module | None = None
@@ -79,6 +83,9 @@ class Lower:
     def held_bytes(self) -> int:
         """Bytes kept from pass to pass beside parameters (auxiliary variables)."""
         return 0
+
+    def begin(self, epoch: int) -> None:
+        """An epoch (0, 1, ...) begins: the hook of methods whose `Order.phases` change what a half does."""
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
         """Payload of an operation E, before the block has run; None if only `emit` can make it."""
@@ -130,6 +137,9 @@ class Upper:
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
+
+    def begin(self, epoch: int) -> None:
+        """As for the lower half."""
 
     def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
         """The block's input."""
