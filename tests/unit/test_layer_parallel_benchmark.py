@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from decoupled.benchmarks import layer_parallel
 from decoupled.benchmarks.layer_parallel import CONTESTANTS, Costs, Job, edge_costs, page, serial_costs
 
+WITH = ("1 iteration, with", "2 iterations, with")
 times = st.floats(1e-3, 10)
 
 
@@ -34,7 +35,9 @@ def test_costs_are_measured_for_every_contestant_and_the_page_names_them():
     assert all(min(c.T_f, c.t_psi) > 0 for c in costs.values())
     assert {name for name, c in costs.items() if c.t_f and c.t_b} == {"auxnet"}
     held = layer_parallel.measure(job, 1, lambda line: None)
-    text = page(job, costs, held, "Head.")
+    grid = layer_parallel.multigrid(job, layers=4, channels=2, coarsening=2)
+    assert [row[0] for row in grid] == ["1 iteration, no relaxation", *(f"{m} relaxation" for m in WITH)]
+    text = page(job, costs, held, grid, "Head.")
     assert all(f"| {name} |" in text for name in CONTESTANTS)
     assert ">= 1.70" in text
 
