@@ -4,7 +4,7 @@
     y --> ... block k --> X_k
 
     J_k     = (beta/2) sum_i ||X_k[i] - lambda_k[i]||^2 / B
-    g_k     = p_k - beta (X_k - lambda_k)                what moves a stored variable
+    g_k     = p_k - beta (X_k - lambda_k)                what moves a stored variable (p - g in the code)
     theta  <- optimizer(theta, gradient of  <eta g_k, a_k(y; theta)> / (B x positions))
 
 One gradient step on ||a_k(y) - (lambda_k - eta g_k)||^2 / 2 is this: the generator follows the updated variable. Its
@@ -63,7 +63,7 @@ class Generator(Lower):
         self.module: nn.Module = generator(place.inputs, shape, width)
         self._rule, self._positions = rule, math.prod(shape[1:])
         self._lam: Tensor | None = None  # with its graph
-        self._x: Tensor | None = None
+        self._g: Tensor | None = None
         self.remedy = f"edge block{place.k} -> block{place.k + 1}: {rule.remedy}"
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
@@ -76,25 +76,23 @@ class Generator(Lower):
 
     def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
         assert self._lam is not None
-        self._x = y.detach()
+        self._g = self._rule.gradient(y.detach(), self._lam.detach(), None)
         return (self._lam.detach(),)
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
-        assert self._lam is not None
-        return self._rule.objective(y - self._lam.detach(), None)
+        assert self._lam is not None and self._g is not None
+        return self._rule.objective(y, self._lam.detach(), self._g)
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
-        lam, x = self._lam, self._x
+        lam, g = self._lam, self._g
         self.clear()
-        if payload is None:
-            return
-        assert lam is not None and x is not None
-        now = lam.detach()
-        step = now - self._rule.moved(now, x, None, payload[0].to(now.device) * len(now))  # eta g
-        lam.backward(step / (len(now) * self._positions))
+        if payload is not None:
+            assert lam is not None and g is not None
+            p = payload[0].to(g.device) * len(g)
+            lam.backward((p - g) * (self._rule.eta / (len(g) * self._positions)))
 
     def clear(self) -> None:
-        self._lam = self._x = None
+        self._lam = self._g = None
 
 
 def generator(inputs: tuple[int, ...], shape: tuple[int, ...], width: int) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from decoupled.errors import UserError, unknown
@@ -67,23 +68,34 @@ class Rule:
             + f"; {RULE}: set beta={self.beta / 10:g}, or lower the learning rate"
         )
 
-    def objective(self, violation: Tensor, kap: Tensor | None) -> Tensor | None:
-        """J from X - lambda (batch, *features); None while it is 0 everywhere, as before the first answer."""
-        if not violation.any() and (kap is None or not kap.any()):
-            return None
-        total = violation.square().sum() * (self.beta / 2)
-        return (total if kap is None else total + (kap * violation).sum()) / len(violation)
+    def gradient(self, x: Tensor, lam: Tensor, kap: Tensor | None) -> Tensor:
+        """kappa + beta (X - lambda): the gradient of a sample's objective for X; all (batch, *features)."""
+        violation = x - lam
+        return violation.mul_(self.beta) if kap is None else torch.add(kap, violation, alpha=self.beta)
 
-    def moved(self, lam: Tensor, x: Tensor, kap: Tensor | None, p: Tensor) -> Tensor:
-        """The new lambda; all (batch, *features), `p` per sample."""
-        if not self.eta:
-            return lam
-        scaled = 0 * lam if kap is None else kap / -self.beta  # a multiplier as the dual of the scaled form
+    def objective(self, y: Tensor, lam: Tensor, g: Tensor) -> Tensor | None:
+        """J at output `y`, from its `gradient` g; None while g is 0 everywhere, as before the first answer.
+
+        J = (<g, X - lambda> - beta/2 ||X - lambda||^2) / B; only <g, y> / B has a graph, which is all of its gradient.
+        """
+        violation, g_flat = (y.detach() - lam).flatten(), g.flatten()
+        square = torch.dot(violation, violation)
+        if not square and not g.any():
+            return None
+        value = torch.dot(g_flat, violation) - square * (self.beta / 2)
+        linear = torch.dot(y.flatten(), g_flat)
+        return (linear + (value - linear.detach())) / len(y)
+
+    def moved(self, lam: Tensor, x: Tensor, kap: Tensor | None, g: Tensor, p: Tensor) -> Tensor:
+        """The new lambda; all (batch, *features), `g` from `gradient` and `p` from above per sample."""
+        if self.step == "gradient":
+            return torch.add(lam, g - p, alpha=self.eta) if self.eta else lam
+        scaled = torch.zeros_like(lam) if kap is None else kap / -self.beta  # a multiplier as the dual, scaled
         return STEPS[self.step](lam, x, scaled, p, self.beta, self.eta)
 
     def multiplier(self, kap: Tensor, violation: Tensor) -> Tensor:
         """The new kappa."""
-        return kap + self.sigma * self.beta * violation if self.sigma else kap
+        return torch.add(kap, violation, alpha=self.sigma * self.beta) if self.sigma else kap
 
     def started(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor | None]:
         """lambda and kappa after a serial pass with output `x` and gradient `p`.

@@ -8,7 +8,7 @@
     lambda <- lambda - eta (p - kappa - beta (X - lambda))
     kappa  <- kappa + sigma beta (X - lambda)                   with the new lambda; penalty methods have no kappa
 
-A pass has a `_Visit` from its E to its A, so that lambda of later passes can be sent before earlier ones are answered.
+A pass has a `_Visit` from its E to its A: lambda of later passes can be sent before earlier ones are answered.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class _Visit:
     lam: Tensor | None = None
     kap: Tensor | None = None
     x: Tensor | None = None
+    g: Tensor | None = None  # kappa + beta (X - lambda)
     half_done: bool = False  # of the own objective and the answer, one has been there
     answered: bool = False
 
@@ -81,9 +82,10 @@ class Below(Lower):
     def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
         assert data is not None
         visit = self._visits.get(data.key) or self._visit(data)
-        visit.x = self._filter.down(y.detach())
+        visit.x = self._filter.down(y.detach()) if self._records or not self._serial else None
         if self._serial:
             return (y.detach(),)
+        assert visit.x is not None
         if visit.lam is None and self._stored:  # rows met for the first time start at X
             self._lam.merge(self._rows_of(visit), visit.x)
             if self._rule.multiplies:
@@ -94,31 +96,33 @@ class Below(Lower):
         assert visit.lam is not None
         if visit.kap is None and self._rule.multiplies:
             visit.kap = torch.zeros_like(visit.lam)
+        visit.g = self._rule.gradient(visit.x, visit.lam, visit.kap)
         return (visit.lam,)
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
         assert data is not None
         visit = self._visits[data.key]
-        assert visit.lam is not None
-        violation = self._filter.down(y) - visit.lam
+        assert visit.lam is not None and visit.x is not None and visit.g is not None
+        if visit.answered:  # a sweep: lambda has moved since
+            visit.g = self._rule.gradient(visit.x, visit.lam, visit.kap)
+        lam, g = visit.lam, visit.g
         self._half_done(data.key, visit)
-        return self._rule.objective(violation, visit.kap)
+        return self._rule.objective(self._filter.down(y), lam, g)
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
-        key, visit = next((key, visit) for key, visit in self._visits.items() if not visit.answered)
+        key, visit = next(item for item in self._visits.items() if not item[1].answered)
         visit.answered = True
         if payload is not None:
-            assert visit.lam is not None and visit.x is not None
+            assert visit.lam is not None and visit.x is not None and visit.g is not None
             p = payload[0].to(visit.lam.device) * len(visit.lam)
-            visit.lam = self._rule.moved(visit.lam, visit.x, visit.kap, p)
-            if not torch.isfinite(visit.lam).all():
+            visit.lam = self._rule.moved(visit.lam, visit.x, visit.kap, visit.g, p)
+            if not torch.isfinite(visit.lam.sum()):
                 raise UserError(f"{self._edge}: the variable is no longer finite; {self._rule.remedy}")
         self._half_done(key, visit)
 
     def pull(self, payload: tuple[Tensor, ...]) -> Tensor:
         """In a serial phase: the gradient, recorded as what the parallel phase starts from."""
-        key = next(iter(self._visits))
-        visit = self._visits.pop(key)
+        visit = self._visits.pop(next(iter(self._visits)))
         if self._records:
             assert visit.x is not None
             p = self._filter.transposed(payload[0].to(visit.x.device)) * len(visit.x)

@@ -34,7 +34,7 @@ def test_costs_are_measured_for_every_contestant_and_the_page_names_them():
     costs = {name: edge_costs(job, serial, m) for name, m in CONTESTANTS.items() if name != "backprop"}
     assert all(min(c.T_f, c.t_psi) > 0 for c in costs.values())
     assert {name for name, c in costs.items() if c.t_f and c.t_b} == {"auxnet"}
-    held = layer_parallel.measure(job, 1, lambda line: None)
+    held = layer_parallel.measure(job, 1, 0.0, lambda line: None)
     grid = layer_parallel.multigrid(job, layers=4, channels=2, coarsening=2)
     assert [row[0] for row in grid] == ["1 iteration, no relaxation", *(f"{m} relaxation" for m in WITH)]
     text = page(job, costs, held, grid, "Head.")
