@@ -60,7 +60,7 @@ class Generator(Lower):
 
     def __init__(self, place: Place, rule: Rule, width: int) -> None:
         shape = place.shapes[place.k]
-        self.module: nn.Module = generator(place.inputs, shape, width)
+        self.module = self._network = generator(place.inputs, shape, width)
         self._rule, self._positions = rule, math.prod(shape[1:])
         self._lam: Tensor | None = None  # with its graph
         self._g: Tensor | None = None
@@ -68,10 +68,10 @@ class Generator(Lower):
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
         assert data.inputs is not None
-        reference = next(self.module.parameters())
+        reference = next(self._network.parameters())
         if not data.inputs.is_floating_point():
             raise UserError("auxnet generates variables from images or numbers, not from tokens; use another method")
-        self._lam = self.module(data.inputs.to(reference.device, reference.dtype))
+        self._lam = self._network(data.inputs.to(reference.device, reference.dtype))
         return (self._lam.detach(),)
 
     def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
