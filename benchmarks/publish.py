@@ -2,7 +2,7 @@
 
     benchmarks/results/<suite>.md     the table, with command, machine and date
     README.md                         the same table between the marks <!-- quick --> and <!-- /quick -->
-    methods/<family>/<method>.md      the method's own rows (--only some methods) between <!-- results --> and <!-- /results -->
+    methods/<family>/<method>.md      its own rows (--only some methods) between <!-- results --> and <!-- /results -->
 
 `speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README.
 """
