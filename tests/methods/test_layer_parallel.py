@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 import decoupled
 from decoupled.data import Augment, Loader, Split
@@ -370,7 +371,8 @@ def test_a_sample_looks_the_same_while_something_is_kept_for_it(spec, draws):
     def loader(kind):
         return kind(split, 4, shuffle=True, augment=Augment(padding=2, flip=True))
 
-    train(CASE, spec, blocks=[b.float() for b in convolutions()], batches=loader(Spy), epochs=5)
+    spying: Any = loader(Spy)
+    train(CASE, spec, blocks=[b.float() for b in convolutions()], batches=spying, epochs=5)
     for found, draw in zip(seen, draws, strict=True):
         plain = loader(Loader)
         plain.set_draw(draw)
@@ -409,9 +411,9 @@ def test_statistics_of_batch_norm_can_be_estimated_again_before_a_test():
     """Acceptance 9: in parallel epochs upper stages see lambda; torch's `update_bn` on the model puts that right."""
     batches = [(x.float(), y, i) for x, y, i in BATCHES]
     run = train(CASE, {"name": "hybrid", "parallel": 2}, blocks=network_with_batch_norm(), batches=batches, epochs=3)
-    model = run.trainer.model
+    model: Any = run.trainer.model
     before = run.trainer.evaluate(batches)
-    torch.optim.swa_utils.update_bn(batches, model)
+    update_bn(batches, model)
     after = run.trainer.evaluate(batches)
     assert before != after
     hidden = torch.cat([model[0][0](x) for x, *_ in batches])
@@ -473,7 +475,7 @@ def test_auxnet_follows_its_equations():
     """One batch, learning rate 1: every block fits the generated variable, every generator moves by eta g."""
     x, y, _ = CASE.batches()[0]
     beta, eta = 0.5, 0.8
-    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
+    sgd: dict[str, Any] = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
     start = train(CASE, {"name": "auxnet"}, batches=CASE.batches()[:1], optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     nets = [worker.lower.module for worker in start.trainer.workers[:-1]]
     run = train(CASE, {"name": "auxnet", "beta": beta, "eta": eta}, batches=CASE.batches()[:1], **sgd)
