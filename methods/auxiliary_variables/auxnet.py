@@ -71,8 +71,8 @@ class Generator(Lower):
         reference = next(self._network.parameters())
         if not data.inputs.is_floating_point():
             raise UserError("auxnet generates variables from images or numbers, not from tokens; use another method")
-        self._lam = self._network(data.inputs.to(reference.device, reference.dtype))
-        return (self._lam.detach(),)
+        self._lam = lam = self._network(data.inputs.to(reference.device, reference.dtype))
+        return (lam.detach(),)
 
     def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
         assert self._lam is not None

@@ -13,6 +13,7 @@ A pass has a `_Visit` from its E to its A: lambda of later passes can be sent be
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class Below(Lower):
         self._rule, self._phases, self._stored, self._filter = rule, phases, stored, filter
         self._lam, self._kap = Rows(), Rows()
         self._carried: tuple[Tensor | None, Tensor | None] = None, None
-        self._visits: dict[int, _Visit] = {}
+        self._visits: dict[Hashable, _Visit] = {}
         self._edge = f"edge block{place.k} -> block{place.k + 1}"
         self.remedy = f"{self._edge}: {rule.remedy}"
         self.begin(0)
@@ -81,7 +82,7 @@ class Below(Lower):
 
     def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
         assert data is not None
-        visit = self._visits.get(data.key) or self._visit(data)
+        visit = self._visit(data)
         visit.x = self._filter.down(y.detach()) if self._records or not self._serial else None
         if self._serial:
             return (y.detach(),)
@@ -127,9 +128,7 @@ class Below(Lower):
             assert visit.x is not None
             p = self._filter.transposed(payload[0].to(visit.x.device)) * len(visit.x)
             lam, kap = self._rule.started(visit.x, p)
-            self._lam.put(self._rows_of(visit), lam)
-            if kap is not None:
-                self._kap.put(self._rows_of(visit), kap)
+            self._write(visit, lam, kap)
         return payload[0]
 
     def clear(self) -> None:
@@ -159,6 +158,11 @@ class Below(Lower):
         visit.lam = self._lam.get(self._rows_of(visit))
         visit.kap = self._kap.get(self._rows_of(visit)) if self._rule.multiplies else None
 
+    def _write(self, visit: _Visit, lam: Tensor, kap: Tensor | None) -> None:
+        self._lam.put(self._rows_of(visit), lam)
+        if kap is not None:
+            self._kap.put(self._rows_of(visit), kap)
+
     def _must_wait(self, visit: _Visit) -> bool:
         """Whether an earlier pass that is not over will still move a row of this one, or has not been sent up yet."""
         others = [v for v in self._visits.values() if v is not visit]
@@ -166,7 +170,7 @@ class Below(Lower):
         unsent = any(v.lam is None for v in others)  # what goes up stays in order: room there is bounded
         return unsent or (bool(rows) and bool(torch.isin(self._rows_of(visit), torch.cat(rows)).any()))
 
-    def _half_done(self, key: int, visit: _Visit) -> None:
+    def _half_done(self, key: Hashable, visit: _Visit) -> None:
         """After the own objective and the answer, in either order, the visit is over and its rows are written back."""
         if not visit.half_done:
             visit.half_done = True
@@ -174,9 +178,7 @@ class Below(Lower):
         assert visit.lam is not None and visit.x is not None
         kap = None if visit.kap is None else self._rule.multiplier(visit.kap, visit.x - visit.lam)
         if self._stored:
-            self._lam.put(self._rows_of(visit), visit.lam)
-            if kap is not None:
-                self._kap.put(self._rows_of(visit), kap)
+            self._write(visit, visit.lam, kap)
         else:
             self._carried = visit.lam, kap
         del self._visits[key]
