@@ -92,9 +92,7 @@ class Below(Lower):
             if self._rule.multiplies:
                 self._kap.merge(self._rows_of(visit), torch.zeros_like(visit.x))
             self._fetch(visit)
-        elif visit.lam is None:
-            visit.lam = visit.x
-        assert visit.lam is not None
+        visit.lam = visit.x if visit.lam is None else visit.lam
         if visit.kap is None and self._rule.multiplies:
             visit.kap = torch.zeros_like(visit.lam)
         visit.g = self._rule.gradient(visit.x, visit.lam, visit.kap)
@@ -106,9 +104,8 @@ class Below(Lower):
         assert visit.lam is not None and visit.x is not None and visit.g is not None
         if visit.answered:  # a sweep: lambda has moved since
             visit.g = self._rule.gradient(visit.x, visit.lam, visit.kap)
-        lam, g = visit.lam, visit.g
         self._half_done(data.key, visit)
-        return self._rule.objective(self._filter.down(y), lam, g)
+        return self._rule.objective(self._filter.down(y), visit.lam, visit.g)
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         key, visit = next(item for item in self._visits.items() if not item[1].answered)
