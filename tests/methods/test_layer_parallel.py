@@ -78,9 +78,8 @@ class Reference:
             inputs.append(below.detach().requires_grad_())
             X.append(block(inputs[k]))
             if k < self.K - 1:
-                start = zip(rows, X[k].detach(), strict=True)
-                lam.append(torch.stack([self.lam[k].get(i, value) for i, value in start]))
-                kap.append(torch.stack([self.kap[k].get(i, 0 * value) for i, value in zip(rows, lam[k], strict=True)]))
+                lam.append(known(self.lam[k], rows, X[k].detach()))
+                kap.append(known(self.kap[k], rows, torch.zeros_like(lam[k])))
                 below = lam[k]
         gradients: list[Tensor] = []
         moved = []
@@ -118,6 +117,11 @@ class Reference:
 
     def parameters(self):
         return [p for block in self.blocks for p in block.parameters()]
+
+
+def known(table: dict[int, Tensor], rows: list[int], start: Tensor) -> Tensor:
+    """Rows of a table, those that are not there from `start`."""
+    return torch.stack([table[i] if i in table else value for i, value in zip(rows, start, strict=True)])
 
 
 numbers = {"beta": st.floats(0.05, 2), "share": st.floats(0.05, 0.9), "sigma": st.none() | st.floats(0, 1)}
