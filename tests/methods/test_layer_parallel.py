@@ -121,7 +121,8 @@ class Reference:
 
 def known(table: dict[int, Tensor], rows: list[int], start: Tensor) -> Tensor:
     """Rows of a table, those that are not there from `start`."""
-    return torch.stack([table[i] if i in table else value for i, value in zip(rows, start, strict=True)])
+    found = {**dict(zip(rows, start, strict=True)), **table}
+    return torch.stack([found[i] for i in rows])
 
 
 numbers = {"beta": st.floats(0.05, 2), "share": st.floats(0.05, 0.9), "sigma": st.none() | st.floats(0, 1)}
