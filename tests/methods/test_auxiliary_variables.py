@@ -115,7 +115,7 @@ penalty = st.fixed_dictionaries(
         "beta": st.floats(0.05, 2), "eta": st.floats(0.1, 5), "rounds": st.integers(1, 3), "stored": st.booleans(),
         "sweep": st.booleans(), "step": st.sampled_from(["gradient", "proximal", "nonnegative"]),
     }
-)  # fmt: skip
+).filter(lambda options: options["beta"] * options["eta"] < 2)  # fmt: skip
 
 
 @UNSTABLE
