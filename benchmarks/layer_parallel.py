@@ -47,7 +47,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "hybrid, AL": {"name": "hybrid", "parallel": PARALLEL, "beta": 0.001, "eta": 500.0},
     "hybrid, penalty": {"name": "hybrid", "parallel": PARALLEL, "beta": 0.01, "eta": 50.0, "sigma": None},
     "hybrid, AL, r = 2": {"name": "hybrid", "parallel": PARALLEL, "beta": 0.001, "eta": 500.0, "downsample": 2},
-    "auxnet": {"name": "auxnet", "beta": 0.001, "eta": 50.0},
+    "auxnet": {"name": "auxnet", "beta": 0.001, "eta": 20.0},
 }
 
 
