@@ -2,7 +2,7 @@
 
     benchmarks/results/<suite>.md     the table, with command, machine and date
     README.md                         the same table between the marks <!-- quick --> and <!-- /quick -->
-    methods/<family>/<method>.md      the method's own row between <!-- results --> and <!-- /results -->
+    methods/<family>/<method>.md      its own rows (--only some methods) between <!-- results --> and <!-- /results -->
 
 `speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README.
 """
@@ -27,17 +27,23 @@ def main() -> None:
     """Publish one comparison, and speed.md if it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="written by `decoupled compare`")
-    results = json.loads((parser.parse_args().directory / "results.json").read_text(encoding="utf-8"))
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="fill the cards of these methods only")
+    given = parser.parse_args()
+    results = json.loads((given.directory / "results.json").read_text(encoding="utf-8"))
     rows = {name: row(records) for name, records in by_label(results).items()}
+    own: dict[str, list[str]] = {}
+    for name, records in by_label(results).items():
+        own.setdefault(records[0]["method"], []).append(rows[name])
     suite, where = results["suite"], provenance(results)
     table = "\n".join([HEADER, *rows.values()])
     path = ROOT / "benchmarks" / "results" / f"{suite}.md"
     path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
     fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
     for card in (ROOT / "methods").glob("*/*.md"):
-        if card.stem in rows:
+        if card.stem in own and (given.only is None or card.stem in given.only):
+            lines = "\n".join(own[card.stem])
             text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
-            fill(card, "results", f"{text}{HEADER}\n{rows[card.stem]}\n\n{where}")
+            fill(card, "results", f"{text}{HEADER}\n{lines}\n\n{where}")
     speed = ROOT / "benchmarks" / "results" / "speed.md"
     if speed.is_file():
         figures = speed.read_text(encoding="utf-8").split("\n## ")[0]

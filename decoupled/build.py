@@ -151,7 +151,10 @@ class Wired(Protocol):
 def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list[Edge]]:
     """Who reads data, and all edges."""
     K = len(workers)
-    readers = [Reader(w.name, inputs=w.upper.needs_data, targets=w.lower.needs_data) for w in workers if w.needs_data]
+    readers = [
+        Reader(w.name, inputs=w.upper.needs_data or w.lower.needs_inputs, targets=w.lower.needs_data)
+        for w in workers if w.needs_data
+    ]  # fmt: skip
     ahead = method.facts.in_flight(0, K) + K
     edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
     for below, above in itertools.pairwise(workers):

@@ -61,6 +61,8 @@ class Lower:
         replies: Down messages per pass.
         has_objective: whether J_k exists here.
         needs_data: whether it reads targets or sample indices.
+        needs_inputs: whether it reads the raw batch as well.
+        remedy: what to do about an objective that is not finite.
         relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
             one that B or W takes alone (else they follow the sum).
         learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
@@ -71,6 +73,8 @@ class Lower:
     replies: int = 0
     has_objective: bool = False
     needs_data: bool = False
+    needs_inputs: bool = False
+    remedy: str = "lower the learning rate, or train with on_nonfinite='skip'"
     relays: bool = False
     learns_from_answers: bool = False
     module: nn.Module | None = None
@@ -83,6 +87,9 @@ class Lower:
     def figures(self) -> Mapping[str, float]:
         """What it has measured about its edge in this run, by name (residuals), for the statistics."""
         return {}
+
+    def begin(self, epoch: int) -> None:
+        """An epoch (0, 1, ...) begins: the hook of methods whose `Order.phases` change what a half does."""
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
         """Payload of an operation E, before the block has run; None if only `emit` can make it."""
@@ -134,6 +141,9 @@ class Upper:
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
+
+    def begin(self, epoch: int) -> None:
+        """As for the lower half."""
 
     def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
         """The block's input."""

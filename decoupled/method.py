@@ -49,9 +49,17 @@ class Facts:
     locks: tuple[str, ...] = ()
 
 
+def _own_draw(epoch: int) -> int:
+    return epoch
+
+
 @dataclass(frozen=True)
 class Method:
-    """One point of the grid. `channel` bounds how many messages may wait on an edge upwards if nothing else does."""
+    """One point of the grid.
+
+    `channel` bounds how many messages may wait on an edge upwards if nothing else does. `draws(epoch)` is the epoch
+    whose random augmentation an epoch repeats: its own, unless something is kept for a sample as it looked then.
+    """
 
     coupling: Coupling
     order: Order
@@ -60,6 +68,7 @@ class Method:
     corrections: tuple[Correction, ...] = ()
     feed: Whole = field(default_factory=Whole)
     channel: int = 2
+    draws: Callable[[int], int] = _own_draw
     name: str = ""
 
     trains: ClassVar[str] = "networks cut into blocks (data=... model=..., no task)"

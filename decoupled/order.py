@@ -54,6 +54,7 @@ class Order:
 
     `credit(k, K)` is set for free orders only (then there is no rule): the most passes a block holds unanswered.
     `sees(k, K, n)`: how many S of this run the weights of forward n have seen; None: all. `period`: passes per S.
+    `phases(epoch)` is set where the order changes from epoch to epoch, `epochs` are enough to see all of it.
     """
 
     name: str
@@ -61,9 +62,15 @@ class Order:
     credit: Callable[[int, int], int] | None = None
     sees: Callable[[int, int, int], int] | None = None
     period: int = 1
+    phases: Callable[[int], Order] | None = None
+    epochs: int = 1
 
     def __str__(self) -> str:
         return self.name
+
+    def at(self, epoch: int) -> Order:
+        """The order of one epoch (0, 1, ...)."""
+        return self if self.phases is None else self.phases(epoch)
 
     def operations(self, k: int, K: int) -> Iterator[Op]:
         """The endless operations of block `k` of `K`; a free order has none (ValueError)."""

@@ -146,7 +146,8 @@ class Trainer:
 
         Args:
             batches: iterable of (inputs, targets) or (inputs, targets, indices), iterated once per epoch; a
-                `set_epoch(epoch)` method is called before each epoch.
+                `set_epoch(epoch)` method is called before each epoch, then a `set_draw(epoch)` method with the epoch
+                whose random augmentation the method repeats (see `decoupled.data.Loader`).
             epochs: how often.
 
         Returns:
@@ -263,10 +264,10 @@ class Trainer:
         if not self._workers:
             self._cuts = cuts
             self._build(sample)
+        for worker in self._workers:
+            worker.begin(self._key, self._epoch)
         readers, edges = wiring(self._workers, self.method)
         source = Source(iterator, self.method.feed, readers, self._key, self._batch, self._classes, self._on_batch)
-        for worker in self._workers:
-            worker.begin(self._key)
         self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)
         start = time.perf_counter()
         try:
@@ -289,6 +290,8 @@ class Trainer:
         """The leader's part before an epoch."""
         if callable(set_epoch := getattr(batches, "set_epoch", None)):
             set_epoch(self._epoch)
+        if callable(set_draw := getattr(batches, "set_draw", None)):
+            set_draw(self.method.draws(self._epoch))
         if self._resume_rng is not None:
             set_rng_state(self._resume_rng)
             self._resume_rng = None

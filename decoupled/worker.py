@@ -97,9 +97,11 @@ class Worker(Actor):
         self._begun = 0  # forwards of this run
         self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
 
-    def begin(self, start: int) -> None:
-        """Get ready for a run whose first pass has key `start`; passes of a broken run are forgotten."""
-        self._start, self._plan = start, self.order.plan(self.k, self.K)
+    def begin(self, start: int, epoch: int = 0) -> None:
+        """Get ready for the run of an epoch whose first pass has key `start`; passes of a broken run are forgotten."""
+        self._start, self._plan = start, self.order.at(epoch).plan(self.k, self.K)
+        self.lower.begin(epoch)
+        self.upper.begin(epoch)
         self._passes.clear()
         self._versions, self._begun = [self.block.version], 0
         self._dropped = False
@@ -252,7 +254,7 @@ class Worker(Actor):
         value = float(objective.detach())
         if not abs(value) < float("inf"):
             if self._on_nonfinite == "stop":
-                raise NonFiniteError(f"the loss is {value}; lower the learning rate, or train with on_nonfinite='skip'")
+                raise NonFiniteError(f"the loss is {value}; {self.lower.remedy}")
             state.void = self._dropped = True
             self.counters.skipped += 1
             return None

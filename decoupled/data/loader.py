@@ -1,8 +1,9 @@
-"""Batches as a pure function of (seed, epoch, batch number).
+"""Batches as a pure function of (seed, epoch, batch number), a sample's augmentation of (seed, epoch, sample).
 
-A loader holds no random state: the order of an epoch is drawn from a generator seeded by (seed, epoch), the
-augmentation of a batch from one seeded by (seed, epoch, batch). So a run that goes on from a checkpoint, another
-runtime, or another method sees the same samples, and the epoch is all there is to save.
+A loader holds no random state: the order and the augmentation of an epoch are drawn from generators seeded by (seed,
+epoch), the latter for all samples at once. So a run that goes on from a checkpoint, another runtime, another method or
+another batch size sees the same images, and the epoch is all there is to save. An epoch can repeat the augmentation of
+another one in a new order (`set_draw`), for what is kept per sample from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Loader:
     """An iterable of `Batch` over one split.
 
     Each ``iter(loader)`` is one epoch: that of the last `set_epoch`, and the next one every time after. The epoch
-    advances when the iteration starts, so one that is broken off is not repeated.
+    advances when the iteration starts, so one that is broken off is not repeated. `set_draw` holds for one epoch.
 
     Args:
         split: the samples.
@@ -81,7 +82,7 @@ class Loader:
             )
         self.split, self.batch_size, self.shuffle, self.seed = split, batch_size, shuffle, seed
         self.augment, self.drop_last = augment, drop_last
-        self._epoch = 0
+        self._epoch, self._draw = 0, 0
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -89,17 +90,18 @@ class Loader:
         return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._epoch
-        self._epoch += 1
-        return self._batches(epoch)
+        epoch, draw = self._epoch, self._draw
+        self.set_epoch(epoch + 1)
+        return self._batches(epoch, draw)
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        order = self.order(epoch)
+    def _batches(self, epoch: int, draw: int) -> Iterator[Batch]:
+        order, augment = self.order(epoch), self.augment
+        draws = None if augment is None else augment.draw(len(self.split), _generator(_AUGMENT, self.seed, draw))
         for number in range(len(self)):
             indices = order[number * self.batch_size : (number + 1) * self.batch_size]
             inputs = self.split.inputs[indices]
-            if self.augment is not None:
-                inputs = self.augment(inputs, _generator(_AUGMENT, self.seed, epoch, number))
+            if augment is not None and draws is not None:
+                inputs = augment.apply(inputs, draws[:, indices])
             yield Batch(inputs, self.split.targets[indices], indices)
 
     def order(self, epoch: int) -> Tensor:
@@ -112,7 +114,13 @@ class Loader:
         """Make `epoch` (0, 1, ...) the one that the next iteration yields."""
         if epoch < 0:
             raise UserError(f"an epoch must not be negative, got {epoch}")
-        self._epoch = epoch
+        self._epoch = self._draw = epoch
+
+    def set_draw(self, epoch: int) -> None:
+        """Let the next iteration repeat the augmentation of `epoch`; every sample looks as it did there."""
+        if epoch < 0:
+            raise UserError(f"an epoch must not be negative, got {epoch}")
+        self._draw = epoch
 
     def state_dict(self) -> dict[str, int]:
         """Return what `load_state_dict` needs: the epoch that the next iteration yields."""

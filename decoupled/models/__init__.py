@@ -18,15 +18,17 @@ from decoupled.models.mlp import mlp
 from decoupled.models.resnet import resnet
 from decoupled.models.revnet import revnet
 from decoupled.models.transformer import transformer
+from decoupled.models.wide_resnet import wide_resnet
 from decoupled.specs import check_options, parse
 
-__all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer"]
+__all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer", "wide_resnet"]
 
 _BUILDERS: dict[str, Callable[..., list[nn.Module]]] = {
     "mlp": mlp,
     "resnet": resnet,
     "revnet": revnet,
     "transformer": transformer,
+    "wide_resnet": wide_resnet,
 }
 
 

@@ -24,7 +24,7 @@ from decoupled.errors import UserError
 from decoupled.specs import positive
 
 
-def _conv3x3(channels: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(channels: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """Build a 3x3 convolution without bias (a BatchNorm follows), initialised for ReLU."""
     conv = nn.Conv2d(channels, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -49,10 +49,10 @@ class BasicBlock(nn.Module):
     def __init__(self, channels: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            _conv3x3(channels, outputs, stride),
+            conv3x3(channels, outputs, stride),
             nn.BatchNorm2d(outputs),
             nn.ReLU(),
-            _conv3x3(outputs, outputs),
+            conv3x3(outputs, outputs),
             nn.BatchNorm2d(outputs),
         )
         same = stride == 1 and channels == outputs
@@ -93,7 +93,7 @@ def resnet(inputs: Sequence[int], classes: int, *, depth: int = 20, width: int =
         raise UserError(
             f"the depth of a resnet must be 6n + 2 (8, 14, 20, 32, ...), got {depth}; the nearest is {near}"
         )
-    units: list[nn.Module] = [nn.Sequential(_conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU())]
+    units: list[nn.Module] = [nn.Sequential(conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU())]
     channels = width
     for stage in range(3):
         outputs = width * 2**stage

@@ -19,4 +19,9 @@ neighbour's new one. Reproduced from the descriptions in Khorram et al. 2021 (ar
 
 from __future__ import annotations
 
-from decoupled.methods.auxiliary_variables import admm, penalty  # noqa: F401  (they register the methods)
+from decoupled.methods.auxiliary_variables import (  # noqa: F401  (they register the methods)
+    admm,
+    auxnet,
+    hybrid,
+    penalty,
+)

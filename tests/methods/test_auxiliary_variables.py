@@ -119,6 +119,11 @@ class Reference:
                 Z[k] = torch.where(Z[k] > 0, Z[k], torch.zeros_like(Z[k]))
 
 
+def does_not_overshoot(options: Any) -> bool:
+    """From eta beta = 2 on the step of a variable diverges, and is refused."""
+    return options["beta"] * options["eta"] < 2
+
+
 admm = st.fixed_dictionaries(
     {
         "beta": st.floats(0.05, 2), "eta": st.floats(0.1, 1), "sigma": st.floats(0, 1), "rounds": st.integers(1, 5),
@@ -131,7 +136,7 @@ penalty = st.fixed_dictionaries(
         "beta": st.floats(0.05, 2), "eta": st.floats(0.1, 1), "rounds": st.integers(1, 3), "stored": st.booleans(),
         "sweep": st.booleans(), "step": st.sampled_from(["gradient", "proximal", "nonnegative"]),
     }
-)  # fmt: skip
+).filter(does_not_overshoot)  # fmt: skip
 
 
 @UNSTABLE
@@ -286,7 +291,8 @@ def test_no_graph_crosses_and_the_variable_is_sent_before_the_block_has_run(spec
     ups = [m for e, m in tap.messages if isinstance(m, Up) and e.source == "block0"]
     assert all(m.payload[0].grad_fn is None and not m.payload[0].requires_grad for m in ups)
     operations = [op for actor, op, *_ in tap.operations if actor == "block0"]
-    assert operations[:4] == ["E0", "F0", "B0", "S"]
+    assert operations[0] == "E0"
+    assert [op for op in operations if op[0] != "E"][:3] == ["F0", "B0", "S"]
     last = ups[-1]
     x = CASE.batches()[last.batch % len(CASE.sizes)][0]
     assert not torch.allclose(run.trainer.model[0](x), last.payload[0], atol=1e-6)

@@ -281,7 +281,7 @@ def test_state_dict_goes_on_where_it_was(numbered):
     assert as_lists(other) == as_lists(loader)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_batch(numbered):
+def test_augmentation_is_a_function_of_seed_and_epoch(numbered):
     augment = Augment(padding=1, flip=True)
     split = Split(torch.randn(23, 2, 5, 5, generator=torch.Generator().manual_seed(0)), numbered.targets)
 
@@ -304,6 +304,36 @@ def test_batches_of_an_epoch_draw_different_shifts():
     split = Split(image, torch.zeros(12, dtype=torch.int64))
     first, second = Loader(split, 6, augment=Augment(padding=3))
     assert not torch.equal(first.inputs, second.inputs)
+
+
+def test_a_sample_is_changed_alike_in_any_order_and_batch_and_again_if_an_epoch_repeats_a_draw(numbered):
+    split = Split(torch.randn(23, 2, 5, 5, generator=torch.Generator().manual_seed(0)), numbered.targets)
+
+    def images(epoch, batch_size=5, shuffle=True, draw=None):
+        loader = Loader(split, batch_size, shuffle=shuffle, augment=Augment(padding=2, flip=True))
+        loader.set_epoch(epoch)
+        if draw is not None:
+            loader.set_draw(draw)
+        batches = list(loader)
+        indices, inputs = (torch.cat([getattr(b, name) for b in batches]) for name in ("indices", "inputs"))
+        return indices, inputs[indices.argsort()]
+
+    (order, first), (again, repeated) = images(3), images(4, draw=3)
+    assert not torch.equal(order, again)
+    assert torch.equal(first, repeated)
+    assert torch.equal(first, images(3, batch_size=7, shuffle=False)[1])
+    assert not torch.equal(first, images(4)[1])
+    with pytest.raises(UserError, match="epoch must not be negative"):
+        Loader(split, 5).set_draw(-1)
+
+
+def test_a_repeated_draw_holds_for_one_epoch(numbered):
+    split = Split(torch.randn(23, 2, 5, 5), numbered.targets)
+    loader, other = (Loader(split, 5, augment=Augment(padding=2)) for _ in range(2))
+    loader.set_draw(7)
+    list(loader)
+    other.set_epoch(1)
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(loader, other, strict=True))
 
 
 def test_augment_crops_and_mirrors_each_image():

@@ -6,20 +6,22 @@ from torch import nn
 
 from decoupled import models
 from decoupled.errors import UserError
-from decoupled.models import build, mlp, resnet
+from decoupled.models import build, mlp, resnet, wide_resnet
 
 SIZES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 
 
 @pytest.mark.parametrize("inputs", SIZES)
-@pytest.mark.parametrize("name", ["mlp", "resnet8", "resnet20"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "resnet8", "resnet20", {"name": "wide_resnet", "depth": 10, "widen": 2}], ids=str
+)
 def test_logits_have_one_column_per_class(name, inputs):
     units = build(name, inputs, classes=7)
     assert nn.Sequential(*units)(torch.randn(2, *inputs)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("inputs", SIZES)
-@pytest.mark.parametrize("name", ["mlp", "resnet8"])
+@pytest.mark.parametrize("name", ["mlp", "resnet8", {"name": "wide_resnet", "depth": 10, "widen": 2}], ids=str)
 def test_units_take_and_return_one_tensor_and_change_neither_in_place(name, inputs):
     x = torch.randn(2, *inputs)
     for unit in build(name, inputs, classes=5):
@@ -57,6 +59,15 @@ def test_resnet_has_the_published_number_of_parameters(depth, published):
     units = resnet((3, 32, 32), 10, depth=depth)
     assert len(units) == (depth - 2) // 2 + 2
     assert sum(p.numel() for u in units for p in u.parameters()) == pytest.approx(published, rel=0.02)
+
+
+@pytest.mark.parametrize(("depth", "widen", "published"), [(16, 8, 11.0e6), (40, 4, 8.9e6), (28, 10, 36.5e6)])
+def test_wide_resnet_has_the_published_number_of_parameters(depth, widen, published):
+    """As Zagoruyko and Komodakis 2016 name and count them (three-channel images, 10 classes)."""
+    with torch.device("meta"):
+        units = wide_resnet((3, 32, 32), 10, depth=depth, widen=widen)
+    assert len(units) == (depth - 4) // 2 + 2
+    assert sum(p.numel() for u in units for p in u.parameters()) == pytest.approx(published, rel=0.01)
 
 
 def test_resnet_stages_halve_the_image_and_double_the_channels():
@@ -112,6 +123,9 @@ def test_every_listed_name_is_built():
         ("resnet18", (1, 8, 8), r"6n \+ 2 .* got 18; the nearest is 20"),
         ("resnet2", (1, 8, 8), "got 2; the nearest is 8"),
         ({"name": "resnet20", "depth": 8}, (1, 8, 8), "already says the depth"),
+        ({"name": "wide_resnet", "depth": 20}, (1, 8, 8), r"6n \+ 4 .* got 20; the nearest is 22"),
+        ({"name": "wide_resnet", "dropout": 1.0}, (1, 8, 8), r"dropout must lie in \[0, 1\)"),
+        ({"name": "wide_resnet"}, (64,), r"wide_resnet takes images \(C, H, W\)"),
         ("resnet8", (64,), r"takes images \(C, H, W\), got inputs of shape \(64,\)"),
     ],
 )

@@ -302,7 +302,7 @@ def test_blocks_without_parameters_take_part(name):
         ({"method": {"name": "gpipe", "microbatches": 0}}, "microbatches must be at least 1, got 0"),
         ({"method": {"name": "block_admm", "rounds": 0}}, "rounds must be at least 1, got 0"),
         ({"method": {"name": "penalty", "beta": -1}}, "beta must be positive, got -1"),
-        ({"method": {"name": "penalty", "eta": 0}}, "eta must be positive, got 0"),
+        ({"method": {"name": "penalty", "eta": -1}}, "eta must be positive, or 0 .* got -1"),
         ({"method": {"name": "block_admm", "sigma": -0.5}}, r"sigma must lie in \[0, 1\], got -0.5"),
         ({"method": {"name": "penalty", "step": "gradeint"}}, r"'gradeint'\. Did you mean 'gradient'\?"),
         ({"method": {"name": "fdg", "beta": 0}}, r"factor in \(0, 1\], got 0"),
