@@ -33,7 +33,7 @@ from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.trainer import Trainer
 
 Advance = Callable[[int], None]
-CONTROLS = {"plain_pytorch": "plain PyTorch, {threads} threads", "frozen_below": "only the last block"}
+CONTROLS = {"plain_pytorch": "plain PyTorch, {threads} threads", "only_last": "only the last block"}
 
 
 @dataclass
@@ -169,7 +169,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:
     """Train once outside the library: plain PyTorch, or only its last block (the rest stays as initialised)."""
     units, recipe, loader = setting.units(seed), setting.task.recipe, setting.loader(seed)
-    frozen = units[: setting.cuts[-1]] if control == "frozen_below" and setting.cuts else []
+    frozen = units[: setting.cuts[-1]] if control == "only_last" and setting.cuts else []
     trained = nn.Sequential(*units[len(frozen) :])
     below, network = nn.Sequential(*frozen), nn.Sequential(*units)
     optimizer = optimizer_for(recipe)(list(trained.parameters()))
@@ -200,7 +200,7 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
         "method": control,
         "label": {
             "plain_pytorch": f"plain PyTorch, {torch.get_num_threads()} threads",
-            "frozen_below": "only the last block",
+            "only_last": "only the last block",
         }[control],
         "family": "control",
         "kind": "control",

@@ -173,7 +173,7 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip:
     """Add up the operations of one pass (times the passes of an example)."""
     plan = method.order.plan(k, K)
     plan.end(1)
-    kinds = [op.kind for op in walk(plan)]
+    kinds = [op.kind for op in walk(plan) if op.kind == "F" or method.facts.reach(k, K)]
     last = flops.both if (upper.replies and upper.differentiates) or not skip else flops.weights
     price = {"F": flops.forward + flops.head, "B": last, "I": flops.inputs, "W": flops.weights}
     if not skip and "I" not in kinds:

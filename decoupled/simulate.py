@@ -88,8 +88,12 @@ def simulate(
     readers, edges = wiring(actors, point)
     ticker = _Ticker([reader.name for reader in readers], batches * point.feed.count)
     cost = timing.cost()
-    share = point.feed.share
-    runtime = Simulated(cost=lambda a, op: cost(a, op) * (1 if op == "S" else share), latency=timing.delay())
+    share, idle = point.feed.share, {actor.name for actor in actors if not actor.learns}
+
+    def price(actor: str, op: str) -> float:
+        return 0.0 if actor in idle and op[0] != "F" else cost(actor, op) * (1 if op == "S" else share)
+
+    runtime = Simulated(cost=price, latency=timing.delay())
     times = runtime.run(Graph([ticker, *actors], edges), observers)
     alone = Timing(timing.forward, timing.backward, timing.step, slow=timing.slow).cost()
     serial = batches * sum(alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S") for a in actors)
@@ -133,6 +137,7 @@ class _Planned(Actor):
         self.upper: Upper = method.coupling.upper(place) if place.k else Bottom()
         self.needs_data = self.lower.needs_data or self.upper.needs_data
         self._order, self._plan = method.order, method.order.plan(place.k, place.K)
+        self.learns = bool(method.facts.reach(place.k, place.K))
         self._forward: dict[int, list[int]] = {}  # pass -> version at F, Down messages to come, Down messages sent
         self._data: set[int] = set()
         self._own: set[int] = set()
@@ -153,8 +158,8 @@ class _Planned(Actor):
         key = want.key if not messages else messages[0].key
         self._plan.done(op)
         if not isinstance(key, int):
-            self.version += 1
-            return Outcome("S")
+            self.version += self.learns
+            return Outcome("S" if self.learns else None)
         return Outcome(f"{op.kind}{key}", self._operate(op.kind, key, messages))
 
     def _want(self, op: Op) -> Want:

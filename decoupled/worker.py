@@ -89,6 +89,7 @@ class Worker(Actor):
         delays = order.delays(place.k, place.K)
         site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
         self.corrections = steps.corrections = Acting(corrections, site)
+        retention.records = lower.has_objective or lower.awaits == "B"
         retention.forward_weights, retention.backward_weights = self.corrections.forward, self.corrections.backward
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)

@@ -155,6 +155,8 @@ OPTIONS = {
     "dgl": {"head": "mlp_sr"},
     "auglocal": {"depth": 2, "decline": 0.5},
     "momentum_auxiliary": {"momentum": 0.995, "head": "auto"},
+    "frozen_below": {"trained": 2},
+    "last_block_only": {},
     "predsim": {"mode": "both", "beta": 0.99},
     "infopro": {"lambda1": 1.0, "lambda2": 0.5, "contrast": False, "head": "mlp"},
     "block_admm": {"beta": 0.1, "eta": 5.0, "sigma": 0.5, "rounds": 4, "sweep": False, "step": "gradient"},

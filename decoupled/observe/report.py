@@ -186,7 +186,7 @@ def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
 
     methods = [m for m in summaries if m.kind != "control"]
     named = {m.kind if m.kind == "baseline" else m.name: m for m in summaries}
-    base, frozen, plain = (named.get(name) for name in ("baseline", "frozen_below", "plain_pytorch"))
+    base, frozen, plain = (named.get(name) for name in ("baseline", "only_last", "plain_pytorch"))
     least, floor = base and base.accuracy, frozen and frozen.accuracy
     level = [m for m in methods if least and m.accuracy and m.accuracy.count > 1 and m.accuracy.high >= least.low]
     return {

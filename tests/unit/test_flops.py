@@ -132,7 +132,10 @@ def test_every_method_is_counted_or_refused(spec):
             cost(layers(), (16,), spec)
         return
     counted = cost(layers(), (16,), spec)
-    assert counted.total >= sum(b.forward + b.weights for b in counted.blocks)
+    trained = [bool(point(spec).facts.reach(k, 5)) for k in range(5)]
+    assert counted.total >= sum(
+        b.forward + b.weights * learns for b, learns in zip(counted.blocks, trained, strict=True)
+    )
     assert max(b.work for b in counted.blocks) <= counted.sequential <= counted.total
     assert [k for run in counted.locked for k in run] == list(range(5))
     full = cost(layers(), (16,), spec, skip=False)
