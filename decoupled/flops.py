@@ -37,7 +37,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled import registry
-from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
+from decoupled.build import halves
+from decoupled.coupling import Loss, Lower, Place, Upper
 from decoupled.errors import UserError, first_line
 from decoupled.messages import Data
 from decoupled.method import Method
@@ -159,7 +160,7 @@ def cost(
     with torch.device("meta"):
         for k, flops in enumerate(counted):
             place = Place(k, K, loss, tuple(shapes), tuple(inputs), tuple(blocks))
-            lower, upper = point.coupling.lower(place), point.coupling.upper(place) if k else Bottom()
+            lower, upper = halves(point, place)
             if lower.module is not None:
                 lower.module.to("meta")  # what was copied from a block lives where the block does
             head = _objective(lower, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))

@@ -61,6 +61,11 @@ class Method:
     channel: int = 2
     name: str = ""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it is fixed beforehand which pass meets which weights; otherwise arrivals decide."""
+        return self.order.rule is not None and not self.coupling.lossy
+
 
 def corrected(method: Method, more: Sequence[Correction]) -> Method:
     """`method` with further corrections behind its own.

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from decoupled import registry
-from decoupled.build import wiring
-from decoupled.coupling import Bottom, Lower, Place, Upper
+from decoupled.build import halves, wiring
+from decoupled.coupling import Place
 from decoupled.errors import UserError
 from decoupled.messages import End, Message
 from decoupled.method import Method
@@ -85,7 +85,7 @@ def simulate(
     shapes = ((1,),) * blocks
     places = [Place(k, blocks, lambda y, t: y.sum(), shapes, (1,)) for k in range(blocks)]
     actors = [_Planned(place, point) for place in places]
-    readers, edges = wiring(actors, point)
+    readers, intakes, edges = wiring(actors, point)
     ticker = _Ticker([reader.name for reader in readers], batches * point.feed.count)
     cost = timing.cost()
     share, idle = point.feed.share, {actor.name for actor in actors if not actor.learns}
@@ -94,7 +94,7 @@ def simulate(
         return 0.0 if actor in idle and op[0] != "F" else cost(actor, op) * (1 if op == "S" else share)
 
     runtime = Simulated(cost=price, latency=timing.delay())
-    times = runtime.run(Graph([ticker, *actors], edges), observers)
+    times = runtime.run(Graph([ticker, *actors, *intakes], edges), observers)
     alone = Timing(timing.forward, timing.backward, timing.step, slow=timing.slow).cost()
     serial = batches * sum(alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S") for a in actors)
     return Simulation(
@@ -133,8 +133,7 @@ class _Planned(Actor):
 
     def __init__(self, place: Place, method: Method) -> None:
         self.k, self.K, self.name = place.k, place.K, f"block{place.k}"
-        self.lower: Lower = method.coupling.lower(place)
-        self.upper: Upper = method.coupling.upper(place) if place.k else Bottom()
+        self.lower, self.upper = halves(method, place)
         self.needs_data = self.lower.needs_data or self.upper.needs_data
         self._order, self._plan = method.order, method.order.plan(place.k, place.K)
         self.learns = bool(method.facts.reach(place.k, place.K))

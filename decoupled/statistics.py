@@ -68,6 +68,7 @@ class BlockStatistics:
         peak_in_flight: most passes kept at once.
         parameters: number of weights of the block.
         auxiliary_parameters: number of weights of its coupling halves (heads; dropped when the network is used).
+        reused, dropped: batches that its intake gave it once more, and that it replaced unused (0 without an intake).
     """
 
     block: int
@@ -85,6 +86,8 @@ class BlockStatistics:
     peak_in_flight: int
     parameters: int
     auxiliary_parameters: int
+    reused: int = 0
+    dropped: int = 0
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

@@ -169,6 +169,8 @@ class Worker(Actor):
             if isinstance(message, Data):
                 targets = None if message.targets is None else message.targets.to(self.block.device)
                 state.data = replace(message, targets=targets)
+            elif not message.void and (carried := self.upper.carried(message)) is not None:
+                state.data = carried
         return state
 
     def _emit(self, n: int, state: _Pass) -> Sends:
@@ -185,7 +187,7 @@ class Worker(Actor):
         x = self.upper.receive(payload, state.data).to(self.block.device)
         wants = self.upper.replies and self.upper.differentiates and x.is_floating_point()
         y = self.retention.keep(n, x.detach().requires_grad_(wants), state.version)
-        self.counters.samples += x.shape[0]
+        self.counters.samples += x.shape[0] // self.upper.streams
         payload = self.lower.emit(y, state.data)
         return [] if state.offered else self._up(n, state, payload)
 

@@ -153,6 +153,8 @@ OPTIONS = {
     "overlapping_local": {"reach": 2, "head": "auto"},
     "interlocking": {"n": 2, "head": "auto"},
     "dgl": {"head": "mlp_sr"},
+    "dgl_async": {"slots": 4, "uses": 4, "head": "mlp_sr"},
+    "forward_forward": {"threshold": 1.0},
     "auglocal": {"depth": 2, "decline": 0.5},
     "momentum_auxiliary": {"momentum": 0.995, "head": "auto"},
     "frozen_below": {"trained": 2},

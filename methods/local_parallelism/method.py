@@ -7,10 +7,12 @@
     overlapping_local  Overlap(reach)             truncated(reach)  reach-1 .. K-1             k <= j < k+reach
     interlocking       Interlocked(n)             interlocked(n)    n-1 .. K-1                 j = min(k+n-1, K-1)
     dgl                LocalObjective             local             all                        j = k
+    dgl_async          Replayed                   local, intakes    all (see replay.py)        j = k
     auglocal           Augmented                  local             all (see auxiliary.py)     j = k
     momentum_auxiliary Momentum                   answered          all (see momentum.py)      j = k
     predsim            PredSim                    local             all (see objectives.py)    j = k
     infopro            InfoPro                    local             all (see objectives.py)    j = k
+    forward_forward    Goodness                   local             all (see goodness.py)      j = k
     frozen_below       Frozen(trained)            frozen(trained)   the last block             j = K-1 if k >= K-trained
     last_block_only    Frozen(1)                  frozen(1)         the last block             j = K-1 if k = K-1
 
@@ -23,8 +25,7 @@
                  passed on
 
 Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking;
-Belilovsky et al. 2020 for dgl, which is greedy with other heads; for the others see auxiliary.py, momentum.py and
-objectives.py.
+Belilovsky et al. 2020 for dgl, which is greedy with other heads; the others' files name theirs.
 reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation. The last two are baselines: what the other
 methods must beat.
 """
@@ -35,6 +36,7 @@ from decoupled.coupling import LocalObjective
 from decoupled.errors import UserError, unknown
 from decoupled.method import Facts, Method, own
 from decoupled.methods.local_parallelism.auxiliary import Augmented
+from decoupled.methods.local_parallelism.goodness import Goodness
 from decoupled.methods.local_parallelism.momentum import Momentum, answered
 from decoupled.methods.local_parallelism.objectives import InfoPro, PredSim
 from decoupled.methods.local_parallelism.reach import (
@@ -46,6 +48,7 @@ from decoupled.methods.local_parallelism.reach import (
     frozen,
     interlocked,
 )
+from decoupled.methods.local_parallelism.replay import Replayed
 from decoupled.order import local, objectives, sync, truncated
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
@@ -97,6 +100,13 @@ def dgl(head: str = "mlp_sr") -> Method:
     return Method(LocalObjective(head), local, facts, KeepNothing)
 
 
+@register("dgl_async")
+def dgl_async(slots: int = 4, uses: int = 4, head: str = "mlp_sr") -> Method:
+    """`dgl` whose blocks wait for nobody: each draws from the latest `slots` outputs of the block below."""
+    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
+    return Method(Replayed(head, slots, uses), local, facts, KeepNothing)
+
+
 @register("auglocal")
 def auglocal(depth: int = 2, decline: float = 0.5) -> Method:
     """Greedy, with heads made like the layers to come: `depth` of them at the bottom, fewer towards the top."""
@@ -132,6 +142,14 @@ def infopro(lambda1: float = 1.0, lambda2: float = 0.5, contrast: bool = False, 
         raise UserError(f"infopro needs lambda1 >= 0 and lambda2 from 0 to 1, got {lambda1} and {lambda2}")
     facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
     return Method(InfoPro(lambda1, lambda2, contrast, head), local, facts, KeepNothing)
+
+
+@register("forward_forward")
+def forward_forward(threshold: float = 1.0) -> Method:
+    """Every block but the last tells data with the right label from data with a wrong one by its output's length."""
+    if threshold <= 0:
+        raise UserError(f"forward_forward needs a positive threshold, got {threshold}")
+    return Method(Goodness(threshold), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
 
 
 @register("frozen_below")

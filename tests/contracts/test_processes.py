@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 7 + (5,))
-FIXED = [spec for spec in variants() if point(spec).order.rule is not None]
+FIXED = [spec for spec in variants() if point(spec).fixed]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import nn
 from torch.nn import functional as F
 
 from decoupled.build import Recipe, chain
@@ -79,6 +80,12 @@ class Altered(Coupling):
 
     def upper(self, place: Place) -> Upper:
         return self.inner.upper(place)
+
+    def bottom(self, place: Place) -> Upper:
+        return self.inner.bottom(place)
+
+    def front(self, k: int, K: int) -> nn.Module | None:
+        return self.inner.front(k, K)
 
 
 def altered(spec, **how):
@@ -194,7 +201,7 @@ def test_and_every_message_matters(spec):
 
 
 def shouted(message: Boundary) -> Boundary:
-    return replace(message, payload=tuple(2 * t + 0.1 for t in message.payload))
+    return replace(message, payload=tuple(2 * t + 0.1 if t.is_floating_point() else t for t in message.payload))
 
 
 @pytest.mark.parametrize("spec", ANSWERING, ids=label)
