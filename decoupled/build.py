@@ -147,11 +147,11 @@ def halves(method: Method, place: Place) -> tuple[Lower, Upper]:
     return coupling.lower(place), coupling.upper(place) if place.k else coupling.bottom(place)
 
 
-def classes(workers: Sequence[Worker], loss: Loss) -> int | None:
-    """How many classes the network tells apart, if its loss takes class numbers."""
+def decision(workers: Sequence[Worker], loss: Loss) -> tuple[int, ...] | None:
+    """Shape of the network's output per sample, classes first, if its loss takes class numbers."""
     output = workers[-1].place.shapes[-1]
     classifies = loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
-    return output[0] if classifies and output else None
+    return output if classifies and output else None
 
 
 class Wired(Protocol):
