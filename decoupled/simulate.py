@@ -31,7 +31,7 @@ class Simulation:
         method, blocks, batches: what was simulated (minibatches).
         time: virtual time of the whole run, filling and draining included.
         batches_per_time: throughput.
-        speedup: against one device that does every forward and backward itself, without waiting.
+        speedup: against one device that does the same forwards, with their backwards and steps, without waiting.
         utilisation: busy time / time. staleness: updates between forward and backward -> passes.
         in_flight: most passes held at once. updates: optimizer steps.
     """
@@ -96,7 +96,9 @@ def simulate(
     runtime = Simulated(cost=price, latency=timing.delay())
     times = runtime.run(Graph([ticker, *actors, *intakes], edges), observers)
     alone = Timing(timing.forward, timing.backward, timing.step, slow=timing.slow).cost()
-    serial = batches * sum(alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S") for a in actors)
+    serial = sum(
+        a.forwards / point.feed.count * (alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S")) for a in actors
+    )
     return Simulation(
         method=point.name,
         blocks=blocks,
@@ -141,7 +143,7 @@ class _Planned(Actor):
         self._data: set[int] = set()
         self._own: set[int] = set()
         self._early: set[int] = set()
-        self.version = self.most = 0
+        self.version = self.most = self.forwards = 0
         self.staleness: Counter[int] = Counter()
 
     def wants(self) -> Sequence[Want]:
@@ -180,6 +182,7 @@ class _Planned(Actor):
             sees = self._order.sees
             version = self.version if sees is None else sees(self.k, self.K, n)
             self._forward[n] = [version, self.lower.replies, 0]
+            self.forwards += 1
             self.most = max(self.most, len(self._forward))
             return [] if n in self._early else [("up", Message(n))]
         if kind == "A":
