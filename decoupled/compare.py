@@ -124,6 +124,7 @@ def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
         "method": name, "label": label(spec), "family": registry.family(name), "kind": "method", "seed": seed,
         "config": {"method": spec if isinstance(spec, str) else dict(spec)}, "status": "failed", "error": str(error),
         "epochs": 0, "samples": 0, "auxiliary_parameters": 0, "curve": [], "timeline": [],
+        "flops_per_sample": [], "head_flops_per_sample": [], "sequential_flops_per_sample": None,
         "environment": environment(), **nothing, **{name: [] for name in lists},
     }  # fmt: skip
 
@@ -143,6 +144,7 @@ def _results(config: CompareConfig, setting: Setting, records: list[dict[str, An
         "command": command,
         "environment": environment(),
         "data": data,
+        "dataset": setting.dataset.summary,
         "model": model,
         "blocks": len(setting.cuts) + 1,
         "cuts": setting.cuts,

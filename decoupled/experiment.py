@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decoupled import costs, models, registry
 from decoupled import data as datasets
-from decoupled import models, registry
 from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
 from decoupled.errors import UserError, first_line, unknown
@@ -57,6 +57,10 @@ class Setting:
     def units(self, seed: int) -> list[nn.Module]:
         """A fresh model."""
         return models.build(self.task.model, self.dataset.inputs, self.dataset.classes, seed=seed)
+
+    def flops(self, spec: str | Mapping[str, Any]) -> dict[str, Any]:
+        """What a method costs here, for its record."""
+        return costs.per_sample(self.units(0), self.cuts, self.dataset.train.inputs[:1], spec)
 
     def loader(self, seed: int) -> Loader:
         """Training batches: order and augmentation are a function of seed and epoch."""
@@ -161,6 +165,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "updates": [b.updates for b in blocks],
         "parameters": sum(b.parameters for b in blocks),
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
+        **setting.flops(spec),
         "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
     }
     return _complete(record, setting, seed, final, curve, samples, seconds), recorder
@@ -213,6 +218,9 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
         "updates": [updates],
         "parameters": sum(p.numel() for p in network.parameters()),
         "auxiliary_parameters": 0,
+        "flops_per_sample": [],
+        "head_flops_per_sample": [],
+        "sequential_flops_per_sample": None,
         "timeline": [],
     }
     return _complete(record, setting, seed, final, curve, samples, seconds)

@@ -169,6 +169,7 @@ KEYS = {
     config.TrainConfig: "data model blocks runtime precision recipe method seed on_nonfinite resume",
     config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds sweep "
     "cutoffs claims",
+    config.FlopsConfig: "method model data inputs classes blocks skip update",
     config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
 }
 
