@@ -80,6 +80,22 @@ def test_two_processes_equal_the_simulator(spec, pool):
     check_equal(spec, pool(2))
 
 
+LOSSY = [spec for spec in variants() if point(spec).coupling.lossy]
+
+
+@pytest.mark.parametrize("spec", LOSSY, ids=label)
+def test_blocks_that_wait_for_nobody_end_and_their_counts_come_home(spec, pool):
+    """No two runs need to be equal; every batch of the first block is met, and the intakes' counts are the blocks'."""
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["momentum"], "runtime": pool(2)}
+    with Trainer(CASE.blocks(), spec, **given) as trainer:
+        trainer.fit(CASE.batches(), 3)
+        blocks = trainer.statistics()
+    assert blocks[0].updates == 3 * len(CASE.sizes)
+    for below, block in itertools.pairwise(blocks):
+        assert block.updates == below.updates - block.dropped + block.reused
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
 def test_idling_between_runs_is_no_stall():
     """It was: finished actors "wait", and after `patience` seconds the edges kept for the next run were closed."""
     with contextlib.closing(Processes(processes=2, intra_op=1, patience=0.2)) as runtime:

@@ -128,6 +128,28 @@ def test_interlocking_follows_the_loss_ahead_and_no_other(n):
     compare(run.weights, weights)
 
 
+@pytest.mark.parametrize(("spec", "ends"), [("greedy_local", [0, 1, 2, 3, 4]), (chunked(2), [1, 1, 4, 4, 4])], ids=str)
+def test_chunks_by_hand(spec, ends):
+    """Plain torch: detach at the entrance of a chunk, a head at its end, one backward per chunk."""
+    run, blocks, heads = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], epochs=2), CASE.blocks(), fresh_heads(spec)
+    made = [OPTIMIZERS["momentum"](list(m.parameters())) for m in [*blocks, *(h for h in heads if h is not None)]]
+    weights = [[flat(block)] for block in blocks]
+    for x, y, _ in CASE.batches() * 2:
+        h = x
+        for k, block in enumerate(blocks):
+            h = block(h)
+            if ends[k] == k:
+                head = heads[k]
+                F.cross_entropy(h if head is None else head(h), y).backward()
+                h = h.detach()
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad()
+        for versions, block in zip(weights, blocks, strict=True):
+            versions.append(flat(block))
+    compare(run.weights, weights)
+
+
 def test_interlocking_is_not_overlapping():
     """Both send the same messages; the inner blocks follow different sums of them."""
     mine, theirs = (train(CASE, spec) for spec in (interlocking(2), overlapping(2)))
