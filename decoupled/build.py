@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from decoupled.block import Block
-from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
+from decoupled.coupling import Loss, Lower, Place, Upper
 from decoupled.errors import UserError, first_line, unknown
+from decoupled.intake import Intake
 from decoupled.method import Method
 from decoupled.partition import split
 from decoupled.runtime.contract import Edge, Runtime
@@ -101,9 +102,8 @@ def chain(
         sample: (batch, *features), some inputs, to find the shapes on the edges.
         here: whether a block runs in this process; the others stay on the CPU.
     """
-    edges = [0, *cuts, len(units)]
-    modules = [nn.Sequential(*units[a:b]) for a, b in itertools.pairwise(edges)]
-    K, method = len(modules), recipe.method
+    modules, method = assemble(units, cuts, recipe.method), recipe.method
+    K = len(modules)
     shapes, dtypes, overwrites = probe(modules, sample)
     workers = []
     with torch.random.fork_rng(devices=[]):
@@ -111,7 +111,9 @@ def chain(
         for k, module in enumerate(modules):
             place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]), tuple(modules))
             device = recipe.devices[k % len(recipe.devices)] if here(f"block{k}") else torch.device("cpu")
-            lower, upper = method.coupling.lower(place), method.coupling.upper(place) if k else Bottom()
+            lower, upper = halves(method, place)
+            if upper.intake is not None:
+                upper.intake.device = device
             if lower.has_objective and not dtypes[k].is_floating_point:
                 raise UserError(f"block{k} ends in {dtypes[k]}, which no objective can train; move the cut behind it")
             for half in (lower, upper):
@@ -131,11 +133,25 @@ def chain(
     return workers
 
 
-def classes(workers: Sequence[Worker], loss: Loss) -> int | None:
-    """How many classes the network tells apart, if its loss takes class numbers."""
+def assemble(units: Sequence[nn.Module], cuts: Sequence[int], method: Method) -> list[nn.Sequential]:
+    """One module per block: its units, behind what the coupling puts in front of them."""
+    edges = [0, *cuts, len(units)]
+    fronts = [method.coupling.front(k, len(edges) - 1) for k in range(len(edges) - 1)]
+    parts = [units[a:b] for a, b in itertools.pairwise(edges)]
+    return [nn.Sequential(*([] if f is None else [f]), *part) for f, part in zip(fronts, parts, strict=True)]
+
+
+def halves(method: Method, place: Place) -> tuple[Lower, Upper]:
+    """The coupling halves around block `place.k`."""
+    coupling = method.coupling
+    return coupling.lower(place), coupling.upper(place) if place.k else coupling.bottom(place)
+
+
+def decision(workers: Sequence[Worker], loss: Loss) -> tuple[int, ...] | None:
+    """Shape of the network's output per sample, classes first, if its loss takes class numbers."""
     output = workers[-1].place.shapes[-1]
     classifies = loss is nn.functional.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
-    return output[0] if classifies and output else None
+    return output if classifies and output else None
 
 
 class Wired(Protocol):
@@ -148,8 +164,8 @@ class Wired(Protocol):
     needs_data: bool
 
 
-def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list[Edge]]:
-    """Who reads data, and all edges."""
+def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list[Intake], list[Edge]]:
+    """Who reads data, the buffers between blocks, and all edges."""
     K = len(workers)
     readers = [
         Reader(w.name, inputs=w.upper.needs_data or w.lower.needs_inputs, targets=w.lower.needs_data)
@@ -157,13 +173,19 @@ def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list
     ]  # fmt: skip
     ahead = method.facts.in_flight(0, K) + K
     edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
+    intakes = [w.upper.intake for w in workers if w.upper.intake is not None]
     for below, above in itertools.pairwise(workers):
+        if (intake := above.upper.intake) is not None:
+            edges.append(Edge(below.name, "up", intake.name, "up", intake.slots))
+            edges.append(Edge(intake.name, "up", above.name, "up", 1))
+            edges.append(Edge(above.name, "down", intake.name, "ready", 1))
+            continue
         flight = method.facts.in_flight(below.k, K) if below.lower.awaits == "B" else 0
         edges.append(Edge(below.name, "up", above.name, "up", max(method.channel, flight + 1)))
         if above.upper.replies:
             ports = [down_port(part) for part in range(below.lower.replies)]
             edges += [Edge(above.name, port, below.name, port, flight + 1) for port in ports]
-    return readers, edges
+    return readers, intakes, edges
 
 
 def probe(

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from decoupled import __version__, doctor, registry
+from decoupled import __version__, costs, doctor, registry
 from decoupled.compare import compare
-from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, read
+from decoupled.config import CompareConfig, FlopsConfig, SimulateConfig, TrainConfig, read
 from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, UserError, first_line
 from decoupled.experiment import label
 from decoupled.observe import timeline
@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     configured(sub, "method=pipedream blocks=64 latency=0.5 backward=2 slow={3: 2.0}")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
 
+    sub = command("flops", _flops, "FLOPs of a method per block, in all and on the critical path, no training")
+    configured(sub, "method=greedy_local model=resnet20 data=fashion_mnist blocks=4 skip=true")
+    sub.add_argument("--json", action="store_true", help="print one JSON record")
+
     sub = command("list", _list, "all methods")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -140,6 +144,7 @@ def _compare(options: argparse.Namespace) -> None:
         return
     if not options.quiet:
         _print_results(results)
+    print(f"data:   {results['dataset']}")
     print(f"report: {out / 'report.html'}")
     print(f"trace:  {out / 'trace.json'} (open it at ui.perfetto.dev)")
     if failed := sorted({record["label"] for record in results["records"] if record["status"] != "ok"}):
@@ -195,7 +200,10 @@ def _train(options: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     test, metric = found["test"], found.get("metric", "accuracy")
+    print(f"data: {found['dataset']}")
     print(f"test {metric} {test.get('score', test['accuracy']):.4f}, test loss {test['loss']:.4f}")
+    if line := costs.heads(found, sum(block.get("auxiliary_parameters", 0) for block in found["blocks"])):
+        print(line)
     if options.out is not None:
         print(f"checkpoint: {options.out / 'checkpoint.pt'}")
         if options.events:
@@ -231,6 +239,14 @@ def _simulate(options: argparse.Namespace) -> None:
     if recorder is not None and result.blocks <= 16:
         spans = [span for span in recorder.spans if int(span.name[1:] or 0) < config.timeline and span.name != "S"]
         print("\nfirst operations (time units; steps left out):\n" + timeline_table(spans, width=console.width))
+
+
+def _flops(options: argparse.Namespace) -> None:
+    counted = costs.count(read(FlopsConfig, options.words, options.config))
+    if options.json:
+        print(json.dumps(costs.as_dict(counted)))
+    else:
+        costs.show(counted)
 
 
 def _list(options: argparse.Namespace) -> None:

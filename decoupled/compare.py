@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from decoupled import registry, sweep
+from decoupled import costs, registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
 from decoupled.experiment import Setting, environment, label
@@ -132,7 +132,7 @@ def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
         "method": name, "label": label(spec), "family": registry.family(name), "kind": "method", "seed": seed,
         "config": {"method": spec if isinstance(spec, str) else dict(spec)}, "status": "failed", "error": str(error),
         "epochs": 0, "samples": 0, "auxiliary_parameters": 0, "curve": [], "timeline": [],
-        "environment": environment(), **nothing, **{name: [] for name in lists},
+        "environment": environment(), **costs.UNCOUNTED, **nothing, **{name: [] for name in lists},
     }  # fmt: skip
 
 
@@ -156,6 +156,7 @@ def _results(
         "command": command,
         "environment": environment(),
         "data": data,
+        "dataset": setting.summary,
         "model": "its graph" if config.task else model,
         "blocks": len(setting.cuts) + 1,
         "cuts": setting.cuts,

@@ -88,6 +88,20 @@ class SimulateConfig:
     timeline: int = 5  # passes to draw; 0: none
 
 
+@dataclass
+class FlopsConfig:
+    """`decoupled flops`."""
+
+    method: Any = MISSING  # a name, or a mapping with options
+    model: Any = "resnet8"  # as for train
+    data: Any = "digits"  # as for train: shape, type and classes
+    inputs: Any = None  # shape of one sample, e.g. [3072], in place of data
+    classes: int = 10  # with inputs
+    blocks: Any = 2  # as for train
+    skip: bool = True  # leave out input gradients that nobody needs; false: every backward is twice a forward
+    update: float = 2.0  # FLOPs per weight and step: 2 SGD, 4 with momentum, 13 Adam
+
+
 def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
     """Build a configuration.
 

@@ -24,7 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from decoupled import heads
-from decoupled.messages import Data
+from decoupled.intake import Intake
+from decoupled.messages import Data, Up
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -133,6 +134,8 @@ class Upper:
         differentiates: whether that needs the gradient for the block's input.
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
+        streams: rows of the block's input per sample.
+        intake: the buffer that Up comes through; its Down, without a payload, then asks for the next.
         module: parameters of its own, or None.
     """
 
@@ -140,10 +143,16 @@ class Upper:
     differentiates: bool = True
     needs_data: bool = False
     waits_up: bool = True
+    streams: int = 1
+    intake: Intake | None = None
     module: nn.Module | None = None
 
     def begin(self, epoch: int) -> None:
         """As for the lower half."""
+
+    def carried(self, message: Up) -> Data | None:
+        """What came along with the activation in place of a Data message (labels), or None."""
+        return None
 
     def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
         """The block's input."""
@@ -196,11 +205,13 @@ class Coupling(ABC):
     Attributes:
         up, down: names of the payload tensors, in order.
         down_like_up: whether tensors that go down have the shape of what went up.
+        lossy: whether a block takes what is there, so that batches are dropped or used again as arrivals decide.
     """
 
     up: tuple[str, ...] = ("activation",)
     down: tuple[str, ...] = ()
     down_like_up: bool = True
+    lossy: bool = False
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:
@@ -209,6 +220,14 @@ class Coupling(ABC):
     @abstractmethod
     def upper(self, place: Place) -> Upper:
         """Half below block `place.k` > 0."""
+
+    def bottom(self, place: Place) -> Upper:
+        """Half below block 0."""
+        return Bottom()
+
+    def front(self, k: int, K: int) -> nn.Module | None:
+        """A layer without weights that block `k` begins with, in training and whenever the network is used."""
+        return None
 
 
 class _PullGradient(Lower):
@@ -267,11 +286,6 @@ class LocalObjective(Coupling):
 
     def upper(self, place: Place) -> Upper:
         return Upper()
-
-
-def parameters(half: Lower | Upper) -> list[nn.Parameter]:
-    """The trainable parameters a half owns."""
-    return [] if half.module is None else [p for p in half.module.parameters() if p.requires_grad]
 
 
 def needed(

@@ -103,9 +103,9 @@ class Stage(Actor):
 
 
 def evaluate_blocks(
-    blocks: Sequence[Block], batches: Iterable[Any], loss: Loss, runtime: Runtime, classes: int | None
+    blocks: Sequence[Block], batches: Iterable[Any], loss: Loss, runtime: Runtime, output: tuple[int, ...] | None
 ) -> dict[str, float]:
-    """The same as `evaluate`, on the runtime where the blocks live; `classes`: refuse other labels."""
+    """The same as `evaluate`, on the runtime where the blocks live; `output`: refuse labels that do not fit it."""
     stages = [Stage(block, k, len(blocks), loss) for k, block in enumerate(blocks)]
     first, last = stages[0].name, stages[-1].name
     readers = [Reader(name, inputs=name == first, targets=name == last) for name in dict.fromkeys((first, last))]
@@ -113,7 +113,7 @@ def evaluate_blocks(
     edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
     edges += [Edge(below.name, "up", above.name, "up", AHEAD) for below, above in itertools.pairwise(stages)]
     with evaluating([block.module for block in blocks]):
-        runtime.run(Graph([Source(batches, Whole(), readers, classes=classes), *stages], edges))
+        runtime.run(Graph([Source(batches, Whole(), readers, output=output), *stages], edges))
     return runtime.agree(stages[-1].score, of=last).means()
 
 

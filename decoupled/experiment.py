@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decoupled import costs, models, registry
 from decoupled import data as datasets
-from decoupled import models, registry
 from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
 from decoupled.errors import UserError, first_line, unknown
@@ -34,7 +34,7 @@ from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.trainer import Trainer
 
 Advance = Callable[[int], None]
-CONTROLS = {"plain_pytorch": "plain PyTorch, {threads} threads", "frozen_below": "only the last block"}
+CONTROLS = {"plain_pytorch": "plain PyTorch, {threads} threads", "only_last": "only the last block"}
 
 
 @dataclass
@@ -59,9 +59,18 @@ class Setting:
         optimizer_for(task.recipe)
         return cls(task, dataset, list(itertools.accumulate(len(block) for block in blocks))[:-1])
 
+    @property
+    def summary(self) -> str:
+        """The data in one line."""
+        return self.dataset.summary
+
     def units(self, seed: int) -> list[nn.Module]:
         """A fresh model."""
         return models.build(self.task.model, self.dataset.inputs, self.dataset.classes, seed=seed)
+
+    def flops(self, spec: str | Mapping[str, Any]) -> dict[str, Any]:
+        """What a method costs here, for its record."""
+        return costs.per_sample(self.units(0), self.cuts, self.dataset.train.inputs[:1], spec)
 
     def loader(self, seed: int) -> Loader:
         """Training batches: order and augmentation are a function of seed and epoch."""
@@ -174,6 +183,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "edges": [dict(b.edge) for b in blocks],
         "parameters": sum(b.parameters for b in blocks),
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
+        **setting.flops(spec),
         "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
     }
     return complete(record, setting.task.recipe.epochs, seed, final, curve, samples, seconds), recorder
@@ -182,7 +192,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:
     """Train once outside the library: plain PyTorch, or only its last block (the rest stays as initialised)."""
     units, recipe, loader = setting.units(seed), setting.task.recipe, setting.loader(seed)
-    frozen = units[: setting.cuts[-1]] if control == "frozen_below" and setting.cuts else []
+    frozen = units[: setting.cuts[-1]] if control == "only_last" and setting.cuts else []
     trained = nn.Sequential(*units[len(frozen) :])
     below, network = nn.Sequential(*frozen), nn.Sequential(*units)
     optimizer = optimizer_for(recipe)(list(trained.parameters()))
@@ -213,7 +223,7 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
         "method": control,
         "label": {
             "plain_pytorch": f"plain PyTorch, {torch.get_num_threads()} threads",
-            "frozen_below": "only the last block",
+            "only_last": "only the last block",
         }[control],
         "family": "control",
         "kind": "control",
@@ -226,6 +236,7 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
         "updates": [updates],
         "parameters": sum(p.numel() for p in network.parameters()),
         "auxiliary_parameters": 0,
+        **costs.UNCOUNTED,
         "timeline": [],
     }
     return complete(record, recipe.epochs, seed, final, curve, samples, seconds)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,13 +37,16 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled import registry
-from decoupled.coupling import Bottom, Loss, Lower, Place, Upper
+from decoupled.build import halves
+from decoupled.coupling import Loss, Lower, Place, Upper
 from decoupled.errors import UserError, first_line
 from decoupled.messages import Data
 from decoupled.method import Method
 from decoupled.plan import walk
 
 _EXAMPLES = 2  # BatchNorm wants more than one
+# What a message may hold that nobody computes with on its way; for anything else there is work that is not counted.
+COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Flops:
         head: of its objective.
         update: of its optimizer step.
         work: of all that the method lets it do with one example.
+        head_parameters: weights of its coupling halves.
     """
 
     forward: float
@@ -64,6 +68,7 @@ class Flops:
     head: float = 0.0
     update: float = 0.0
     work: float = 0.0
+    head_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,16 +137,15 @@ def cost(
         update: FLOPs per weight and step: 2 for SGD, 4 with momentum, 13 for Adam (counted off their equations).
 
     Raises:
-        UserError: no blocks, a block that does not take its input, or a method that sends other things than activations
-            up and gradients down.
+        UserError: no blocks, a block that does not take its input, or a method whose messages take work of their own.
 
     Source: Laskin et al. 2020 (arXiv 2012.03837), whose axes these are; the formulas are derived here.
     """
     point, K = method if isinstance(method, Method) else registry.make(method), len(blocks)
-    if not {*point.coupling.up, *point.coupling.down} <= {"activation", "gradient"}:
+    if more := {*point.coupling.up, *point.coupling.down} - COUNTED:
         raise UserError(
-            f"only methods that send activations up and gradients down can be counted; {point.name!r} sends "
-            f"{', '.join([*point.coupling.up, *point.coupling.down])}: measure it instead"
+            f"method {point.name!r} cannot be counted: it sends {', '.join(sorted(more))}, and what it takes to make "
+            "and use that is not known here; measure it instead"
         )
     if not K:
         raise UserError("the network has no blocks: give a list with one module per block")
@@ -159,12 +163,17 @@ def cost(
     with torch.device("meta"):
         for k, flops in enumerate(counted):
             place = Place(k, K, loss, tuple(shapes), tuple(inputs), tuple(blocks))
-            lower, upper = point.coupling.lower(place), point.coupling.upper(place) if k else Bottom()
+            lower, upper = halves(point, place)
             if lower.module is not None:
                 lower.module.to("meta")  # what was copied from a block lives where the block does
-            head = _objective(lower, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))
-            weights = _weights(blocks[k]) + sum(_weights(h.module) for h in (lower, upper) if h.module is not None)
-            whole = Flops(flops.forward, flops.weights, flops.inputs, flops.both, head, update * weights)
+            n = upper.streams  # rows per example
+            head = _objective(lower, n, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))
+            own = sum(_weights(half.module) for half in (lower, upper) if half.module is not None)
+            step = update * (_weights(blocks[k]) + own)
+            whole = Flops(
+                forward=n * flops.forward, weights=n * flops.weights, inputs=n * flops.inputs, both=n * flops.both,
+                head=head, update=step, head_parameters=own,
+            )  # fmt: skip
             results.append(_with_work(whole, point, k, K, upper, skip))
     return Cost(tuple(results), tuple(_locked(point, K)))
 
@@ -173,14 +182,14 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip:
     """Add up the operations of one pass (times the passes of an example)."""
     plan = method.order.plan(k, K)
     plan.end(1)
-    kinds = [op.kind for op in walk(plan)]
+    kinds = [op.kind for op in walk(plan) if op.kind == "F" or method.facts.reach(k, K)]
     last = flops.both if (upper.replies and upper.differentiates) or not skip else flops.weights
     price = {"F": flops.forward + flops.head, "B": last, "I": flops.inputs, "W": flops.weights}
     if not skip and "I" not in kinds:
         price["W"] = flops.both
     work = sum(price.get(kind, 0.0) for kind in kinds) + (flops.forward if method.retention.recomputes else 0.0)
     passes = method.feed.count if method.feed.share == 1 else 1
-    return Flops(flops.forward, flops.weights, flops.inputs, flops.both, flops.head, flops.update, work * passes)
+    return replace(flops, work=work * passes)
 
 
 def _locked(method: Method, K: int) -> list[range]:
@@ -199,8 +208,8 @@ def _count(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tup
     x = torch.empty(_EXAMPLES, *shape, dtype=dtype, device="meta").requires_grad_(dtype.is_floating_point)
     forward, y = _counted(lambda: functional_call(module, state, (x,)))
     sinks = [x] if x.requires_grad else []
-    backward = [_backward(y, some) for some in (leaves, sinks, sinks + leaves)]
-    return Flops(forward, *backward), tuple(y.shape[1:]), y.dtype
+    weights, inputs, both = (_backward(y, some) for some in (leaves, sinks, sinks + leaves))
+    return Flops(forward, weights, inputs, both), tuple(y.shape[1:]), y.dtype
 
 
 def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
@@ -211,11 +220,16 @@ def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
 
 
 def _objective(
-    lower: Lower, shape: tuple[int, ...], dtype: torch.dtype, positions: tuple[int, ...], inputs: tuple[int, ...]
+    lower: Lower,
+    streams: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    positions: tuple[int, ...],
+    inputs: tuple[int, ...],
 ) -> float:
     if not lower.has_objective:
         return 0.0
-    y = torch.empty(_EXAMPLES, *shape, dtype=dtype).requires_grad_()
+    y = torch.empty(streams * _EXAMPLES, *shape, dtype=dtype).requires_grad_()
     targets = torch.zeros(_EXAMPLES, *positions, dtype=torch.int64)
     indices = torch.arange(_EXAMPLES, device="cpu")
     data = Data(0, batch=0, inputs=torch.empty(_EXAMPLES, *inputs), targets=targets, indices=indices)

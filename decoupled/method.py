@@ -28,7 +28,7 @@ class Facts:
 
     Attributes:
         exact: its updates equal those of plain backpropagation with the same minibatches.
-        reach: objectives J_j whose gradient reaches the weights of block k.
+        reach: objectives J_j whose gradient reaches the weights of block k; empty: it is not trained.
         surrogate: what reaches them is not the gradient itself, but something random or learned in its place.
         delay: own updates between forward and backward of a pass in the steady state; the most, where it varies.
         least_delay: the fewest, where that is another number (gradients accumulated over micro-batches).
@@ -90,6 +90,11 @@ class Method:
             "passes in flight": [facts.in_flight(k, K) for k in range(K)],
             "locks removed": list(facts.locks),
         }
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is fixed beforehand which pass meets which weights; otherwise arrivals decide."""
+        return self.order.rule is not None and not self.coupling.lossy
 
 
 class Described(Protocol):

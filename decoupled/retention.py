@@ -71,6 +71,7 @@ class Retention(ABC):
     Attributes:
         recomputes: whether a backward runs the forward again.
         today: whether a backward uses today's weights, not those of the forward.
+        records: whether any gradient will come; without one no graph is kept.
         forward_weights, backward_weights: what corrections make of copies of today's weights before they are used.
         held_bytes, peak_held_bytes: bytes kept for passes in flight (inputs, saved activations, frozen weights).
         peak_passes: most passes kept at once.
@@ -78,6 +79,7 @@ class Retention(ABC):
 
     recomputes: bool = False
     today: bool = False
+    records: bool = True
     forward_weights: Callable[[Weights], Weights] | None = None
     backward_weights: Callable[[Weights], Weights] | None = None
 
@@ -167,7 +169,7 @@ class Retention(ABC):
         return [w.detach().requires_grad_(c.requires_grad) for w, c in zip(change(copies), copies, strict=True)]
 
     def _record(self, x: Tensor, weights: Weights | None, **how: Any) -> Tape:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.records):
             y = self._block.run(x, weights, **how)
         return Tape(x, y, self._block.weights if weights is None else weights)
 

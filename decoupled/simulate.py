@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from decoupled import registry
-from decoupled.build import wiring
-from decoupled.coupling import Bottom, Lower, Place, Upper
+from decoupled.build import halves, wiring
+from decoupled.coupling import Place
 from decoupled.errors import UserError
 from decoupled.messages import End, Message
 from decoupled.method import Method
@@ -31,7 +31,7 @@ class Simulation:
         method, blocks, batches: what was simulated (minibatches).
         time: virtual time of the whole run, filling and draining included.
         batches_per_time: throughput.
-        speedup: against one device that does every forward and backward itself, without waiting.
+        speedup: against one device that does the same forwards, with their backwards and steps, without waiting.
         utilisation: busy time / time. staleness: updates between forward and backward -> passes.
         in_flight: most passes held at once. updates: optimizer steps.
     """
@@ -85,14 +85,20 @@ def simulate(
     shapes = ((1,),) * blocks
     places = [Place(k, blocks, lambda y, t: y.sum(), shapes, (1,)) for k in range(blocks)]
     actors = [_Planned(place, point) for place in places]
-    readers, edges = wiring(actors, point)
+    readers, intakes, edges = wiring(actors, point)
     ticker = _Ticker([reader.name for reader in readers], batches * point.feed.count)
     cost = timing.cost()
-    share = point.feed.share
-    runtime = Simulated(cost=lambda a, op: cost(a, op) * (1 if op == "S" else share), latency=timing.delay())
-    times = runtime.run(Graph([ticker, *actors], edges), observers)
+    share, idle = point.feed.share, {actor.name for actor in actors if not actor.learns}
+
+    def price(actor: str, op: str) -> float:
+        return 0.0 if actor in idle and op[0] != "F" else cost(actor, op) * (1 if op == "S" else share)
+
+    runtime = Simulated(cost=price, latency=timing.delay())
+    times = runtime.run(Graph([ticker, *actors, *intakes], edges), observers)
     alone = Timing(timing.forward, timing.backward, timing.step, slow=timing.slow).cost()
-    serial = batches * sum(alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S") for a in actors)
+    serial = sum(
+        a.forwards / point.feed.count * (alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S")) for a in actors
+    )
     return Simulation(
         method=point.name,
         blocks=blocks,
@@ -129,15 +135,15 @@ class _Planned(Actor):
 
     def __init__(self, place: Place, method: Method) -> None:
         self.k, self.K, self.name = place.k, place.K, f"block{place.k}"
-        self.lower: Lower = method.coupling.lower(place)
-        self.upper: Upper = method.coupling.upper(place) if place.k else Bottom()
+        self.lower, self.upper = halves(method, place)
         self.needs_data = self.lower.needs_data or self.upper.needs_data
         self._order, self._plan = method.order, method.order.plan(place.k, place.K)
+        self.learns = bool(method.facts.reach(place.k, place.K))
         self._forward: dict[int, list[int]] = {}  # pass -> version at F, Down messages to come, Down messages sent
         self._data: set[int] = set()
         self._own: set[int] = set()
         self._early: set[int] = set()
-        self.version = self.most = 0
+        self.version = self.most = self.forwards = 0
         self.staleness: Counter[int] = Counter()
 
     def wants(self) -> Sequence[Want]:
@@ -153,8 +159,8 @@ class _Planned(Actor):
         key = want.key if not messages else messages[0].key
         self._plan.done(op)
         if not isinstance(key, int):
-            self.version += 1
-            return Outcome("S")
+            self.version += self.learns
+            return Outcome("S" if self.learns else None)
         return Outcome(f"{op.kind}{key}", self._operate(op.kind, key, messages))
 
     def _want(self, op: Op) -> Want:
@@ -176,6 +182,7 @@ class _Planned(Actor):
             sees = self._order.sees
             version = self.version if sees is None else sees(self.k, self.K, n)
             self._forward[n] = [version, self.lower.replies, 0]
+            self.forwards += 1
             self.most = max(self.most, len(self._forward))
             return [] if n in self._early else [("up", Message(n))]
         if kind == "A":

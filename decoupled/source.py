@@ -98,7 +98,8 @@ class Source(Actor):
         feed: how a minibatch becomes passes.
         readers: the blocks to send to.
         start: key of the first pass. first_batch: number of the first minibatch.
-        classes: number of classes if targets are class numbers, to refuse others early; None: not checked.
+        output: shape of the network's output per sample, classes first, if its loss takes class numbers, to refuse
+            others early; None: targets are not checked.
         on_batch: called with the number of samples after every minibatch.
     """
 
@@ -112,11 +113,11 @@ class Source(Actor):
         readers: Sequence[Reader],
         start: int = 0,
         first_batch: int = 0,
-        classes: int | None = None,
+        output: tuple[int, ...] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
         self.key, self.batch, self.samples = start, first_batch, 0
-        self._feed, self._readers, self._classes, self._on_batch = feed, readers, classes, on_batch
+        self._feed, self._readers, self._output, self._on_batch = feed, readers, output, on_batch
         self._passes = self._all(batches)
         self._ended = False
 
@@ -151,13 +152,27 @@ class Source(Actor):
             raise UserError(f"batch {self.batch}: {len(inputs)} inputs but {len(targets)} targets; give one per sample")
         if not len(inputs):
             raise UserError(f"batch {self.batch} has no samples; leave empty batches out")
-        if self._classes is None or targets.is_floating_point() or targets.numel() == 0:
+        if self._output is None or targets.numel() == 0:
             return
-        low, high = int(targets.min()), int(targets.max())
-        if high >= self._classes or (low < 0 and low != -100):
+        (classes, *positions), kind = self._output, str(targets.dtype).removeprefix("torch.")
+        if targets.is_floating_point():
+            if tuple(targets.shape[1:]) != self._output:
+                raise UserError(
+                    f"batch {self.batch}: the loss takes class numbers, or a probability of each of the outputs "
+                    f"{self._output}, got {kind} {tuple(targets.shape)}; convert class numbers with .long()"
+                )
+            return
+        if targets.dtype not in (torch.int64, torch.uint8) or list(targets.shape[1:]) != positions:
+            shape = ", ".join(["batch", *map(str, positions)])
             raise UserError(
-                f"batch {self.batch}: labels go from {low} to {high}, but the network has {self._classes} outputs; "
-                f"labels must be 0 to {self._classes - 1}"
+                f"batch {self.batch}: the network's output {self._output} per sample needs class numbers of shape "
+                f"({shape}) and type int64, got {kind} {tuple(targets.shape)}; reshape them, or convert with .long()"
+            )
+        low, high = int(targets.min()), int(targets.max())
+        if high >= classes or (low < 0 and low != -100):
+            raise UserError(
+                f"batch {self.batch}: labels go from {low} to {high}, but the network has {classes} outputs; "
+                f"labels must be 0 to {classes - 1}"
             )
 
 

@@ -21,12 +21,14 @@ from decoupled.worker import Worker
 def statistics(worker: Worker) -> BlockStatistics:
     """What one worker has counted so far."""
     halves = [half.module for half in (worker.lower, worker.upper) if half.module is not None]
+    intake = worker.upper.intake
     return worker.counters.record(
         block=worker.k, device=str(worker.block.device),
         peak_held_bytes=worker.retention.peak_held_bytes + worker.lower.held_bytes,
         peak_in_flight=worker.retention.peak_passes, parameters=sum(p.numel() for p in worker.block.parameters),
         auxiliary_parameters=sum(p.numel() for module in halves for p in module.parameters()),
         edge=dict(worker.lower.figures()),
+        reused=intake.reused if intake else 0, dropped=intake.dropped if intake else 0,
     )  # fmt: skip
 
 

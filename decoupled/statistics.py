@@ -69,6 +69,7 @@ class BlockStatistics:
         parameters: number of weights of the block.
         auxiliary_parameters: number of weights of its coupling halves (heads; dropped when the network is used).
         edge: what the method measures about the edge above, by name, in the latest epoch (residuals); often empty.
+        reused, dropped: batches that its intake gave it once more, and that it replaced unused (0 without an intake).
     """
 
     block: int
@@ -87,6 +88,8 @@ class BlockStatistics:
     parameters: int
     auxiliary_parameters: int
     edge: dict[str, float] = field(default_factory=dict)
+    reused: int = 0
+    dropped: int = 0
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

@@ -165,7 +165,7 @@ def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None
 def sends_gradients(method: Method, K: int) -> bool:
     """Whether activations go up, gradients (or nothing) down, in a fixed order."""
     plain = method.coupling.up == ("activation",) and method.coupling.down in ((), ("gradient",))
-    return method.order.rule is not None and ((plain and not method.facts.surrogate) or K == 1)
+    return method.fixed and ((plain and not method.facts.surrogate) or K == 1)
 
 
 def has_reference(method: Method, K: int) -> bool:
@@ -178,7 +178,8 @@ def has_reference(method: Method, K: int) -> bool:
 def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS["sgd"], epochs: int = 1) -> Weights:
     """Every block's weights after each of its updates, from the declared facts alone.
 
-    Update n of block k is the gradient on minibatch n of the objectives in ``facts.reach(k, K)``, by autograd on the
+    Update n of block k (no update, if nothing reaches it) is the gradient on minibatch n of the objectives in
+    ``facts.reach(k, K)``, by autograd on the
     whole network with `detach` below the lowest block that an objective reaches, and with the weights of the blocks in
     between held fixed that it only passes through. The forward runs block k with the
     weights it had ``facts.delay(k, K)`` updates ago, never older than the epoch; the backward goes through those, or
@@ -201,7 +202,8 @@ def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS
                 made.zero_grad()
             for k, block in enumerate(blocks):
                 history[k].append(_leaves(block))
-    return [[torch.cat([p.flatten() for p in version.values()]) for version in versions] for versions in history]
+    learned = [versions if facts.reach(k, K) else versions[:1] for k, versions in enumerate(history)]
+    return [[torch.cat([p.flatten() for p in version.values()]) for version in versions] for versions in learned]
 
 
 def _gradients(

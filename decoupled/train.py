@@ -37,7 +37,8 @@ def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = 
         events: operations per block to record. quiet: say nothing.
 
     Returns:
-        config, history, test, blocks, startup_seconds; None on other ranks than the first.
+        config, dataset, history, test, blocks, startup_seconds, and FLOPs (`costs.per_sample`); None on other ranks
+        than the first.
 
     Raises:
         UserError: an unknown name, an impossible value, `out` holds files, or torchrun without runtime=processes.
@@ -75,7 +76,9 @@ def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = 
                     )
             test = trainer.evaluate(setting.held_out("test"))
             blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
-    found = {"config": plain(config), "history": history, "test": test, "blocks": blocks}
+    counted = setting.flops(config.method)
+    found = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
+    found["dataset"] = setting.dataset.summary
     return found | {"startup_seconds": trainer.runtime.startup_seconds} if first else None
 
 

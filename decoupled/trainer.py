@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled import registry
-from decoupled.build import Model, Recipe, chain, classes, cut, make_devices, make_runtime, wiring
+from decoupled.build import Model, Recipe, assemble, chain, cut, decision, make_devices, make_runtime, wiring
 from decoupled.checkpoint import check, load_worker_states, rng_state, set_rng_state
 from decoupled.coupling import Loss
 from decoupled.errors import PeerLost, UserError
@@ -97,7 +97,7 @@ class Trainer:
         self._workers: list[Worker] = []
         self._sample: tuple[tuple[int, ...], str] | None = None
         self._first: Tensor | None = None  # some inputs of the present epoch
-        self._classes: int | None = None
+        self._output: tuple[int, ...] | None = None
         self._resume_rng: dict[str, Any] | None = None
         self._epoch = self._batch = self._key = 0
         self._final: list[BlockStatistics] | None = None  # once the other processes have ended
@@ -129,7 +129,7 @@ class Trainer:
             for worker, state in zip(self._workers, self._everywhere("module"), strict=True):
                 worker.block.module.load_state_dict(state)
             self._newer = False
-        return nn.Sequential(*self._units)
+        return nn.Sequential(*self._network())
 
     @property
     def runtime(self) -> Runtime:
@@ -171,10 +171,10 @@ class Trainer:
             ``{"loss": ..., "accuracy": ...}``; accuracy is NaN where targets are not class numbers.
         """
         if not self._workers or self._closed:
-            return evaluate(self._units, batches, self._recipe.loss)
+            return evaluate(self._network(), batches, self._recipe.loss)
         blocks = [worker.block for worker in self._workers]
         with self._runtime.call(self, "evaluate", ()):
-            return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._classes)
+            return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._output)
 
     def statistics(self) -> list[BlockStatistics]:
         """One frozen record per block, counted since the trainer was made."""
@@ -264,14 +264,16 @@ class Trainer:
         if not self._workers:
             self._cuts = cuts
             self._build(sample)
+        readers, intakes, edges = wiring(self._workers, self.method)
+        source = Source(iterator, self.method.feed, readers, self._key, self._batch, self._output, self._on_batch)
         for worker in self._workers:
             worker.begin(self._key, self._epoch)
-        readers, edges = wiring(self._workers, self.method)
-        source = Source(iterator, self.method.feed, readers, self._key, self._batch, self._classes, self._on_batch)
+        for intake in intakes:
+            intake.begin(self._key)
         self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)
         start = time.perf_counter()
         try:
-            timings = self._runtime.run(Graph([source, *self._workers], edges), self._observers)
+            timings = self._runtime.run(Graph([source, *self._workers, *intakes], edges), self._observers)
         finally:
             self._key, self._batch = source.key, source.batch
         seconds = time.perf_counter() - start - timings.setup
@@ -301,6 +303,11 @@ class Trainer:
         self._first = inputs[:2]
         return iterator
 
+    def _network(self) -> list[nn.Module]:
+        """The units of the forward network."""
+        modules = [w.block.module for w in self._workers] or assemble(self._units, self._cuts, self.method)
+        return [unit for module in modules for unit in module.children()]
+
     def _host(self) -> None:
         """Let the other processes, if there are any, have a trainer like this one."""
         if not self._hosted:
@@ -320,4 +327,4 @@ class Trainer:
         self._sample = (tuple(sample.shape[1:]), str(sample.dtype).removeprefix("torch."))
         self._runtime.place([f"block{k}" for k in range(len(self._cuts) + 1)])
         self._workers = chain(self._units, self._cuts, sample[:2], self._recipe, self._runtime.owns)
-        self._classes = classes(self._workers, self._recipe.loss)
+        self._output = decision(self._workers, self._recipe.loss)

@@ -89,6 +89,7 @@ class Worker(Actor):
         delays = order.delays(place.k, place.K)
         site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
         self.corrections = steps.corrections = Acting(corrections, site)
+        retention.records = lower.has_objective or lower.awaits == "B"
         retention.forward_weights, retention.backward_weights = self.corrections.forward, self.corrections.backward
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
@@ -170,6 +171,8 @@ class Worker(Actor):
             if isinstance(message, Data):
                 targets = None if message.targets is None else message.targets.to(self.block.device)
                 state.data = replace(message, targets=targets)
+            elif not message.void and (carried := self.upper.carried(message)) is not None:
+                state.data = carried
         return state
 
     def _emit(self, n: int, state: _Pass) -> Sends:
@@ -186,7 +189,7 @@ class Worker(Actor):
         x = self.upper.receive(payload, state.data).to(self.block.device)
         wants = self.upper.replies and self.upper.differentiates and x.is_floating_point()
         y = self.retention.keep(n, x.detach().requires_grad_(wants), state.version)
-        self.counters.samples += x.shape[0]
+        self.counters.samples += x.shape[0] // self.upper.streams
         payload = self.lower.emit(y, state.data)
         return [] if state.offered else self._up(n, state, payload)
 

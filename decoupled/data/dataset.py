@@ -6,6 +6,7 @@ held-out samples leaks into training.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ class Dataset:
         validation: held out from training, for choices such as a learning rate.
         test: held out from both, for the number that is reported.
         augment: random changes that keep the class, for a training `Loader`; None where none is known.
-        description: what the samples were made from, where the name does not say it: size and hash of the source.
+        description: what the samples were made from: size and hash of the source.
 
     Raises:
         UserError: a sample of another shape or a label outside the classes.
@@ -72,6 +73,12 @@ class Dataset:
     test: Split
     augment: Augment | None = None
     description: str = ""
+
+    @property
+    def summary(self) -> str:
+        """Name, sizes of the splits and description, in one line."""
+        sizes = f"train {len(self.train)}, validation {len(self.validation)}, test {len(self.test)}"
+        return f"{self.name}, {sizes}" + (f"; {self.description}" if self.description else "")
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
@@ -151,12 +158,11 @@ def assemble(
     labels: dict[str, np.ndarray],
     padding: int = 1,
     flip: bool = False,
-    description: str = "",
 ) -> Dataset:
     """Standardise the parts of an image set and put the dataset together.
 
     Args:
-        name, classes, description: of the dataset.
+        name, classes: of the dataset.
         images: (N, C, H, W), any numeric type. labels: (N,), integers. Both by part: train, validation, test.
         padding, flip: of its augmentation, see `Augment`.
     """
@@ -167,6 +173,18 @@ def assemble(
         inputs=tuple(splits["train"].inputs.shape[1:]),
         classes=classes,
         augment=Augment(padding=padding, flip=flip, fill=background),
-        description=description,
+        description=_fingerprint(images, labels),
         **splits,
+    )
+
+
+def _fingerprint(images: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> str:
+    """How many images and bytes there are, and a hash of images and labels, split by split and in their order."""
+    parts = [array for part in ("train", "validation", "test") for array in (images[part], labels[part])]
+    hashed = hashlib.sha256()
+    for array in parts:
+        hashed.update(np.ascontiguousarray(array).data)
+    return (
+        f"{sum(map(len, labels.values()))} images, {sum(array.nbytes for array in parts)} bytes, "
+        f"sha256 {hashed.hexdigest()}"
     )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from decoupled import registry, tasks
+from decoupled import costs, registry, tasks
 from decoupled.config import Task as Configured
 from decoupled.errors import UserError
 from decoupled.experiment import complete, label, optimizer_for, point
@@ -60,6 +60,12 @@ class GraphSetting:
         return list(range(1, blocks if isinstance(blocks, int) else max(blocks.values(), default=0) + 1))
 
     @property
+    def summary(self) -> str:
+        """The data in one line."""
+        sizes = ", ".join(f"{split} {sum(one.size for one in instances)}" for split, instances in self.splits.items())
+        return f"{self.work.name}, {sizes}" + (f"; {self.work.description}" if self.work.description else "")
+
+    @property
     def samples(self) -> int:
         """Training samples of one run."""
         return sum(instance.size for instance in self.splits["train"]) * self.task.recipe.epochs
@@ -102,6 +108,7 @@ class GraphSetting:
             "bytes_down_per_sample": [w.bytes_backward / samples for w in workers],
             "staleness": [{str(late): n for late, n in w.staleness.items()} for w in workers],
             "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
+            **costs.UNCOUNTED,
         }, recorder  # fmt: skip
 
     def run_control(self, control: str, seed: int, advance: Callable[[int], None]) -> dict[str, Any]:
@@ -133,7 +140,7 @@ class GraphSetting:
         return found | {
             "method": control, "label": self.controls[control], "family": "control", "kind": "control", "config": {},
             "utilisation": [], "peak_held_bytes": [], "bytes_up_per_sample": [], "bytes_down_per_sample": [],
-            "staleness": [], "updates": [updates], "timeline": [], "auxiliary_parameters": 0,
+            "staleness": [], "updates": [updates], "timeline": [], "auxiliary_parameters": 0, **costs.UNCOUNTED,
             "parameters": sum(p.numel() for p in model.parameters()),
         }  # fmt: skip
 

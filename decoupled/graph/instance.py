@@ -43,12 +43,14 @@ class Task(ABC):
     Attributes:
         name: of the task. metric: what the score of its loss nodes measures; `higher_is_better` says which way.
         target: the value of the metric that counts as learned, or None.
+        description: of the data: source, sizes and hash.
     """
 
     name: str
     metric: str = "accuracy"
     higher_is_better: bool = True
     target: float | None = None
+    description: str = ""
 
     @abstractmethod
     def graph(self) -> NodeGraph:

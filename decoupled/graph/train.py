@@ -32,7 +32,7 @@ def train_graph(config: TrainConfig, out: Path | None, events: int = 0, quiet: b
     """Train, evaluate after every epoch, and write a directory; see `decoupled.train.train`.
 
     Returns:
-        config, history, test, blocks (one entry per worker), nodes, startup_seconds, metric.
+        config, history, test, blocks (one entry per worker), nodes, dataset, startup_seconds, metric.
 
     Raises:
         UserError: an unknown name, an impossible value, or `out` holds files.
@@ -70,4 +70,5 @@ def train_graph(config: TrainConfig, out: Path | None, events: int = 0, quiet: b
     return {
         "config": plain(config), "history": history, "test": test, "blocks": [asdict(w) for w in workers],
         "nodes": [asdict(node) for node in nodes], "startup_seconds": startup, "metric": setting.work.metric,
+        "dataset": setting.summary,
     }  # fmt: skip

@@ -141,6 +141,7 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
     held, largest = _of("peak_held_bytes", lambda x: sum(x) / size), _of("peak_held_bytes", lambda x: max(x) / size)
     most = _of("staleness", lambda blocks: max(_merged(blocks), default=None))
     auxiliary = _of("auxiliary_parameters", lambda count: count or None)
+    work, heads = (_of(f"{part}flops_per_sample", lambda x: sum(x) / 1e6 or None) for part in ("", "head_"))
     up, down = (_of(f"bytes_{way}_per_sample", lambda x: sum(x) / KIB) for way in ("up", "down"))
     return [
         Column("Test accuracy", "%", _of("test_accuracy"), percent, max),
@@ -152,6 +153,7 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
         Column("Held at peak", f"{unit}, sum of blocks", held, significant, min, ("max", largest, significant)),
         Column("Traffic up", "KiB/sample", up, significant, None, ("down", down, significant)),
         Column("Staleness", "mean", _of("staleness", _mean_staleness), fixed(2), None, ("max", most, fixed(0))),
+        Column("Work", "MFLOP/sample, counted", work, significant, min, ("heads", heads, significant)),
         Column("Parameters", "of the network", _of("parameters"), fixed(0), None, ("+", auxiliary, fixed(0))),
     ]
 
@@ -186,7 +188,7 @@ def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
 
     methods = [m for m in summaries if m.kind != "control"]
     named = {m.kind if m.kind == "baseline" else m.name: m for m in summaries}
-    base, frozen, plain = (named.get(name) for name in ("baseline", "frozen_below", "plain_pytorch"))
+    base, frozen, plain = (named.get(name) for name in ("baseline", "only_last", "plain_pytorch"))
     least, floor = base and base.accuracy, frozen and frozen.accuracy
     level = [m for m in methods if least and m.accuracy and m.accuracy.count > 1 and m.accuracy.high >= least.low]
     return {

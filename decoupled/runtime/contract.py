@@ -46,10 +46,12 @@ class Actor(ABC):
         name: unique in its graph.
         in_caller: must run in the thread that called `run`.
         device: where it computes, so that messages can be brought there; None: takes them as they are.
+        beside: name of an actor that it must share a process with; None: it may live anywhere.
     """
 
     name: str
     in_caller: bool = False
+    beside: str | None = None
     device: torch.device | None = None
 
     @abstractmethod

@@ -95,7 +95,8 @@ class Processes(Runtime):
     def _whole_run(self, control: Control, graph: Graph, observers: Sequence[Observer]) -> Timings:
         memory.keep()
         began = time.perf_counter()
-        self._places.add([actor.name for actor in graph.actors if not actor.in_caller])
+        self._places.add([actor.name for actor in graph.actors if not actor.in_caller and actor.beside is None])
+        self._places.update({actor.name: self._places[actor.beside] for actor in graph.actors if actor.beside})
         self._places.update({actor.name: 0 for actor in graph.actors if actor.in_caller})
         self._places.edges = graph.edges
         watched = control.exchange("run", (tuple(map(str, graph.edges)), bool(observers), self._number + 1))

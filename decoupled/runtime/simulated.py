@@ -85,7 +85,7 @@ class Timing:
         if not self.latency:
             return lambda edge, message: 0.0
         spread = self._spread("latency")
-        return lambda edge, message: self.latency * spread() if edge.source.startswith("block") else 0.0
+        return lambda edge, message: self.latency * spread() if _apart(edge) else 0.0
 
     def _base(self, k: int, kind: str) -> float:
         forward = self.forward if isinstance(self.forward, int | float) else self.forward[k]
@@ -98,6 +98,11 @@ class Timing:
             return lambda: 1.0
         draw = random.Random(f"{self.seed}/{what}")
         return lambda: 1.0 + self.jitter * draw.random()
+
+
+def _apart(edge: Edge) -> bool:
+    """Whether it joins two blocks: the source has no latency, nor has what a block says to its own intake."""
+    return edge.source.startswith("block") and edge.source[5:] != edge.target.removeprefix("intake")
 
 
 class _Link:

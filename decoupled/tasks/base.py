@@ -44,11 +44,9 @@ class Grouped(Task, Generic[T]):
     """A task over groups of examples; a subclass gives `graph`, `groups`, `instance` and `network`.
 
     Attributes:
-        description: of the data: source, sizes and hash.
         objective: loss and score.
     """
 
-    description: str = ""
     objective: Objective = CLASSIFY
 
     def __init__(self) -> None:

@@ -7,10 +7,14 @@
     overlapping_local  Overlap(reach)             truncated(reach)  reach-1 .. K-1             k <= j < k+reach
     interlocking       Interlocked(n)             interlocked(n)    n-1 .. K-1                 j = min(k+n-1, K-1)
     dgl                LocalObjective             local             all                        j = k
+    dgl_async          Replayed                   local, intakes    all (see replay.py)        j = k
     auglocal           Augmented                  local             all (see auxiliary.py)     j = k
     momentum_auxiliary Momentum                   answered          all (see momentum.py)      j = k
     predsim            PredSim                    local             all (see objectives.py)    j = k
     infopro            InfoPro                    local             all (see objectives.py)    j = k
+    forward_forward    Goodness                   local             all (see goodness.py)      j = k
+    frozen_below       Frozen(trained)            frozen(trained)   the last block             j = K-1 if k >= K-trained
+    last_block_only    Frozen(1)                  frozen(1)         the last block             j = K-1 if k = K-1
 
     x_k = detach(y_{k-1}),  y_k = f_k(x_k),  J_k = loss(head_k(y_k), target),  g_k = dJ_k/dy_k
     greedy       dw_k = vjp(f_k, g_k)
@@ -21,25 +25,31 @@
                  passed on
 
 Sources: Laskin et al. 2020 (arXiv 2012.03837), figure 2; Gomez et al. 2022 (arXiv 2010.04116) for interlocking;
-Belilovsky et al. 2020 for dgl, which is greedy with other heads; for the others see auxiliary.py, momentum.py and
-objectives.py.
-reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation.
+Belilovsky et al. 2020 for dgl, which is greedy with other heads; the others' files name theirs.
+reach = 1 and n = 1 are greedy, reach = K and n = K are backpropagation. The last two are baselines: what the other
+methods must beat.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-from decoupled.coupling import Coupling, Gradient, LocalHead, LocalObjective, Lower, Place, Upper
+from decoupled.coupling import LocalObjective
 from decoupled.errors import UserError, unknown
 from decoupled.method import Facts, Method, own
 from decoupled.methods.local_parallelism.auxiliary import Augmented
+from decoupled.methods.local_parallelism.goodness import Goodness
 from decoupled.methods.local_parallelism.momentum import Momentum, answered
 from decoupled.methods.local_parallelism.objectives import InfoPro, PredSim
-from decoupled.order import Order, local, objectives, sync, truncated
-from decoupled.plan import Op, S
+from decoupled.methods.local_parallelism.reach import (
+    Chunked,
+    Frozen,
+    Interlocked,
+    Overlap,
+    chunk_end,
+    frozen,
+    interlocked,
+)
+from decoupled.methods.local_parallelism.replay import Replayed
+from decoupled.order import local, objectives, sync, truncated
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
 
@@ -59,7 +69,7 @@ def chunked_local(chunks: int = 2, head: str = "auto") -> Method:
     if chunks < 1:
         raise UserError(f"chunked_local needs at least 1 chunk, got {chunks}")
     locks = tuple(f"{lock} between chunks" for lock in ALL_LOCKS)
-    facts = Facts(exact=False, reach=lambda k, K: (_chunk_end(k, K, chunks),), locks=locks)
+    facts = Facts(exact=False, reach=lambda k, K: (chunk_end(k, K, chunks),), locks=locks)
     return Method(Chunked(chunks, head), sync, facts, KeepNothing)
 
 
@@ -88,6 +98,13 @@ def dgl(head: str = "mlp_sr") -> Method:
     """Greedy, with the heads of decoupled greedy learning."""
     facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
     return Method(LocalObjective(head), local, facts, KeepNothing)
+
+
+@register("dgl_async")
+def dgl_async(slots: int = 4, uses: int = 4, head: str = "mlp_sr") -> Method:
+    """`dgl` whose blocks wait for nobody: each draws from the latest `slots` outputs of the block below."""
+    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
+    return Method(Replayed(head, slots, uses), local, facts, KeepNothing)
 
 
 @register("auglocal")
@@ -127,67 +144,28 @@ def infopro(lambda1: float = 1.0, lambda2: float = 0.5, contrast: bool = False, 
     return Method(InfoPro(lambda1, lambda2, contrast, head), local, facts, KeepNothing)
 
 
-def interlocked(n: int) -> Order:
-    """Like `truncated(n)`, but every gradient is passed on by itself except the last one, which the weights follow."""
-
-    def rule(k: int, K: int) -> Iterator[Op]:
-        heard = objectives(k, K, n)
-        goes_on = k > 0 and heard[-1] <= k + n - 2
-        for batch in itertools.count():
-            yield Op("F", batch)
-            yield from (Op("I", batch) for _ in heard[:-1])
-            yield from (Op("B" if goes_on else "W", batch), S)
-
-    return Order(f"interlocked({n})", rule)
+@register("forward_forward")
+def forward_forward(threshold: float = 1.0) -> Method:
+    """Every block but the last tells data with the right label from data with a wrong one by its output's length."""
+    if threshold <= 0:
+        raise UserError(f"forward_forward needs a positive threshold, got {threshold}")
+    return Method(Goodness(threshold), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
 
 
-def _chunk_end(k: int, K: int, chunks: int) -> int:
-    """The last block of the chunk of block k, when K blocks form min(chunks, K) chunks of nearly equal length."""
-    chunks = min(chunks, K)
-    chunk = next(c for c in range(chunks) if k < (c + 1) * K // chunks)
-    return (chunk + 1) * K // chunks - 1
+@register("frozen_below")
+def frozen_below(trained: int = 2) -> Method:
+    """Baseline: the last `trained` blocks learn by backpropagation, all below stay as they were initialised."""
+    if trained < 1:
+        raise UserError(f"frozen_below trains at least 1 block, got {trained}")
+    facts = Facts(exact=False, reach=lambda k, K: (K - 1,) if k >= K - trained else (), locks=_below(trained))
+    return Method(Frozen(trained), frozen(trained), facts, KeepNothing)
 
 
-@dataclass(frozen=True)
-class Chunked(Coupling):
-    """Gradient on edges inside a chunk, nothing down on edges between chunks."""
-
-    chunks: int
-    head: str = "auto"
-    down: tuple[str, ...] = field(default=("gradient",), init=False)
-
-    def lower(self, place: Place) -> Lower:
-        ends = place.k == _chunk_end(place.k, place.K, self.chunks)
-        return LocalHead(place, self.head) if ends else Gradient().lower(place)
-
-    def upper(self, place: Place) -> Upper:
-        starts = place.k - 1 == _chunk_end(place.k - 1, place.K, self.chunks)
-        return Upper() if starts else Gradient().upper(place)
+@register("last_block_only")
+def last_block_only() -> Method:
+    """Baseline: the last block learns from the loss, all below stay as they were initialised."""
+    return frozen_below(1)
 
 
-@dataclass(frozen=True)
-class Overlap(Coupling):
-    """One gradient down per objective that still has reach left."""
-
-    reach: int
-    head: str = "auto"
-    down: tuple[str, ...] = field(default=("gradient",), init=False)
-
-    def lower(self, place: Place) -> Lower:
-        heard = objectives(place.k, place.K, self.reach)
-        return LocalHead(place, self.head, own=place.k in heard, replies=len([j for j in heard if j > place.k]))
-
-    def upper(self, place: Place) -> Upper:
-        upper = Upper()
-        upper.replies = min(self.reach, place.K) > 1
-        return upper
-
-
-@dataclass(frozen=True)
-class Interlocked(Overlap):
-    """The same messages as `Overlap`, but a block follows only the last gradient it hears."""
-
-    def lower(self, place: Place) -> Lower:
-        lower = super().lower(place)
-        lower.relays = True
-        return lower
+def _below(trained: int) -> tuple[str, ...]:
+    return tuple(f"{lock} below the last {trained}" for lock in ALL_LOCKS)

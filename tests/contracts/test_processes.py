@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 7 + (5,))
-FIXED = [spec for spec in variants() if point(spec).order.rule is not None]
+FIXED = [spec for spec in variants() if point(spec).fixed]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,22 @@ def check_equal(spec, runtime):
 def test_two_processes_equal_the_simulator(spec, pool):
     """Weights, optimizer states, generators, history, statistics: bit for bit."""
     check_equal(spec, pool(2))
+
+
+LOSSY = [spec for spec in variants() if point(spec).coupling.lossy]
+
+
+@pytest.mark.parametrize("spec", LOSSY, ids=label)
+def test_blocks_that_wait_for_nobody_end_and_their_counts_come_home(spec, pool):
+    """No two runs need to be equal; every batch of the first block is met, and the intakes' counts are the blocks'."""
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["momentum"], "runtime": pool(2)}
+    with Trainer(CASE.blocks(), spec, **given) as trainer:
+        trainer.fit(CASE.batches(), 3)
+        blocks = trainer.statistics()
+    assert blocks[0].updates == 3 * len(CASE.sizes)
+    for below, block in itertools.pairwise(blocks):
+        assert block.updates == below.updates - block.dropped + block.reused
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
 def test_idling_between_runs_is_no_stall():

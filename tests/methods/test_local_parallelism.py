@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from decoupled.errors import UserError
 from decoupled.messages import Down
-from decoupled.methods.local_parallelism.method import _chunk_end
+from decoupled.methods.local_parallelism.reach import chunk_end
 from decoupled.runtime.simulated import Simulated
 from decoupled.testing import OPTIMIZERS, Case, cases, compare, flat, train
 
@@ -128,12 +128,65 @@ def test_interlocking_follows_the_loss_ahead_and_no_other(n):
     compare(run.weights, weights)
 
 
+@pytest.mark.parametrize(("spec", "ends"), [("greedy_local", [0, 1, 2, 3, 4]), (chunked(2), [1, 1, 4, 4, 4])], ids=str)
+def test_chunks_by_hand(spec, ends):
+    """Plain torch: detach at the entrance of a chunk, a head at its end, one backward per chunk."""
+    run, blocks, heads = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], epochs=2), CASE.blocks(), fresh_heads(spec)
+    made = [OPTIMIZERS["momentum"](list(m.parameters())) for m in [*blocks, *(h for h in heads if h is not None)]]
+    weights = [[flat(block)] for block in blocks]
+    for x, y, _ in CASE.batches() * 2:
+        h = x
+        for k, block in enumerate(blocks):
+            h = block(h)
+            if ends[k] == k:
+                head = heads[k]
+                F.cross_entropy(h if head is None else head(h), y).backward()
+                h = h.detach()
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad()
+        for versions, block in zip(weights, blocks, strict=True):
+            versions.append(flat(block))
+    compare(run.weights, weights)
+
+
 def test_interlocking_is_not_overlapping():
     """Both send the same messages; the inner blocks follow different sums of them."""
     mine, theirs = (train(CASE, spec) for spec in (interlocking(2), overlapping(2)))
     assert [s.bytes_down for s in mine.trainer.statistics()] == [s.bytes_down for s in theirs.trainer.statistics()]
     differ = [not torch.equal(a[1], b[1]) for a, b in zip(mine.weights, theirs.weights, strict=True)]
     assert differ == [False, True, True, True, False]
+
+
+@settings(max_examples=10)
+@given(case=cases())
+def test_frozen_below_with_all_blocks_trained_is_backpropagation(case):
+    same({"name": "frozen_below", "trained": case.K}, "backprop", case)
+    same({"name": "frozen_below", "trained": case.K + 2}, "backprop", case)
+    same({"name": "frozen_below", "trained": 1}, "last_block_only", case)
+
+
+def test_the_last_block_learns_as_if_there_were_nothing_below():
+    """By hand: plain training of the last block on what the others, as initialised, make of the data."""
+    run, blocks = train(CASE, "last_block_only", optimizer=OPTIMIZERS["momentum"], epochs=2), CASE.blocks()
+    made = OPTIMIZERS["momentum"](list(blocks[-1].parameters()))
+    weights = [[flat(block)] for block in blocks]
+    for x, y, _ in CASE.batches() * 2:
+        with torch.no_grad():
+            for block in blocks[:-1]:
+                x = block(x)
+        made.zero_grad()
+        F.cross_entropy(blocks[-1](x), y).backward()
+        made.step()
+        weights[-1].append(flat(blocks[-1]))
+    compare(run.weights, weights, tolerance=0.0)
+
+
+def test_blocks_that_are_not_trained_keep_no_graph():
+    held = [block.peak_held_bytes for block in train(CASE, {"name": "frozen_below", "trained": 2}).trainer.statistics()]
+    inputs = [8 * max(CASE.sizes) * CASE.widths[first] for first in (0, *CASE.cuts)]
+    outputs = [8 * max(CASE.sizes) * CASE.widths[last] for last in (*CASE.cuts, len(CASE.widths) - 1)]
+    assert held[:-2] == [a + b for a, b in zip(inputs, outputs, strict=True)][:-2]
 
 
 @pytest.mark.parametrize("spec", [overlapping(2), overlapping(4), interlocking(3), chunked(2)], ids=str)
@@ -189,7 +242,7 @@ def test_where_the_losses_are(spec, where):
 @pytest.mark.parametrize("blocks", range(1, 9))
 @pytest.mark.parametrize("chunks", range(1, 10))
 def test_chunks_are_runs_of_nearly_equal_length(blocks, chunks):
-    ends = [_chunk_end(k, blocks, chunks) for k in range(blocks)]
+    ends = [chunk_end(k, blocks, chunks) for k in range(blocks)]
     assert all(k <= end for k, end in enumerate(ends))
     assert ends == sorted(ends)
     assert ends[-1] == blocks - 1

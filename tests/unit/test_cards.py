@@ -149,7 +149,7 @@ def test_commands_of_the_documents_are_valid(capsys: pytest.CaptureFixture[str])
     """Every `decoupled COMMAND` in a document exists with its options and keys; those that train nothing run."""
     commands = [shlex.split(line, comments=True)[1:] for path in EVERYTHING for line in command_lines(read(path))]
     others = {"report", "trace", "doctor"}  # they need a directory, or a machine without fault
-    assert {words[0] for words in commands} == {"compare", "train", "simulate", "list", "info", *others}
+    assert {words[0] for words in commands} == {"compare", "train", "simulate", "flops", "list", "info", *others}
     configs = {"compare": CompareConfig, "train": TrainConfig}
     for words in commands:
         options = cli._parser().parse_args(words)

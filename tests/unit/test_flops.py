@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from decoupled.errors import UserError
-from decoupled.flops import cost, count
+from decoupled.flops import COUNTED, cost, count
 from decoupled.models import mlp, resnet, transformer
 from decoupled.testing import label, point, variants
 
@@ -127,12 +127,15 @@ def test_delayed_methods_do_not_take_turns_and_synchronous_ones_do():
 @pytest.mark.parametrize("spec", variants(), ids=label)
 def test_every_method_is_counted_or_refused(spec):
     coupling = point(spec).coupling
-    if not {*coupling.up, *coupling.down} <= {"activation", "gradient"}:
-        with pytest.raises(UserError, match=r"can be counted; .*: measure it instead"):
+    if not {*coupling.up, *coupling.down} <= COUNTED:
+        with pytest.raises(UserError, match=r"cannot be counted: it sends .*; measure it instead"):
             cost(layers(), (16,), spec)
         return
     counted = cost(layers(), (16,), spec)
-    assert counted.total >= sum(b.forward + b.weights for b in counted.blocks)
+    trained = [bool(point(spec).facts.reach(k, 5)) for k in range(5)]
+    assert counted.total >= sum(
+        b.forward + b.weights * learns for b, learns in zip(counted.blocks, trained, strict=True)
+    )
     assert max(b.work for b in counted.blocks) <= counted.sequential <= counted.total
     assert [k for run in counted.locked for k in run] == list(range(5))
     full = cost(layers(), (16,), spec, skip=False)

@@ -53,7 +53,7 @@ def results(*records, **changes) -> dict[str, Any]:
 def full(blocks=2) -> dict[str, Any]:
     methods = ("backprop", "pipedream", "stochastic_block_admm", *(f"method_{n}" for n in range(10)))
     records = [record(m, s, blocks, samples_per_second=2e7 + s * 1e6) for m in methods for s in range(3)]
-    return results(*records, control("plain_pytorch"), control("frozen_below"), failed("broken", "boom"), blocks=blocks)
+    return results(*records, control("plain_pytorch"), control("only_last"), failed("broken", "boom"), blocks=blocks)
 
 
 class Page(HTMLParser):
@@ -139,7 +139,7 @@ def test_the_summary_names_the_fastest_the_most_accurate_and_the_level_ones():
     backprop = [record("backprop", s, test_accuracy=a, speedup_over_backprop=1.0) for s, a in enumerate((0.90, 0.92))]
     greedy = [record("greedy", s, test_accuracy=0.7, speedup_over_backprop=1.9) for s in (0, 1)]
     ddg = [record("ddg", s, test_accuracy=0.9, speedup_over_backprop=1.6) for s in (0, 1)]
-    frozen = control("frozen_below", test_accuracy=0.75, speedup_over_backprop=9.0)
+    frozen = control("only_last", test_accuracy=0.75, speedup_over_backprop=9.0)
     data = results(*backprop, *greedy, *ddg, frozen)
     found = findings(summarise(data))
     assert [found[key].name for key in ("fastest", "best", "level")] == ["greedy", "backprop", "ddg"]
@@ -206,7 +206,7 @@ def test_controls_stand_apart_below_the_methods():
     rows = Page(render(full())).rows
     first = [row[0][0] for row in rows]
     line = next(i for i, name in enumerate(first) if name.startswith("Controls"))
-    assert first[line + 1 : line + 3] == ["Plain_Pytorch", "Frozen_Below"]
+    assert first[line + 1 : line + 3] == ["Plain_Pytorch", "Only_Last"]
     assert "Backprop" in first[:line]
     assert rows[line + 1][-4:-1] == [["–"]] * 3, "what a control does not have is a dash"
 

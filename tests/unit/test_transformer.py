@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from decoupled import Trainer, models
 from decoupled.errors import OperationError, UserError
-from decoupled.testing import Case, compare, flat, label, train, variants
+from decoupled.testing import Case, compare, flat, label, point, train, variants
 
 CASE = Case(widths=(4, 5, 3), cuts=(1,), sizes=(4, 4))  # stands in where `train` asks for one
 
@@ -79,7 +79,8 @@ def test_every_method_either_trains_it_or_says_why_not(spec):
         assert isinstance(reason, UserError)
         assert "\n" not in str(reason)
         return
-    assert all(not torch.equal(weights[0], weights[-1]) for weights in run.weights)
+    moved = [not torch.equal(weights[0], weights[-1]) for weights in run.weights]
+    assert moved == [bool(point(spec).facts.reach(k, len(moved))) for k in range(len(moved))]
 
 
 def test_backpropagation_in_blocks_is_backpropagation():

@@ -114,11 +114,15 @@ def test_the_top_block_follows_plain_autograd_on_the_inputs_it_receives(spec):
     found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], observers=[tap], blocks=blocks)
     heard: list[Any] = [m for e, m in tap.messages if e.target == f"block{top}"]
     inputs = {m.key: m.payload[0] for m in heard if isinstance(m, Up) and not m.void}
-    block = CASE.blocks()[top]
+    front = point(spec).coupling.front(top, CASE.K)
+    block = nn.Sequential(*([] if front is None else [front]), CASE.blocks()[top])
     made = OPTIMIZERS["momentum"](list(block.parameters()))
     expected = [flat(block)]
     data: list[Any] = [m for m in heard if isinstance(m, Data) and not m.void]
-    for message in data:
+    carried: list[Any] = [
+        found.trainer.workers[top].upper.carried(m) for m in heard if isinstance(m, Up) and not m.void
+    ]
+    for message in data or carried:
         (F.cross_entropy(block(inputs[message.key]), message.targets) * message.share).backward()
         whole = message.round == message.rounds - 1
         if whole or not isinstance(point(spec).feed, Split):

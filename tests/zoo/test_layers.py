@@ -38,9 +38,12 @@ def test_running_statistics_move_once_per_pass_in_the_forward(spec, runtime):
         for one in point(spec).feed.passes(Data(0, batch=0, inputs=x, targets=y)):
             expected(one.inputs)
     blocks = network()
-    fit(spec, blocks, runtime=runtime)
-    for found in (blocks[0][0], blocks[1][1]):
-        assert found.num_batches_tracked == expected.num_batches_tracked
+    run = fit(spec, blocks, runtime=runtime)
+    assert blocks[0][0].num_batches_tracked == expected.num_batches_tracked
+    if not point(spec).coupling.lossy:
+        assert blocks[1][1].num_batches_tracked == expected.num_batches_tracked
+    if run.trainer.workers[0].upper.streams > 1:  # then it sees more than the data
+        return
     torch.testing.assert_close(blocks[0][0].running_mean, expected.running_mean, rtol=0, atol=1e-14)
     torch.testing.assert_close(blocks[0][0].running_var, expected.running_var, rtol=0, atol=1e-14)
 

@@ -10,7 +10,7 @@ from decoupled.runtime.simulated import Simulated, Timing
 from decoupled.testing import OPTIMIZERS, Case, cases, compare, label, point, timings, train, variants
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 7 + (5,))
-FIXED = [spec for spec in variants() if point(spec).order.rule is not None]
+FIXED = [spec for spec in variants() if point(spec).fixed]
 SECONDS = {"busy_seconds": 0.0, "wait_seconds": 0.0}
 
 

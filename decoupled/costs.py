@@ -1,0 +1,133 @@
+"""The cost of a method on a task, counted and not measured: `decoupled flops`, and what records say of FLOPs.
+
+    decoupled flops method=greedy_local model=resnet20 data=fashion_mnist blocks=4
+    decoupled flops method=greedy_local model={name: mlp, width: 4096, depth: 9} inputs=[3072] blocks=[1,2,3,4,5,6,7]
+
+What is counted, and what the critical path is, stands in `decoupled.flops`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from decoupled import data as datasets
+from decoupled import flops, models
+from decoupled.config import FlopsConfig
+from decoupled.errors import UserError
+from decoupled.flops import Cost
+from decoupled.partition import split
+
+UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+COLUMNS = ("forward", "inputs", "weights", "head", "work", "update")
+HEADS = ("forward", "input gradient", "weight gradient", "head", "total", "update per step")
+
+
+UNCOUNTED: dict[str, Any] = {
+    "flops_per_sample": [], "head_flops_per_sample": [], "sequential_flops_per_sample": None,
+}  # fmt: skip
+
+
+def per_sample(
+    units: Sequence[nn.Module], cuts: Sequence[int], inputs: torch.Tensor, method: str | Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a record says of FLOPs per sample: of every block, of its head alone, and on the critical path.
+
+    Args:
+        units, cuts: the network and where later blocks begin. inputs: some samples, for shape and type.
+        method: as for `Trainer`.
+
+    Returns:
+        flops_per_sample, head_flops_per_sample (lists), sequential_flops_per_sample; empty and None for a method that
+        cannot be counted.
+    """
+    try:
+        counted = flops.cost(_blocks(units, cuts), inputs.shape[1:], method, dtype=inputs.dtype)
+    except UserError:
+        return dict(UNCOUNTED)
+    return {
+        "flops_per_sample": [block.work for block in counted.blocks],
+        "head_flops_per_sample": [block.head for block in counted.blocks],
+        "sequential_flops_per_sample": counted.sequential,
+    }
+
+
+def heads(record: Mapping[str, Any], parameters: int) -> str | None:
+    """One line on what the auxiliary heads cost beside the network; None if there are none."""
+    if not parameters:
+        return None
+    text = f"heads and other local parts: {parameters:,} weights, dropped from the network"
+    if not record["flops_per_sample"]:
+        return text
+    extra, whole = sum(record["head_flops_per_sample"]), sum(record["flops_per_sample"])
+    scale, unit = _unit(whole)
+    return f"{text}; {extra / scale:,.2f} of {whole / scale:,.2f} {unit} per sample ({100 * extra / whole:.1f} %)"
+
+
+def count(config: FlopsConfig) -> Cost:
+    """Count what a configuration asks for.
+
+    Raises:
+        UserError: an unknown name, blocks that do not fit, or a method that cannot be counted.
+    """
+    if config.inputs is None:
+        dataset = datasets.load(config.data)
+        shape, classes, sample = dataset.inputs, dataset.classes, dataset.train.inputs[:8]
+    else:
+        shape, classes = config.inputs, config.classes
+        if not isinstance(shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise UserError(f"inputs must be the shape of one sample, got {shape!r}; write e.g. inputs=[3,32,32]")
+        sample = torch.zeros(8, *shape)
+    units = models.build(config.model, shape, classes)
+    wanted = list(config.blocks) if isinstance(config.blocks, Sequence) else config.blocks
+    cuts = list(itertools.accumulate(len(block) for block in split(units, wanted, sample)))[:-1]
+    return flops.cost(
+        _blocks(units, cuts), shape, config.method, dtype=sample.dtype, skip=config.skip, update=config.update
+    )  # fmt: skip
+
+
+def as_dict(counted: Cost) -> dict[str, Any]:
+    """Plain data, for JSON."""
+    return {
+        "blocks": [asdict(block) for block in counted.blocks],
+        "locked": [[run.start, run.stop] for run in counted.locked],
+        "total": counted.total,
+        "sequential": counted.sequential,
+    }
+
+
+def show(counted: Cost) -> None:
+    """Print a table with a row per block, and the two sums that count."""
+    scale, unit = _unit(counted.total)
+    table = Table("block", *HEADS, title=f"{unit} per example")
+    for column in table.columns:
+        column.justify = "right"
+    for k, block in enumerate(counted.blocks):
+        table.add_row(str(k), *(f"{getattr(block, name) / scale:,.2f}" for name in COLUMNS))
+    sums = (sum(getattr(block, name) for block in counted.blocks) / scale for name in COLUMNS)
+    table.add_section()
+    table.add_row("all", *(f"{value:,.2f}" for value in sums))
+    Console().print(table)
+    turns = ", ".join(f"{run.start}-{run.stop - 1}" for run in counted.locked if len(run) > 1)
+    print(f"total {counted.total / scale:,.2f} {unit} per example")
+    print(
+        f"sequential (critical path) {counted.sequential / scale:,.2f} {unit} per example; "
+        + (f"blocks {turns} take turns" if turns else "all blocks run in parallel")
+    )
+
+
+def _blocks(units: Sequence[nn.Module], cuts: Sequence[int]) -> list[nn.Module]:
+    return [nn.Sequential(*units[a:b]) for a, b in itertools.pairwise([0, *cuts, len(units)])]
+
+
+def _unit(value: float) -> tuple[float, str]:
+    """The unit in which `value` has at most four digits before the point."""
+    power = next((i for i in range(len(UNITS)) if value < 1e4 * 1000**i), len(UNITS) - 1)
+    return 1000.0**power, UNITS[power]

@@ -1,0 +1,140 @@
+"""Forward-forward: two kinds of data instead of a backward pass; a block tells them apart by the length of its output.
+
+    stream     what block 0 is given                                      who learns from it
+    neutral    x as it is, and so as in evaluation                        the last block, from the loss of the network
+    positive   x with its label written over the first features           all others
+    negative   x with another label, drawn at random                      all others
+
+    a block above the first starts with   x <- x / sqrt(mean(x^2) + 1e-8)   per sample: only the direction goes on
+    G(y)  = sum over units of y^2 (of images: of the mean over space of every channel's y^2)
+    J_k   = [ mean softplus(theta - G(y_k+)) + mean softplus(G(y_k-) - theta) ] / 2,   theta = threshold * units
+
+    label i of C among m = min(C, features): feature i mod m gets 1 / (1 + i div m), the others of the m get 0, on a
+    scale from the least to the largest value of the batch; with at least C features that is a one-hot code
+
+Labels of the negative stream depend on the number of the batch alone. The network that is evaluated is a linear probe
+made deep: the blocks with their normalisation on the plain input, the last block being the classifier.
+
+Source: Hinton 2022 (arXiv 2212.13345).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decoupled.coupling import Bottom, Coupling, Lower, Place, Top, Upper
+from decoupled.errors import UserError
+from decoupled.messages import Data
+
+STREAMS = 3
+
+
+@dataclass(frozen=True)
+class Goodness(Coupling):
+    """Three streams up, nothing down."""
+
+    threshold: float
+    up: tuple[str, ...] = field(default=("neutral", "positive", "negative"), init=False)
+    down: tuple[str, ...] = field(default=(), init=False)
+
+    def lower(self, place: Place) -> Lower:
+        return Top(place) if place.top else GoodnessLower(place, self.threshold)
+
+    def upper(self, place: Place) -> Upper:
+        return Upper() if place.top else Streams()
+
+    def bottom(self, place: Place) -> Upper:
+        return Bottom() if place.top else Labelled(place)
+
+    def front(self, k: int, K: int) -> nn.Module | None:
+        return UnitLength() if k else None
+
+
+class UnitLength(nn.Module):
+    """Scale every sample so that the mean of its squares is 1; of images it is the length per pixel that counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(tuple(range(1, x.dim())), keepdim=True) + 1e-8).sqrt()
+
+
+class Streams(Upper):
+    """The streams one after the other in one batch: (N, ...) each -> (3 N, ...)."""
+
+    streams = STREAMS
+
+    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
+        return torch.cat(payload)
+
+
+class Labelled(Bottom):
+    """Makes the streams from the data."""
+
+    streams = STREAMS
+
+    def __init__(self, place: Place) -> None:
+        self._classes, *positions = place.shapes[-1]
+        if place.modules and (positions or self._classes < 2):
+            raise UserError(
+                f"forward-forward needs one decision per sample between at least 2 classes, here the network ends in "
+                f"{place.shapes[-1]} per sample; use another method, e.g. greedy_local"
+            )
+        self._codes = codes(self._classes, math.prod(place.inputs))
+
+    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
+        assert data is not None and data.inputs is not None and data.targets is not None
+        x, labels = data.inputs, data.targets.to(data.inputs.device)
+        if not x.is_floating_point() or labels.is_floating_point() or labels.dim() != 1:
+            raise UserError(
+                f"forward-forward writes class numbers (N,) into floating-point inputs, got targets {labels.dtype} "
+                f"{tuple(labels.shape)} and inputs {x.dtype}; use another method, e.g. greedy_local"
+            )
+        return torch.cat([x, self._written(x, labels), self._written(x, others(labels, self._classes, data.batch))])
+
+    def _written(self, x: Tensor, labels: Tensor) -> Tensor:
+        low, high = x.min(), x.max()
+        flat = x.flatten(1).clone()
+        flat[:, : self._codes.shape[1]] = low + (high - low) * self._codes.to(x)[labels]
+        return flat.view_as(x)
+
+
+def codes(classes: int, features: int) -> Tensor:
+    """What stands for each label: (classes, min(classes, features)), in [0, 1]."""
+    width = min(classes, features)
+    made = torch.zeros(classes, width, device="cpu")
+    for label in range(classes):
+        made[label, label % width] = 1 / (1 + label // width)
+    return made
+
+
+def others(labels: Tensor, classes: int, batch: int) -> Tensor:
+    """A wrong label for each, drawn evenly; the same for the same batch number."""
+    draw = torch.Generator().manual_seed(batch)
+    steps = 1 + torch.randint(classes - 1, labels.shape, generator=draw, device="cpu")
+    return (labels + steps.to(labels.device)) % classes
+
+
+def goodness(y: Tensor) -> Tensor:
+    """G: (N, units) or (N, channels, *space) -> (N,)."""
+    return y.square().flatten(2).mean(2).sum(1) if y.dim() > 2 else y.square().sum(1)
+
+
+class GoodnessLower(Lower):
+    """Large for positive data, small for negative data."""
+
+    has_objective = needs_data = True
+
+    def __init__(self, place: Place, threshold: float) -> None:
+        self._theta = threshold * place.shapes[place.k][0]
+        self._parts = 1 if place.k == place.K - 2 else STREAMS  # the classifier needs the neutral stream alone
+
+    def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
+        return y.detach().chunk(STREAMS)[: self._parts]
+
+    def objective(self, y: Tensor, data: Data | None) -> Tensor:
+        _, positive, negative = y.chunk(STREAMS)
+        return (F.softplus(self._theta - goodness(positive)) + F.softplus(goodness(negative) - self._theta)).mean() / 2
