@@ -1,4 +1,4 @@
-"""A picture of lines in panels side by side, as SVG; axes are shared, x is logarithmic, y begins at 0."""
+"""A picture of lines in panels side by side, as SVG; axes are shared, x is logarithmic or not, y begins at 0."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class Axes:
     y_label: str
     x_ticks: Sequence[float]
     y_ticks: Sequence[float]
+    log: bool = True
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Pixels within a panel, the origin at its upper left corner."""
-        low, high = math.log(min(self.x_ticks)), math.log(max(self.x_ticks))
-        right = (math.log(x) - low) / ((high - low) or 1.0)
+        low, high, x = (math.log(n) if self.log else n for n in (min(self.x_ticks), max(self.x_ticks), x))
+        right = (x - low) / ((high - low) or 1.0)
         up = min(y, max(self.y_ticks)) / max(self.y_ticks)
         return (0.04 + 0.92 * right) * _WIDTH, (1.0 - up) * _HEIGHT
 

@@ -92,7 +92,7 @@ def provenance(results: dict[str, Any]) -> str:
     """Command, task, machine and date in one paragraph."""
     machine, records = results["environment"], results["records"]
     seeds = len({record["seed"] for record in records})
-    recipe = results["config"]["recipe"]
+    recipe = results["config"]["recipe"] | dict.fromkeys(results["config"].get("sweep") or {}, "swept")
     return (
         f"`{results['command']}`: {results['data']}, {results['model']}, {results['blocks']} blocks (cut at "
         f"{results['cuts']}), runtime {results['runtime']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}, "
