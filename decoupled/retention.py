@@ -88,6 +88,7 @@ class Retention(ABC):
         self._bytes: dict[int, int] = {}
         self._saved: dict[tuple, int] = {}
         self._needed = math.inf  # oldest version that a forward to come will run with
+        self._copy_bytes = sum(p.numel() * p.element_size() for p in block.parameters)
         self.peak_held_bytes = self.peak_passes = 0
 
     @abstractmethod
@@ -128,9 +129,8 @@ class Retention(ABC):
 
     @property
     def held_bytes(self) -> int:
-        kept = [w for v, (w, users) in self._frozen.items() if users or v >= self._needed]
-        frozen = sum(w.numel() * w.element_size() for weights in kept for w in weights)
-        return sum(self._bytes.values()) + frozen
+        kept = [v for v, (_, users) in self._frozen.items() if users or v >= self._needed]
+        return sum(self._bytes.values()) + len(kept) * self._copy_bytes
 
     def _hold(self, n: int, thing: Any, nbytes: int) -> None:
         if n in self._kept:

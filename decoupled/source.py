@@ -127,7 +127,7 @@ class Source(Actor):
         sends: list[tuple[str, Message]] = []
         for reader in self._readers:
             inputs, targets = data.inputs if reader.inputs else None, data.targets if reader.targets else None
-            sends.append((reader.name, replace(data, inputs=inputs, targets=targets)))
+            sends.append((reader.name, replace(data, key=self.key, inputs=inputs, targets=targets)))
         self.key += 1
         return Outcome(None, sends)
 
@@ -136,8 +136,7 @@ class Source(Actor):
             inputs, targets, indices = unpack(item)
             self._check(inputs, targets)
             data = Data(0, batch=self.batch, inputs=inputs, targets=targets, indices=indices)
-            for one in self._feed.passes(data):
-                yield replace(one, key=self.key)
+            yield from self._feed.passes(data)
             self.batch, self.samples = self.batch + 1, self.samples + len(inputs)
             if self._on_batch is not None:
                 self._on_batch(len(inputs))
@@ -149,7 +148,7 @@ class Source(Actor):
             raise UserError(f"batch {self.batch} has no samples; leave empty batches out")
         if self._classes is None or targets.is_floating_point() or targets.numel() == 0:
             return
-        low, high = int(targets.min()), int(targets.max())
+        low, high = map(int, torch.aminmax(targets))
         if high >= self._classes or (low < 0 and low != -100):
             raise UserError(
                 f"batch {self.batch}: labels go from {low} to {high}, but the network has {self._classes} outputs; "
