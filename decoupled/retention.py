@@ -69,6 +69,7 @@ class Retention(ABC):
         steps_between: whether its order ever puts an optimizer step between F and B of a pass.
 
     Attributes:
+        keeps: of a pass: "graph", "input", or "nothing".
         recomputes: whether a backward runs the forward again.
         today: whether a backward uses today's weights, not those of the forward.
         forward_weights, backward_weights: what corrections make of copies of today's weights before they are used.
@@ -76,6 +77,7 @@ class Retention(ABC):
         peak_passes: most passes kept at once.
     """
 
+    keeps: str = "graph"
     recomputes: bool = False
     today: bool = False
     forward_weights: Callable[[Weights], Weights] | None = None
@@ -235,7 +237,7 @@ class KeepNothing(Retention):
 class _Recompute(Retention):
     """What the two recomputing policies share: run without a graph, record again when the answer comes."""
 
-    recomputes = True
+    keeps, recomputes = "input", True
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
         weights = self._weights(n, version)

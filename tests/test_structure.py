@@ -165,7 +165,8 @@ KEYS = {
     config.TrainConfig: "data model blocks runtime precision recipe method seed on_nonfinite resume",
     config.CompareConfig: "data model blocks runtime precision recipe suite methods controls baseline seeds sweep "
     "cutoffs claims",
-    config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
+    config.SimulateConfig: "method blocks batches forward backward step latency bandwidth activation graph weights "
+    "optimizer memory profile sweep jitter slow seed timeline",
 }
 
 
