@@ -10,19 +10,20 @@ same numbers on every runtime, whatever other blocks do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from decoupled.errors import UserError
 
 Weights = list[Tensor]
+Slots = dict[str, Any]  # a module's parameters or buffers by name
+Place = tuple[Slots, str]  # where a module looks a tensor up
 
 
 class Block:
@@ -60,9 +61,10 @@ class Block:
         self.module, self.name, self.version = module.to(device), name, 0
         self.device = torch.device(device)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        named = dict(module.named_parameters())
-        self._names, self.parameters = list(named), list(named.values())
+        self.parameters = list(module.parameters())
         self.weights: Weights = [*self.parameters]
+        self._parts = list(module.modules())
+        self._slots = _slots((m._parameters for m in self._parts), self.parameters)
         has_dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
         self._random = True if has_dropout else None  # None: not known before the first run
         if overwrites_input is None:  # a layer may reach the input through views and identities, not only as the first
@@ -94,13 +96,30 @@ class Block:
             again: this input was run before, so running statistics must not move.
         """
         x = self._given(x)
-        state: dict[str, Tensor] = {}
+        swapped = self._swap(weights, again)
+        try:
+            if self._random is False and self._autocast is None:
+                return self.module(x)
+            with self._randomness(replay), self.precision():
+                return self.module(x)
+        finally:
+            for slots, name, own in swapped:
+                slots[name] = own
+
+    def _swap(self, weights: Weights | None, again: bool) -> list[tuple[Slots, str, Tensor]]:
+        """Put other tensors into the module's places (as `functional_call` does); the places and what was there."""
+        others: list[tuple[list[Place], Tensor]] = []
         if weights is not None:
-            state.update(zip(self._names, weights, strict=True))
-        if again:
-            state.update((name, buffer.clone()) for name, buffer in self.module.named_buffers())
-        with self._randomness(replay), self.precision():
-            return functional_call(self.module, state, (x,)) if state else self.module(x)
+            others += zip(self._slots, weights, strict=True)
+        if again and (buffers := list(self.module.buffers())):
+            places = _slots((m._buffers for m in self._parts), buffers)
+            others += zip(places, [buffer.clone() for buffer in buffers], strict=True)
+        swapped = []
+        for places, other in others:
+            for slots, name in places:
+                swapped.append((slots, name, slots[name]))
+                slots[name] = other
+        return swapped
 
     def infer(self, x: Tensor) -> Tensor:
         """Output for `x` without a graph; for evaluation mode, in which nothing is drawn."""
@@ -139,6 +158,16 @@ class Block:
         self.module.load_state_dict(state["module"])
         self.version = int(state["version"])
         self.generator.set_state(state["generator"].cpu())
+
+
+def _slots(tables: Iterable[Slots], tensors: Sequence[Tensor]) -> list[list[Place]]:
+    """All places of each of these tensors (several where a module is used twice or weights are tied)."""
+    places: dict[int, list[Place]] = {id(tensor): [] for tensor in tensors}
+    for table in tables:
+        for name, tensor in table.items():
+            if tensor is not None:
+                places[id(tensor)].append((table, name))
+    return [places[id(tensor)] for tensor in tensors]
 
 
 class _OwnRandomness(TorchFunctionMode):

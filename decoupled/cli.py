@@ -23,16 +23,12 @@ from decoupled import __version__, costs, doctor, registry
 from decoupled.compare import compare
 from decoupled.config import CompareConfig, FlopsConfig, SimulateConfig, TrainConfig, read
 from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, UserError, first_line
-from decoupled.experiment import label
 from decoupled.observe import timeline
 from decoupled.observe.eventlog import LIMIT
 from decoupled.observe.points import best, describe
-from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
-from decoupled.observe.trace import timeline_table
 from decoupled.runtime.launch import under_torchrun
-from decoupled.runtime.simulated import Timing
-from decoupled.simulate import simulate
+from decoupled.simulate import command as simulation
 from decoupled.train import train
 
 
@@ -107,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("simulate", _simulate, "utilisation, staleness and timeline of a method at given speeds, no training")
     configured(sub, "method=pipedream blocks=64 latency=0.5 backward=2 slow={3: 2.0}")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory: simulation.html, simulation.json")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
 
     sub = command("flops", _flops, "FLOPs of a method per block, in all and on the critical path, no training")
@@ -212,33 +209,14 @@ def _train(options: argparse.Namespace) -> None:
 
 def _simulate(options: argparse.Namespace) -> None:
     config = read(SimulateConfig, options.words, options.config)
-    timing = Timing(
-        forward=config.forward, backward=config.backward, step=config.step, latency=config.latency,
-        jitter=config.jitter, seed=config.seed, slow=dict(config.slow),
-    )  # fmt: skip
-    recorder = Recorder("simulation", limit=4 * config.timeline) if config.timeline and not options.json else None
-    result = simulate(config.method, config.blocks, config.batches, timing, [recorder] if recorder else [])
-    if options.json:
-        print(json.dumps(result.as_dict()))
-        return
-    console = Console()
-    table = Table("block", "utilisation", "staleness (mean)", "(max)", "passes in flight", "updates")
-    shown = range(result.blocks) if result.blocks <= 16 else [*range(8), *range(result.blocks - 8, result.blocks)]
-    for k in shown:
-        late, passes = result.staleness[k], max(1, sum(result.staleness[k].values()))
-        mean = sum(steps * count for steps, count in late.items()) / passes
-        table.add_row(
-            str(k), f"{result.utilisation[k]:.3f}", f"{mean:.2f}", str(max(late, default=0)),
-            str(result.in_flight[k]), str(result.updates[k]),
-        )  # fmt: skip
-    console.print(table)
-    print(
-        f"{label(config.method)}: {result.batches} batches in {result.time:g} time units, mean utilisation "
-        f"{_mean(result.utilisation):.3f}, speed-up over one device {result.speedup:.2f} of at most {result.blocks}"
-    )
-    if recorder is not None and result.blocks <= 16:
-        spans = [span for span in recorder.spans if int(span.name[1:] or 0) < config.timeline and span.name != "S"]
-        print("\nfirst operations (time units; steps left out):\n" + timeline_table(spans, width=console.width))
+    if too_small := simulation.run(config, options.out, options.json):
+        needs = [
+            f"{name}: {', '.join(f'block {k} needs {need:g}' for k, need in list(blocks.items())[:8])}"
+            + (f" and {len(blocks) - 8} more do not fit" if len(blocks) > 8 else "")
+            + f"; memory would have to be {max(blocks.values()):g}"
+            for name, blocks in too_small.items()
+        ]
+        raise RunError("does not fit into memory: " + "; ".join(needs))
 
 
 def _flops(options: argparse.Namespace) -> None:

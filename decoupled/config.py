@@ -73,15 +73,23 @@ class CompareConfig(Task):
 
 @dataclass
 class SimulateConfig:
-    """`decoupled simulate`; times in any unit."""
+    """`decoupled simulate`; times and sizes in any units. What may be None comes from the profile, if there is one."""
 
-    method: Any = MISSING
-    blocks: int = 4
+    method: Any = MISSING  # one, or a list of them
+    blocks: int | None = None  # default 4
     batches: int = 64
-    forward: float = 1.0  # per minibatch and block
-    backward: float = 2.0
-    step: float = 0.0
-    latency: float = 0.0  # per message, one way
+    forward: Any = None  # per minibatch; this and the next two: a number, or one per block. Default 1
+    backward: Any = None  # default 2
+    step: Any = None  # default 0
+    latency: float | None = None  # per message, one way; default 0
+    bandwidth: float = 0.0  # size per time of one direction of a link; 0: no limit
+    activation: Any = None  # size of what goes up; this and the next two per minibatch, one number or one per block
+    graph: Any = None  # size of what a forward saves; default 1
+    weights: Any = None  # size of a block's weights; default 1
+    optimizer: float = 1.0  # copies of the weights that the optimizer keeps
+    memory: Any = None  # of a device, a number or one per block; default: no limit
+    profile: str | None = None  # what `decoupled train --out DIR` wrote: measured times and sizes
+    sweep: dict[str, Any] = field(default_factory=dict)  # {latency: [0, 1, 2]}
     jitter: float = 0.0  # relative spread of all durations
     slow: dict[int, float] = field(default_factory=dict)  # block -> factor on its durations
     seed: int = 0

@@ -35,6 +35,8 @@ class Facts:
         in_flight: most passes a block holds between forward and backward.
         backward_weights: "forward" (those its forward used), "current", or "none" (nothing is held over an update).
         reads_indices: whether batches must carry sample indices.
+        bubble: (K, forward, backward) -> idle share of equal blocks that take so long for a minibatch, without latency
+            and steps; None: not claimed.
         locks: the locks of backpropagation it removes: "forward", "backward", "update"; and where, if not everywhere.
     """
 
@@ -46,6 +48,7 @@ class Facts:
     in_flight: Callable[[int, int], int] = lambda k, K: 1
     backward_weights: str = "none"
     reads_indices: bool = False
+    bubble: Callable[[int, float, float], float] | None = None
     locks: tuple[str, ...] = ()
 
 

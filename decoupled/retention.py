@@ -69,6 +69,7 @@ class Retention(ABC):
         steps_between: whether its order ever puts an optimizer step between F and B of a pass.
 
     Attributes:
+        keeps: of a pass: "graph", "input", or "nothing".
         recomputes: whether a backward runs the forward again.
         today: whether a backward uses today's weights, not those of the forward.
         records: whether any gradient will come; without one no graph is kept.
@@ -77,6 +78,7 @@ class Retention(ABC):
         peak_passes: most passes kept at once.
     """
 
+    keeps: str = "graph"
     recomputes: bool = False
     today: bool = False
     records: bool = True
@@ -90,6 +92,7 @@ class Retention(ABC):
         self._bytes: dict[int, int] = {}
         self._saved: dict[tuple, int] = {}
         self._needed = math.inf  # oldest version that a forward to come will run with
+        self._copy_bytes = sum(p.numel() * p.element_size() for p in block.parameters)
         self.peak_held_bytes = self.peak_passes = 0
 
     @abstractmethod
@@ -130,9 +133,8 @@ class Retention(ABC):
 
     @property
     def held_bytes(self) -> int:
-        kept = [w for v, (w, users) in self._frozen.items() if users or v >= self._needed]
-        frozen = sum(w.numel() * w.element_size() for weights in kept for w in weights)
-        return sum(self._bytes.values()) + frozen
+        kept = [v for v, (_, users) in self._frozen.items() if users or v >= self._needed]
+        return sum(self._bytes.values()) + len(kept) * self._copy_bytes
 
     def _hold(self, n: int, thing: Any, nbytes: int) -> None:
         if n in self._kept:
@@ -237,7 +239,7 @@ class KeepNothing(Retention):
 class _Recompute(Retention):
     """What the two recomputing policies share: run without a graph, record again when the answer comes."""
 
-    recomputes = True
+    keeps, recomputes = "input", True
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
         weights = self._weights(n, version)

@@ -50,6 +50,8 @@ class _Inverse(nn.Module):
 class Reconstruct(KeepInput):
     """Keeps nothing of an invertible block, the input of another one, and the graph where no step comes between."""
 
+    keeps = "nothing"
+
     def __init__(self, block: Block, steps_between: bool) -> None:
         super().__init__(block, steps_between)
         self._late, self._inverse = steps_between, _Inverse(block.module) if invertible(block.module) else None

@@ -132,7 +132,7 @@ class Source(Actor):
         sends: list[tuple[str, Message]] = []
         for reader in self._readers:
             inputs, targets = data.inputs if reader.inputs else None, data.targets if reader.targets else None
-            sends.append((reader.name, replace(data, inputs=inputs, targets=targets)))
+            sends.append((reader.name, replace(data, key=self.key, inputs=inputs, targets=targets)))
         self.key += 1
         return Outcome(None, sends)
 
@@ -141,8 +141,7 @@ class Source(Actor):
             inputs, targets, indices = unpack(item)
             self._check(inputs, targets)
             data = Data(0, batch=self.batch, inputs=inputs, targets=targets, indices=indices)
-            for one in self._feed.passes(data):
-                yield replace(one, key=self.key)
+            yield from self._feed.passes(data)
             self.batch, self.samples = self.batch + 1, self.samples + len(inputs)
             if self._on_batch is not None:
                 self._on_batch(len(inputs))
@@ -168,7 +167,7 @@ class Source(Actor):
                 f"batch {self.batch}: the network's output {self._output} per sample needs class numbers of shape "
                 f"({shape}) and type int64, got {kind} {tuple(targets.shape)}; reshape them, or convert with .long()"
             )
-        low, high = int(targets.min()), int(targets.max())
+        low, high = map(int, torch.aminmax(targets))
         if high >= classes or (low < 0 and low != -100):
             raise UserError(
                 f"batch {self.batch}: labels go from {low} to {high}, but the network has {classes} outputs; "

@@ -40,6 +40,7 @@ class Steps:
     ) -> None:
         trainable = [[p for p in group if isinstance(p, nn.Parameter) and p.requires_grad] for group in groups]
         self.block_parameters, self.lower_parameters, self.upper_parameters = trainable
+        self._parameters = [parameter for group in trainable for parameter in group]
         self.optimizers = [optimizer(group) for group in trainable if group]
         for made in self.optimizers:
             if not isinstance(made, Optimizer):
@@ -91,8 +92,8 @@ class Steps:
     def clear(self) -> None:
         """Forget accumulated gradients."""
         self.owed = False
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return {

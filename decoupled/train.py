@@ -2,6 +2,7 @@
 
 DIR/config.yaml       what was asked
 DIR/metrics.jsonl     one record per epoch
+DIR/blocks.json       statistics of every block
 DIR/checkpoint.pt     the state after the latest epoch
 DIR/events.jsonl.gz   what happened in the first operations, for `decoupled trace`
 """
@@ -76,6 +77,8 @@ def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = 
                     )
             test = trainer.evaluate(setting.held_out("test"))
             blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
+    if out is not None:
+        (out / "blocks.json").write_text(json.dumps(blocks) + "\n", encoding="utf-8")
     counted = setting.flops(config.method)
     found = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
     found["dataset"] = setting.dataset.summary

@@ -117,7 +117,7 @@ class Worker(Actor):
 
     def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
         op: Op = want.tag
-        if any(isinstance(message, End) for message in messages):
+        if messages and isinstance(messages[0], End):  # what an operation takes together ends together
             end = messages[0].key
             assert isinstance(end, int)
             self._plan.end(end - self._start)
@@ -169,8 +169,9 @@ class Worker(Actor):
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
             state.void = state.void or message.void
             if isinstance(message, Data):
-                targets = None if message.targets is None else message.targets.to(self.block.device)
-                state.data = replace(message, targets=targets)
+                state.data = message
+                if message.targets is not None and message.targets.device != self.device:
+                    state.data = replace(message, targets=message.targets.to(self.device))
             elif not message.void and (carried := self.upper.carried(message)) is not None:
                 state.data = carried
         return state

@@ -221,7 +221,8 @@ KEYS = {
     config.CompareConfig: "data model blocks runtime task precision recipe suite methods controls baseline seeds sweep "
     "cutoffs claims",
     config.FlopsConfig: "method model data inputs classes blocks skip update",
-    config.SimulateConfig: "method blocks batches forward backward step latency jitter slow seed timeline",
+    config.SimulateConfig: "method blocks batches forward backward step latency bandwidth activation graph weights "
+    "optimizer memory profile sweep jitter slow seed timeline",
 }
 
 

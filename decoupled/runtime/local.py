@@ -1,12 +1,12 @@
 """The part of a run that one process carries out: a thread per actor, a blocking mailbox each; no polling, no barrier.
 
     actor's thread    take -> handle -> put, until the actor has finished
-    put               into the mailbox of an actor of this process, or into the outlet of an edge that leads elsewhere
-    arrive            what came in through an inlet goes into the mailbox; `taken` gives the sender its room back
+    put               into the box of an actor of this process, or into the outlet of an edge that leads elsewhere
+    arrive            what came in through an inlet goes into the box; `taken` gives the sender its room back
 
-A sender waits while the target port is full. The first failure closes all mailboxes, which wakes everybody. With
-`patience`, a mailbox that waits longer checks whether *everybody* waits: then the wiring is wrong and a StallError says
-who wants what (a run of several processes is watched by its hub instead).
+A sender waits while the target port is full; see `decoupled.runtime.box` for who wakes whom. The first failure wakes
+everybody. With `patience`, an actor that waits longer checks whether *everybody* waits: then the wiring is wrong and a
+StallError says who wants what (a run of several processes is watched by its hub instead).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 
 from decoupled.errors import StallError, Stopped
 from decoupled.messages import Message
-from decoupled.runtime.contract import Actor, Edge, Graph, Mailbox, Observer, Want
+from decoupled.runtime.box import Box, Found, Sleeper
+from decoupled.runtime.contract import Actor, Edge, Graph, Observer, Want
 from decoupled.transport import cuda
 from decoupled.transport.contract import Closed, Inlet, Outlet
 
@@ -66,14 +67,6 @@ class Status(NamedTuple):
     arrived: int
 
 
-class _Box:
-    """A mailbox with its lock; `waiting`: who waits for a change of it, and for what."""
-
-    def __init__(self, ports: dict[str, int]) -> None:
-        self.mail, self.changed = Mailbox(ports), threading.Condition(threading.Lock())
-        self.waiting: set[str] = set()
-
-
 class LocalRun:
     """One run: the mailboxes, the first failure, and who waits for what.
 
@@ -97,13 +90,12 @@ class LocalRun:
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._actors = [actor for actor in graph.actors if mine is None or actor.name in mine]
-        self._boxes = {actor.name: _Box(graph.ports(actor.name)) for actor in self._actors}
+        self._sleepers = {actor.name: Sleeper(actor.name) for actor in self._actors}
+        self._boxes = {name: Box(sleeper, graph.ports(name)) for name, sleeper in self._sleepers.items()}
         self._routes = {actor.name: graph.routes(actor.name) for actor in self._actors}
         self._devices = {actor.name: actor.device for actor in self._actors}
         self._observers, self._patience, self._outlets = observers, patience, outlets or {}
         self.number, self._on_failure = number, on_failure
-        self._waiting: dict[str, str] = {}
-        self._moves = dict.fromkeys(self._boxes, 0)  # messages taken and put so far, by actor
         self._over = False
         self._on_take: dict[int, tuple[Callable[[], None], ...]] = {}  # id of a waiting message -> to call on taking it
         self._lock = threading.Lock()
@@ -139,8 +131,8 @@ class LocalRun:
                 return
             self.failure = error
         for box in self._boxes.values():
-            with box.changed:
-                box.changed.notify_all()
+            with box.lock:
+                box.wake_all()
         self._on_failure(error)
         for outlet in self._outlets.values():  # wakes who waits there
             outlet.close()
@@ -148,7 +140,7 @@ class LocalRun:
     def end(self) -> None:
         """The run is over here: what is left in the mailboxes, and what still comes, is thrown away."""
         for box in self._boxes.values():
-            with box.changed:
+            with box.lock:
                 self._over = True
         for message in list(self._on_take):
             for call in self._on_take.pop(message):
@@ -159,22 +151,21 @@ class LocalRun:
         self.last[edge] = message.key
         box = self._boxes[edge.target]
         message, on_take = cuda.hand_over(message, self._devices[edge.target])
-        with box.changed:
+        with box.lock:
             with self._lock:
                 self._arrived += 1
             if self._over:
                 inlet.taken()
                 return
             self._on_take[id(message)] = tuple(call for call in (on_take, inlet.taken) if call)
-            box.mail.put(edge.port, message)
-            self._wake(box)
+            box.put(edge.port, message)
         for observer in self._observers:
             observer.delivery(edge, message, sent, time.perf_counter())
 
     def status(self) -> Status:
         """What happens here at this moment."""
-        waiting, moves = dict(self._waiting), sum(self._moves.values())
-        all_wait = len(waiting) == len(self._boxes)
+        waiting, moves = self._waiting(), sum(sleeper.moves for sleeper in self._sleepers.values())
+        all_wait = len(waiting) == len(self._sleepers)
         return Status(self.number, all_wait, waiting, dict(self.operations), moves, self._sent, self._arrived)
 
     def _work(self, actor: Actor) -> None:
@@ -198,7 +189,7 @@ class LocalRun:
                     self.wait[name] += (began - start) + (left - ended)
                     for observer in self._observers:
                         self._report(observer, name, want, messages, outcome.operation, (start, began, ended, left))
-            self._waiting[name] = "nothing: it has finished"
+            self._sleepers[name].what = lambda: "nothing: it has finished"
         except Stopped:
             pass
         except BaseException as error:
@@ -218,20 +209,17 @@ class LocalRun:
             observer.operation(name, operation, began, ended)
         observer.wait(name, "room", ended, left)
 
-    def _take(self, name: str, wants: Sequence[Want]) -> tuple[Want, tuple[Message, ...]]:
-        box = self._boxes[name]
-        with box.changed:
-            while True:
-                if self.failure is not None:
-                    raise Stopped
-                found = box.mail.take(wants)
-                if found is not None:
-                    if found[1]:
-                        self._wake(box)
-                    self._waiting.pop(name, None)
-                    self._moves[name] += 1
-                    break
-                self._wait(box, name, f"{[(w.ports, w.key) for w in wants]}; waiting there: {box.mail.waiting()}")
+    def _take(self, name: str, wants: Sequence[Want]) -> Found:
+        box, sleeper = self._boxes[name], self._sleepers[name]
+        with box.lock:
+            if self.failure is not None:
+                raise Stopped
+            found = box.take(wants)
+        if found is None:
+            self._sleep(sleeper)
+            found, box.found = box.found, None
+            assert found is not None
+        sleeper.moves += 1
         if self._on_take:
             for message in found[1]:
                 for call in self._on_take.pop(id(message), ()):
@@ -244,50 +232,52 @@ class LocalRun:
         message, on_take = cuda.hand_over(message, self._devices[edge.target])
         if on_take is not None:
             self._on_take[id(message)] = (on_take,)
-        box, sent = self._boxes[edge.target], time.perf_counter()
-        with box.changed:
-            while box.mail.room(edge.port) < 1:
-                if self.failure is not None:
-                    raise Stopped
-                self._wait(box, edge.source, f"room on {edge}")
-            self._waiting.pop(edge.source, None)
-            self._moves[edge.source] += 1
-            box.mail.put(edge.port, message)
-            self._wake(box)
+        box, sleeper, sent = self._boxes[edge.target], self._sleepers[edge.source], time.perf_counter()
+        with box.lock:
+            if self.failure is not None:
+                raise Stopped
+            room = box.room(edge.port)
+            if room:
+                box.put(edge.port, message)
+            else:
+                box.leave(edge.port, message, sleeper, lambda: f"room on {edge}")
+        if not room:
+            self._sleep(sleeper)
+        sleeper.moves += 1
         for observer in self._observers:
             observer.delivery(edge, message, sent, time.perf_counter())
 
     def _send(self, outlet: Outlet, edge: Edge, message: Message) -> None:
         """Send to another process; the receiver tells observers."""
+        sleeper = self._sleepers[edge.source]
         try:
             if not outlet.ready(0):
-                self._waiting[edge.source] = f"room on {edge}"
+                sleeper.what = lambda: f"room on {edge}"
                 while not outlet.ready():  # woken by `fail` too
                     if self.failure is not None:
                         raise Stopped
-                self._waiting.pop(edge.source, None)
+                sleeper.what = None
             outlet.send(message)
         except Closed:
             raise Stopped from None
         with self._lock:
             self._sent += 1
-        self._moves[edge.source] += 1
+        sleeper.moves += 1
         self.last[edge] = message.key
 
-    def _wake(self, box: _Box) -> None:
-        """The box has changed: who waits for that counts as awake from now on, however late it gets a processor."""
-        for name in box.waiting:
-            self._waiting.pop(name, None)
-        box.waiting.clear()
-        box.changed.notify_all()
+    def _sleep(self, sleeper: Sleeper) -> None:
+        while not sleeper.sleep(self._patience):
+            waiting = self._waiting()
+            if len(waiting) == len(self._sleepers):
+                waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(waiting.items()))
+                raise StallError(f"every actor waits and nothing moves: {waits}")
+        if self.failure is not None:
+            raise Stopped
 
-    def _wait(self, box: _Box, name: str, what: str) -> None:
-        self._waiting[name] = what
-        box.waiting.add(name)
-        if box.changed.wait(self._patience) or len(self._waiting) < len(self._boxes):
-            return
-        waits = "; ".join(f"{who} waits for {it}" for who, it in sorted(self._waiting.items()))
-        raise StallError(f"every actor waits and nothing moves: {waits}")
+    def _waiting(self) -> dict[str, str]:
+        """Who waits (or has finished), and for what."""
+        whats = {name: sleeper.what for name, sleeper in self._sleepers.items()}
+        return {name: what() for name, what in whats.items() if what is not None}
 
 
 def _wait_for(futures: Sequence[Future[None]]) -> None:

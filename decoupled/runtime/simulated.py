@@ -41,27 +41,32 @@ class Timing:
 
     Attributes:
         forward, backward: seconds per operation F and B, one number or one per block.
-        step: seconds per S.
+        step: seconds per S, one number or one per block.
         recompute: whether B also pays for a forward.
         latency: seconds per message between blocks, one way.
         jitter: relative spread; every duration is multiplied by 1 + jitter * u, u uniform in [0, 1) from `seed`.
-        seed: seed of the jitter.
+        seed: of the jitter.
         slow: block number -> factor on all its operations.
+        bandwidth: bytes per second of a link, each way, one message after the other; 0: no limit.
     """
 
     forward: float | Sequence[float] = 1.0
     backward: float | Sequence[float] = 2.0
-    step: float = 0.0
+    step: float | Sequence[float] = 0.0
     recompute: bool = False
     latency: float = 0.0
     jitter: float = 0.0
     seed: int = 0
     slow: dict[int, float] | None = None
+    bandwidth: float = 0.0
 
     def __post_init__(self) -> None:
         durations = np.atleast_1d(np.concatenate([np.ravel(x) for x in (self.forward, self.backward, self.step)]))
-        if min(durations.min(), self.latency, self.jitter, *(self.slow or {0: 0.0}).values()) < 0:
-            raise UserError("forward, backward, step, latency, jitter and slow must not be negative")
+        others = (self.latency, self.jitter, self.bandwidth, *(self.slow or {0: 0.0}).values())
+        if not 0 <= min(durations.min(), *others) < float("inf"):
+            raise UserError(
+                "forward, backward, step, latency, jitter, bandwidth and slow must be 0 or more, and finite"
+            )
 
     def cost(self) -> Cost:
         """The duration of an operation: F, B (or its halves I and W), S; the source and bookkeeping cost nothing."""
@@ -91,7 +96,8 @@ class Timing:
         forward = self.forward if isinstance(self.forward, int | float) else self.forward[k]
         backward = self.backward if isinstance(self.backward, int | float) else self.backward[k]
         backward += forward if self.recompute else 0.0
-        return {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2, "S": self.step}.get(kind, 0.0)
+        step = self.step if isinstance(self.step, int | float) else self.step[k]
+        return {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2, "S": step}.get(kind, 0.0)
 
     def _spread(self, what: str) -> Callable[[], float]:
         if not self.jitter:
@@ -108,10 +114,11 @@ def _apart(edge: Edge) -> bool:
 class _Link:
     """One edge in the simulation."""
 
-    __slots__ = ("edge", "last", "reserved", "target")
+    __slots__ = ("edge", "last", "line", "reserved", "target")
 
-    def __init__(self, edge: Edge, target: _State, reserved: list[int]) -> None:
+    def __init__(self, edge: Edge, target: _State, reserved: list[int], line: list[float]) -> None:
         self.edge, self.target = edge, target
+        self.line = line  # [when it is free]: shared by the edges from one actor to another
         self.last = 0.0  # latest arrival so far
         self.reserved = reserved  # [messages under way to the port]: counted against its capacity, shared by its edges
 
@@ -137,7 +144,7 @@ class Simulated(Runtime):
 
     Args:
         timing: durations of a chain of blocks (default: forward 1, backward 2, no latency).
-        cost, latency: functions to use instead (other wirings).
+        cost, latency, bandwidth: to use instead (other wirings).
         fifo: messages of one edge arrive in the order they were sent.
         intra_op: torch intra-op threads during a run; default: leave as it is.
     """
@@ -149,25 +156,32 @@ class Simulated(Runtime):
         latency: Latency | None = None,
         fifo: bool = True,
         intra_op: int | None = None,
+        bandwidth: float = 0.0,
     ) -> None:
+        self._bandwidth = bandwidth or (timing or Timing()).bandwidth
         self._timing, self._fifo, self._intra_op = timing or Timing(), fifo, intra_op
         self._cost, self._latency = cost, latency
 
     def run(self, graph: Graph, observers: Sequence[Observer] = ()) -> Timings:
         cost, latency = self._cost or self._timing.cost(), self._latency or self._timing.delay()
         with intra_op_threads(self._intra_op):
-            return _Simulation(graph, observers, cost, latency, self._fifo).run()
+            return _Simulation(graph, observers, cost, latency, self._fifo, self._bandwidth).run()
 
 
 class _Simulation:
-    def __init__(self, graph: Graph, observers: Sequence[Observer], cost: Cost, latency: Latency, fifo: bool) -> None:
+    def __init__(
+        self, graph: Graph, observers: Sequence[Observer], cost: Cost, latency: Latency, fifo: bool, bandwidth: float
+    ) -> None:
         ports: dict[str, dict[str, int]] = {actor.name: {} for actor in graph.actors}
         for edge in graph.edges:
             ports[edge.target][edge.port] = ports[edge.target].get(edge.port, 0) + edge.capacity
         self._states = {actor.name: _State(actor, ports[actor.name]) for actor in graph.actors}
         reserved: dict[tuple[str, str], list[int]] = {}
+        lines: dict[tuple[str, str], list[float]] = {}
+        self._bandwidth = bandwidth
         for edge in graph.edges:
-            link = _Link(edge, self._states[edge.target], reserved.setdefault((edge.target, edge.port), [0]))
+            room, line = reserved.setdefault((edge.target, edge.port), [0]), (edge.source, edge.target)
+            link = _Link(edge, self._states[edge.target], room, lines.setdefault(line, [0.0]))
             self._states[edge.source].routes.setdefault(edge.out, []).append(link)
         self._observers, self._cost, self._latency, self._fifo = observers, cost, latency, fifo
         self._later: list[tuple[float, int, Callable[..., None], tuple]] = []
@@ -259,7 +273,7 @@ class _Simulation:
                 link.target.senders.append(state)
                 return
             state.outbox.popleft()
-            arrival = self._now + self._latency(link.edge, message)
+            arrival = self._sent(link, message) + self._latency(link.edge, message)
             if self._fifo:
                 arrival = link.last = max(arrival, link.last)
             link.reserved[0] += 1
@@ -267,6 +281,12 @@ class _Simulation:
         for observer in self._observers:
             observer.wait(state.name, "room", state.left, self._now)
         state.left = self._now
+
+    def _sent(self, link: _Link, message: Message) -> float:
+        if not (self._bandwidth and link.edge.source.startswith("block")):
+            return self._now
+        link.line[0] = max(self._now, link.line[0]) + getattr(message, "nbytes", 0) / self._bandwidth
+        return link.line[0]
 
     def _arrive(self, link: _Link, message: Message, sent: float) -> None:
         link.reserved[0] -= 1

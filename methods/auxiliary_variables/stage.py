@@ -70,7 +70,7 @@ class Below(Lower):
     def held_bytes(self) -> int:
         """Bytes of the variables and multipliers that outlive a pass."""
         carried = sum(t.numel() * t.element_size() for t in self._carried if t is not None)
-        return self._lam.nbytes + self._kap.nbytes + carried
+        return self._lam.memory_bytes + self._kap.memory_bytes + carried
 
     def offer(self, data: Data) -> tuple[Tensor, ...] | None:
         visit = self._visit(data)

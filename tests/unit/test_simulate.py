@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+import decoupled
 from decoupled import methods, registry
 from decoupled.errors import UserError
 from decoupled.runtime.simulated import Timing
-from decoupled.simulate import simulate
+from decoupled.simulate import Load, simulate
 
 
 @pytest.mark.parametrize("name", methods())
@@ -54,3 +57,69 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_nothing_to_simulate() -> None:
     with pytest.raises(UserError, match="at least 1"):
         simulate("backprop", 0, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in methods() if registry.make(name).facts.bubble])
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("backward", [1.0, 2.0])
+def test_bubbles_have_their_closed_forms(name: str, K: int, backward: float) -> None:
+    result = simulate(name, K, 3, Timing(backward=backward))
+    assert result.closed_form is not None, "the default of 4 micro-batches is enough for 4 blocks"
+    assert result.bubble == pytest.approx(result.closed_form)
+    assert simulate(name, K, 3, Timing(latency=1.0)).closed_form is None
+
+
+def test_a_zero_bubble_is_a_part_of_that_of_1f1b() -> None:
+    K, M = 4, 8
+    bubbles = {
+        n: simulate({"name": n, "microbatches": M}, K, 5).bubble for n in ("gpipe", "one_f_one_b", "zero_bubble")
+    }
+    flush, zero = (K - 1) / (M + K - 1), (K - 1) / (3 * M + K - 1)
+    assert bubbles == pytest.approx({"gpipe": flush, "one_f_one_b": flush, "zero_bubble": zero})
+
+
+def test_messages_share_the_bandwidth_of_a_link() -> None:
+    """An activation of 6 at 2 per time takes 3: longer than forward and backward of 1, so it sets the pace."""
+    timing = Timing(forward=0.5, backward=0.5, bandwidth=2.0)
+    result = simulate("greedy_local", 2, 100, timing, load=Load(activation=[6.0, 0.0]))
+    assert result.time == pytest.approx(0.5 + 100 * 3.0 + 1.0)
+    assert result.bytes_up == [6.0, 0.0] and result.bytes_down == [0.0, 0.0]
+    assert simulate("greedy_local", 2, 100, Timing(forward=0.5, backward=0.5)).time == pytest.approx(100.5)
+
+
+def test_the_critical_path_adds_up() -> None:
+    slow = simulate("pipedream", 4, 50, Timing(slow={2: 3.0}))
+    assert slow.critical_path["blocks"].index(max(slow.critical_path["blocks"])) == 2
+    for name, timing in (("backprop", Timing(latency=0.5)), ("pipedream", Timing(latency=2.0)), ("gpipe", Timing())):
+        one = simulate(name, 3, 6, timing)
+        path = one.critical_path
+        assert sum(path["blocks"]) + path["messages"] == pytest.approx(one.time) and path["room"] == pytest.approx(0)
+    one = simulate("backprop", 3, 6, Timing(latency=0.5))
+    assert one.critical_path == {"blocks": [18.0, 18.0, 18.0], "messages": 6 * 4 * 0.5, "room": 0.0}
+
+
+def test_a_device_that_is_too_small_is_named() -> None:
+    """pipedream holds K-k graphs over as many copies; beside them weights, gradients and the optimizer's copy."""
+    result = simulate("pipedream", 3, 20, load=Load(graph=10.0, weights=2.0, memory=30.0))
+    assert result.held == [3 * 12.0, 2 * 12.0, 10.0]
+    assert result.memory == [42.0, 30.0, 16.0] and result.too_small == {0: 42.0}
+    replayed = simulate("features_replay", 3, 20, load=Load(activation=1.0, graph=10.0, weights=2.0, memory=30.0))
+    assert replayed.held == [3.0, 2.0, 1.0] and not replayed.too_small
+
+
+@pytest.mark.parametrize(
+    "name", ["pipedream", "ddg", "fdg", "features_replay", "gpipe", "one_f_one_b", "pipedream_2bw"]
+)
+def test_held_memory_is_what_the_real_workers_hold(name: str) -> None:
+    K, batch, width = 3, 8, 5
+    layers = [nn.Linear(width, width) for _ in range(K)]
+    batches = [(torch.randn(batch, width), torch.randint(width, (batch,))) for _ in range(12)]
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.01)  # noqa: E731
+    with decoupled.Trainer(
+        layers, name, loss=nn.functional.cross_entropy, optimizer=sgd, runtime="simulated"
+    ) as trainer:
+        trainer.fit(batches)
+        real = [block.peak_held_bytes for block in trainer.statistics()]
+    graph = 2 * batch * width * 4  # input and output of a linear layer
+    load = Load(activation=batch * width * 4, graph=graph, weights=4 * width * (width + 1))
+    assert simulate(name, K, 12, load=load).held == pytest.approx(real)
