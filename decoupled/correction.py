@@ -3,6 +3,7 @@ changes nothing.
 
     F   forward(weights)             weights to run the forward with         linear_prediction, lookahead
     B   backward(weights)            weights to recompute a backward with    discrepancy, lookahead
+    F/B recording(weights)           around the run whose graph is used      (feedback alignment)
         cotangent(gradient)          every gradient from above               shrink
         gradients(grads, weights)    weight gradients of one pass            delay_compensation, gap_aware
     S   before_step, after_step      around the optimizer step               spike_compensation, rescale, clip
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +32,7 @@ from decoupled.specs import parse
 
 Weights = list[Tensor]
 Gradients = Sequence[Tensor | None]
-HOOKS = ("at", "forward", "backward", "cotangent", "gradients", "before_step", "after_step")
+HOOKS = ("at", "forward", "backward", "recording", "cotangent", "gradients", "before_step", "after_step")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Correction:
         """The weights of a backward that is recomputed, made of today's."""
         return weights
 
+    def recording(self, weights: Weights) -> AbstractContextManager[Any]:
+        """Entered around the run of the block, over `weights`, whose graph its backward uses."""
+        return nullcontext()
+
     def cotangent(self, gradient: Tensor) -> Tensor:
         """Called with every gradient that a block receives from above."""
         return gradient
@@ -121,6 +127,13 @@ class Acting:
         self.parts = [part for part in made if part is not None]
         self.forward, self.backward = self._chain("forward"), self._chain("backward")
         self._cotangent, self._gradients = self._those("cotangent"), self._those("gradients")
+        self._recording = self._those("recording")
+
+    def recording(self, weights: Weights) -> AbstractContextManager[Any]:
+        around = ExitStack()
+        for part in self._recording:
+            around.enter_context(part.recording(weights))
+        return around
 
     def cotangent(self, gradient: Tensor) -> Tensor:
         for part in self._cotangent:

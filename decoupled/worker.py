@@ -90,6 +90,7 @@ class Worker(Actor):
         site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
         self.corrections = steps.corrections = Acting(corrections, site)
         retention.forward_weights, retention.backward_weights = self.corrections.forward, self.corrections.backward
+        retention.recording = self.corrections.recording
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
         self._passes: dict[int, _Pass] = {}

@@ -148,6 +148,27 @@ def test_spectrain_with_stashed_weights():
     check({"name": "spectrain", "stash": True}, by_hand(ONE, forward=lambda s: s.w - LR * ONE[s.k] * s.v))
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_xpipe_looks_equally_far_in_all_micro_batches(micro, optimizer):
+    """As far as the first micro-batch of a minibatch is late; with one micro-batch it is spectrain."""
+
+    def ahead(s, updates):
+        return s.w - updates * (LR * s.v if optimizer == "momentum" else s.d)
+
+    expected = by_hand(
+        ONE,
+        forward=lambda s: ahead(s, s.k // 2 // micro - ONE[s.k] // -micro),
+        backward=lambda s: ahead(s, s.k // 2 // micro),
+        step=sgd if optimizer == "momentum" else adam,
+        micro=micro,
+    )
+    check({"name": "xpipe", "microbatches": micro}, expected, optimizer)
+    if micro == 1:
+        runs = [train(CASE, spec).weights for spec in ({"name": "xpipe", "microbatches": 1}, "spectrain")]
+        compare(*runs, tolerance=0.0)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("stash", [True, False])
 def test_async_nesterov(stash, adaptive):
@@ -377,6 +398,9 @@ def test_corrections_have_state_of_their_own():
         ("greedy_local", [{"name": "shrink", "factor": 0.5}], "never are"),
         ("features_replay", ["delay_compensation"], r"which 'features_replay' does not keep \(KeepInput\)"),
         ("petra", ["gap_aware"], "does not keep"),
+        ({"name": "ddg", "mutated": True}, ["discrepancy"], "keeps its graphs over the live ones; leave it out"),
+        ({"name": "ddg", "mutated": True}, ["linear_prediction"], "keeps its graphs over the live ones; leave it out"),
+        ({"name": "ddg", "mutated": True}, ["gap_aware"], r"does not keep \(KeepLiveGraph\)"),
         ("pipedream", ["discrepancy"], r"which 'pipedream' keeps anyway \(KeepGraph\)"),
         ("fdg", [{"name": "shrink", "factor": 0.5}], "Shrink is there twice; give it once, or set the option of 'fdg'"),
         (
@@ -397,7 +421,9 @@ def test_corrections_have_state_of_their_own():
 )
 def test_nonsense_is_refused_with_the_reason(method, names, reason):
     with pytest.raises(UserError, match=reason):
-        registry.make({"name": method, "corrections": names})
+        registry.make(
+            {"name": method, "corrections": names} if isinstance(method, str) else method | {"corrections": names}
+        )
 
 
 def test_optimizers_that_a_correction_cannot_read_are_refused():
