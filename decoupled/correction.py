@@ -7,6 +7,7 @@ changes nothing.
         cotangent(gradient)          every gradient from above               shrink
         gradients(grads, weights)    weight gradients of one pass            delay_compensation, gap_aware
     S   before_step, after_step      around the optimizer step               spike_compensation, rescale, clip
+        tell, hear                   a number with every message             clip_global
 
 `forward` and `backward` get copies and return copies: live weights are never predicted in place, so there is nothing to
 undo. What is listed in a method is the configuration; `at(site)` makes what acts at one block (with that block's delay
@@ -32,7 +33,7 @@ from decoupled.specs import parse
 
 Weights = list[Tensor]
 Gradients = Sequence[Tensor | None]
-HOOKS = ("at", "forward", "backward", "recording", "cotangent", "gradients", "before_step", "after_step")
+HOOKS = ("at", "forward", "backward", "recording", "cotangent", "gradients", "before_step", "after_step", "tell")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,13 @@ class Correction:
     def after_step(self) -> None:
         """Called after the optimizers' step, before gradients are forgotten and schedulers tick."""
 
+    def tell(self, way: str) -> float:
+        """A number that goes with every message "up" or "down"; a correction that tells acts at every block."""
+        return 0.0
+
+    def hear(self, way: str, number: float) -> None:
+        """What the same correction of the block below ("up") or above ("down") has told."""
+
     def state_dict(self) -> dict[str, Any]:
         """State of what acts at a block: tensors and plain values."""
         return {}
@@ -127,7 +135,7 @@ class Acting:
         self.parts = [part for part in made if part is not None]
         self.forward, self.backward = self._chain("forward"), self._chain("backward")
         self._cotangent, self._gradients = self._those("cotangent"), self._those("gradients")
-        self._recording = self._those("recording")
+        self._recording, self._telling = self._those("recording"), self._those("tell")
 
     def recording(self, weights: Weights) -> AbstractContextManager[Any]:
         around = ExitStack()
@@ -154,6 +162,13 @@ class Acting:
     def after_step(self) -> None:
         for part in reversed(self.parts):
             part.after_step()
+
+    def tell(self, way: str) -> tuple[float, ...]:
+        return tuple(part.tell(way) for part in self._telling)
+
+    def hear(self, way: str, news: tuple[float, ...]) -> None:
+        for part, number in zip(self._telling, news, strict=False):  # a message may bring none
+            part.hear(way, number)
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [part.state_dict() for part in self.parts]

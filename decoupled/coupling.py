@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from decoupled import heads
 from decoupled.messages import Data
+from decoupled.steps import MakeOptimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,6 +66,7 @@ class Lower:
             one that B or W takes alone (else they follow the sum).
         learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
         module: parameters of its own (dropped when the network is used), or None.
+        optimizer: makes the optimizer of those parameters; None: they have one as the block.
     """
 
     awaits: str = ""
@@ -74,6 +76,7 @@ class Lower:
     relays: bool = False
     learns_from_answers: bool = False
     module: nn.Module | None = None
+    optimizer: MakeOptimizer | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -123,6 +126,7 @@ class Upper:
         needs_data: whether it reads the raw batch or sample indices.
         waits_up: whether a forward waits for Up.
         module: parameters of its own, or None.
+        optimizer: as in `Lower`.
     """
 
     replies: bool = False
@@ -130,6 +134,7 @@ class Upper:
     needs_data: bool = False
     waits_up: bool = True
     module: nn.Module | None = None
+    optimizer: MakeOptimizer | None = None
 
     def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
         """The block's input."""

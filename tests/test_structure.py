@@ -146,7 +146,7 @@ OPTIONS = {
     "pipeoptim": {},
     "async_nesterov": {"gamma": 0.9, "stash": True, "adaptive": False},
     "petra": {"microbatches": 1},
-    "dni": {"conditional": False, "hidden": 0},
+    "dni": {"conditional": False, "hidden": 0, "lr": 3e-5},
     "fa": {"signs": False},
     "dfa": {"recompute": False},
     "drtp": {},

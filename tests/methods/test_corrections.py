@@ -256,6 +256,40 @@ def test_corrections_compose_by_config():
     check({"name": "features_replay", "corrections": names}, expected)
 
 
+@pytest.mark.parametrize(("name", "delays"), [("backprop", [0] * K), ("gpipe", [0] * K), ("pipedream", ONE)])
+def test_clipping_by_the_norm_of_the_whole_network_some_batches_ago(name, delays):
+    """Down the norms of the blocks above add up, up their sum comes back; the bottom block has it one batch earlier.
+
+    The latest Up of block k at B n is that of pass n + D_k (or the last one), and the bottom block had closed D_0 + 1
+    passes fewer by then, the last of which brought the norms of the pass before it.
+    """
+    norms: dict[int, float] = {}
+    last = len(CASE.sizes) - 1
+
+    def step(s, g):
+        norms[s.t] = norms.get(s.t, 0.0) + float(g.norm()) ** 2
+        known = min(s.t + delays[s.k], last) - delays[0] - 2 if s.k else s.t - 1
+        return sgd(s, g * min(1.0, 0.3 / (max(norms.get(known, 0.0), float(g.norm()) ** 2) ** 0.5 + 1e-6)))
+
+    spec = {"name": name, "corrections": [{"name": "clip_global", "limit": 0.3}]}
+    check(spec, by_hand(delays, step=step))
+
+
+def test_global_clipping_of_one_block_is_clipping():
+    one = Case(widths=(4, 5, 3), cuts=(), sizes=(6,) * 8)
+    names = ({"name": "clip_global", "limit": 0.1}, {"name": "clip", "limit": 0.1})
+    runs = [train(one, {"name": "backprop", "corrections": [name]}).weights for name in names]
+    compare(*runs, tolerance=1e-15)
+
+
+@pytest.mark.parametrize("runtime", ["threads", {"name": "processes", "processes": 2}])
+def test_news_travel_on_every_runtime(runtime):
+    spec = {"name": "pipedream", "corrections": [{"name": "clip_global", "limit": 0.05}]}
+    found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], runtime=runtime).trainer.model
+    expected = train(CASE, spec, optimizer=OPTIMIZERS["momentum"]).trainer.model
+    assert torch.equal(flat(found), flat(expected))
+
+
 # --- what the pieces promise --------------------------------------------------------------------------------------
 
 
@@ -439,8 +473,8 @@ def test_optimizers_that_a_correction_cannot_read_are_refused():
 
 def test_every_correction_is_named_once():
     assert set(corrections.names()) >= {
-        "clip", "delay_compensation", "discrepancy", "gap_aware", "linear_prediction", "lookahead", "rescale", "shrink",
-        "spike_compensation",
+        "clip", "clip_global", "delay_compensation", "discrepancy", "gap_aware", "linear_prediction", "lookahead",
+        "rescale", "shrink", "spike_compensation",
     }  # fmt: skip
     with pytest.raises(ValueError, match="correction 'clip' is registered already"):
         corrections.named("clip")(Rescale)

@@ -30,7 +30,7 @@ def golden(name, k, blocks):
     return max(0, 2 * (blocks - 1 - k) - 1) if name == "fdg" else blocks - 1 - k
 
 
-def with_gradients(spec, case=CASE, **options):
+def with_gradients(spec, case: Any = CASE, **options):
     """A run, and every gradient that a block's optimizer has been given: [block][update], one vector each."""
     blocks = case.blocks()
     gradients = [[] for _ in blocks]

@@ -69,17 +69,18 @@ def test_drtp_projects_the_targets():
     compare(train(CASE, "drtp").weights, expected)
 
 
+def layers(blocks: Any):
+    return [unit for block in blocks for unit in block]
+
+
 def chain_of_layers(signs, tied=False, late=(0, 0, 0, 0)):
     """Every layer's weight gradient from the gradient that has come through B, or |B| sign(W), of the layers above."""
     torch.manual_seed(0)
-    fixed = [[nn.init.xavier_uniform_(torch.empty_like(unit[0].weight).float()).double() for unit in block]
-             for block in CASE.blocks()]  # fmt: skip
+    fixed = [nn.init.xavier_uniform_(torch.empty(unit[0].weight.shape)).double() for unit in layers(CASE.blocks())]
     history = [[flat(block)] for block in CASE.blocks()]
     for n, (x, y, _) in enumerate(CASE.batches()):
         blocks, inputs = at([history[k][max(0, n - late[k])] for k in range(K)]), [x]
-        units = [
-            (unit, B) for block, row in zip(blocks, fixed, strict=True) for unit, B in zip(block, row, strict=True)
-        ]
+        units = list(zip(layers(blocks), fixed, strict=True))
         for unit, _ in units:
             inputs.append(unit(inputs[-1]).detach())
         logits, grads = inputs[-1].requires_grad_(), []
@@ -90,7 +91,7 @@ def chain_of_layers(signs, tied=False, late=(0, 0, 0, 0)):
             W = unit[0].weight.detach()
             delta = d @ (W if tied else B.abs() * W.sign() if signs else B)
         for k, block in enumerate(blocks):
-            g = torch.cat([grads.pop(0) for _ in block])
+            g = torch.cat([grads.pop(0) for _ in layers([block])])
             history[k].append(history[k][n] - LR * g)
     return history
 
@@ -124,7 +125,7 @@ def test_convolutions_have_feedback_too():
         y = conv(x)
     assert torch.equal(y, conv(x))
     found = torch.autograd.grad(y, [x, conv.weight], d)
-    expected = torch.nn.grad.conv2d_input(x.shape, B, d, stride=2, padding=1)
+    expected = F.conv_transpose2d(d, B, stride=2, padding=1, output_padding=1)
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1], torch.autograd.grad(conv(x), conv.weight, d)[0])
 
