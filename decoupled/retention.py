@@ -19,7 +19,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,37 +26,7 @@ from torch import Tensor
 
 from decoupled.block import Block, Weights
 from decoupled.errors import ProtocolError
-
-
-@dataclass
-class Tape:
-    """One recorded pass: `y` with its graph over leaf input `x` and leaf `weights`."""
-
-    x: Tensor
-    y: Tensor
-    weights: Weights
-
-    def vjp(self, cotangent: Tensor, *, to_input: bool, to_weights: bool, again: bool) -> tuple[Tensor | None, Weights]:
-        """Vector-Jacobian products of the pass.
-
-        Args:
-            cotangent: same shape as `y`.
-            to_input: return the gradient for `x` (zeros if `y` does not depend on it), else None.
-            to_weights: return one gradient per weight (None where unused), else an empty list.
-            again: the graph is needed once more.
-        """
-        if to_input and not self.x.requires_grad:  # integers have no gradient
-            _, grads = self.vjp(cotangent, to_input=False, to_weights=to_weights, again=again)
-            return torch.zeros_like(self.x), grads
-        sinks = [self.x] if to_input else []
-        sinks += [w for w in self.weights if w.requires_grad] if to_weights else []
-        if not sinks or not self.y.requires_grad:
-            return (torch.zeros_like(self.x) if to_input else None), []
-        grads = list(torch.autograd.grad(self.y, sinks, cotangent, retain_graph=again, allow_unused=True))
-        to_x = grads.pop(0) if to_input else None
-        if to_input and to_x is None:
-            to_x = torch.zeros_like(self.x)
-        return to_x, grads
+from decoupled.tape import Tape
 
 
 class Retention(ABC):

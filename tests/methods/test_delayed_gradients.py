@@ -11,10 +11,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from decoupled import OperationError, UserError
+from decoupled import OperationError, Trainer, UserError
 from decoupled.methods.delayed_gradients.horizon import scaled
 from decoupled.retention import KeepGraph
-from decoupled.testing import OPTIMIZERS, Case, cases, compare, point, train
+from decoupled.testing import OPTIMIZERS, Case, cases, compare, flat, point, train
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (4,))
 K = CASE.K
@@ -260,3 +260,38 @@ def test_batch_size_scaling_keeps_the_memory_of_samples():
     lr, momentum = scaled(0.1, 0.9, reference=128, batch=8)
     assert momentum ** (128 / 8) == pytest.approx(0.9)
     assert lr / (1 - momentum) / 8 == pytest.approx(0.1 / (1 - 0.9) / 128)
+
+
+def test_a_warm_up_with_another_method_hands_on_everything_but_what_belongs_to_a_method():
+    """T3 of PipeMare: synchronous epochs first. Weights, momentum, schedulers and counts go on, corrections begin."""
+    batches, spec = CASE.batches(), {"name": "pipemare", "microbatches": 2, "anneal": 3}
+
+    def made(method, blocks):
+        return Trainer(
+            blocks,
+            method,
+            loss=F.cross_entropy,
+            optimizer=OPTIMIZERS["momentum"],
+            scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.5),
+            runtime="simulated",
+        )
+
+    blocks = CASE.blocks()
+    with made("one_f_one_b", blocks) as first:
+        first.fit(batches)
+        state = first.state_dict()
+        weights = [flat(block) for block in blocks]
+    blocks = CASE.blocks()
+    with made(spec, blocks) as trainer:
+        with pytest.raises(UserError, match="other_method=True takes over what does not belong to the method"):
+            trainer.load_state_dict(state)
+        trainer.load_state_dict(state, other_method=True)
+        for k, (block, worker) in enumerate(zip(blocks, trainer.workers, strict=True)):
+            assert torch.equal(flat(block), weights[k])
+            assert worker.block.version == worker.steps.schedulers[0].last_epoch == len(batches)
+            (optimizer,), saved = worker.steps.optimizers, state["blocks"][k]["steps"]["optimizers"][0]
+            for i, p in enumerate(block.parameters()):
+                assert torch.equal(optimizer.state[p]["momentum_buffer"], saved["state"][i]["momentum_buffer"])
+            assert all(row.get("t", 0) == 0 for row in worker.corrections.state_dict())
+        trainer.fit(batches)
+        assert [block.updates for block in trainer.statistics()] == [len(batches)] * K
