@@ -166,6 +166,8 @@ class Trainer:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Mean loss and accuracy of the forward network in evaluation mode.
 
+        Blocks are taken as they are: after a broken epoch they may have made different numbers of updates.
+
         Returns:
             ``{"loss": ..., "accuracy": ...}``; accuracy is NaN where targets are not class numbers.
         """

@@ -262,6 +262,31 @@ def test_batch_size_scaling_keeps_the_memory_of_samples():
     assert lr / (1 - momentum) / 8 == pytest.approx(0.1 / (1 - 0.9) / 128)
 
 
+def test_evaluation_takes_blocks_as_they_are_after_a_broken_epoch():
+    """F6: blocks may then have made different numbers of updates; measured is the network they make together."""
+    batches = CASE.batches()
+
+    def broken():
+        yield from batches * 3
+        raise RuntimeError("the disk is full")
+
+    blocks = CASE.blocks()
+    with Trainer(
+        blocks, "pipedream", loss=F.cross_entropy, optimizer=OPTIMIZERS["sgd"], runtime="simulated"
+    ) as trainer:
+        with pytest.raises((RuntimeError, OperationError), match="the disk is full"):
+            trainer.fit(broken())
+        updates = [block.updates for block in trainer.statistics()]
+        found = trainer.evaluate(batches)
+    assert len(set(updates)) > 1
+    network, x, y = (
+        nn.Sequential(*blocks).eval(),
+        torch.cat([b[0] for b in batches]),
+        torch.cat([b[1] for b in batches]),
+    )
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(network(x), y).detach()))
+
+
 def test_a_warm_up_with_another_method_hands_on_everything_but_what_belongs_to_a_method():
     """T3 of PipeMare: synchronous epochs first. Weights, momentum, schedulers and counts go on, corrections begin."""
     batches, spec = CASE.batches(), {"name": "pipemare", "microbatches": 2, "anneal": 3}
