@@ -58,7 +58,7 @@ class Tape:
             self.half = Half(self.x, self.y, cotangent, [w for w in self.weights if w.requires_grad])
             return self.half.input, []
         sinks = [self.x] * to_input + trained
-        grads = list(torch.autograd.grad(self.y, sinks, cotangent, retain_graph=again, allow_unused=True))
+        grads: Grads = list(torch.autograd.grad(self.y, sinks, cotangent, retain_graph=again, allow_unused=True))
         to_x = grads.pop(0) if to_input else None
         return torch.zeros_like(self.x) if to_input and to_x is None else to_x, grads
 

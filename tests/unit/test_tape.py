@@ -107,4 +107,5 @@ def test_another_cotangent_is_walked_for_whole():
     _, found = recorded.vjp(2 * cotangent, to_input=False, to_weights=True, again=True)
     _, single = recorded.vjp(cotangent, to_input=False, to_weights=True, again=False)
     for twice, once in zip(found, single, strict=True):
+        assert once is not None
         torch.testing.assert_close(twice, 2 * once)
