@@ -122,7 +122,7 @@ def chain(
             seed = recipe.seed * 1_000_003 + k
             block = Block(module, f"block{k}", seed, device, overwrites[k], recipe.autocast(k, K))
             groups = (block.parameters, _parameters(lower.module), _parameters(upper.module))
-            steps = Steps(groups, recipe.optimizer, recipe.scheduler)
+            steps = Steps(groups, recipe.optimizer, recipe.scheduler, (lower.optimizer, upper.optimizer))
             retention = method.retention(block, _steps_between(method, k, K))
             workers.append(
                 Worker(

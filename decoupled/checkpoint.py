@@ -58,31 +58,38 @@ def worker_state(worker: Worker) -> dict[str, Any]:
     }
 
 
-def load_worker_state(worker: Worker, state: Mapping[str, Any]) -> None:
-    """Put the state of one worker back."""
+def load_worker_state(worker: Worker, state: Mapping[str, Any], block_only: bool = False) -> None:
+    """Put the state of one worker back; `block_only`: not that of its corrections and its halves."""
     worker.block.load_state_dict(state["block"])
-    worker.steps.load_state_dict(state["steps"])
+    worker.steps.load_state_dict(state["steps"], block_only)
+    if block_only:
+        return
     worker.lower.load_state_dict(state["lower"])
     for half, name in ((worker.lower, "lower_module"), (worker.upper, "upper_module")):
         if half.module is not None:
             half.module.load_state_dict(state[name])
 
 
-def check(state: Mapping[str, Any], method: str, blocks: int) -> None:
-    """Check that `state` is one of a trainer with this method and number of blocks.
+def check(state: Mapping[str, Any], method: str | None, blocks: int) -> None:
+    """Check that `state` is one of a trainer with this method (None: any) and number of blocks.
 
     Raises:
         UserError: it is not.
     """
     if not {"method", "blocks", "cuts", "sample", "position", "rng"} <= set(state):
         raise UserError("this is not the state of a trainer: give what `state_dict` returned")
-    if state["method"] != method:
-        raise UserError(f"the state is of method {state['method']!r}, this trainer runs {method!r}")
+    if method is not None and state["method"] != method:
+        raise UserError(
+            f"the state is of method {state['method']!r}, this trainer runs {method!r}; other_method=True takes over "
+            "what does not belong to the method"
+        )
     if len(state["blocks"]) != blocks:
         raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {blocks}")
 
 
-def load_worker_states(workers: Sequence[Worker], states: Sequence[Mapping[str, Any]]) -> None:
+def load_worker_states(
+    workers: Sequence[Worker], states: Sequence[Mapping[str, Any]], block_only: bool = False
+) -> None:
     """Put the states of all workers back.
 
     Raises:
@@ -90,7 +97,7 @@ def load_worker_states(workers: Sequence[Worker], states: Sequence[Mapping[str, 
     """
     for worker, saved in zip(workers, states, strict=True):
         try:
-            load_worker_state(worker, saved)
+            load_worker_state(worker, saved, block_only)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
                 f"the state does not fit {worker.name} ({first_line(error)}); build model, method and optimizer as "

@@ -112,7 +112,7 @@ def _one(
         else:
             record, recorder = setting.run_method(spec, seed, reporter.advance)
             recorders.append(recorder)
-    except OperationError as error:
+    except (OperationError, UserError) as error:  # a method may refuse the optimizer of a point
         reporter.line(f"{what}  failed: {error}")
         return _failed(spec, seed, error) | where
     reporter.line(

@@ -9,6 +9,7 @@ gap_aware            B         g / (1 + ||w - w_F|| / average ||w - w'||), per t
 spike_compensation   S         w - lr (a v + b g),   a = m ** D,  b = (1 - m ** D) / (1 - m)   Kosson 2021
 rescale              S         lr / max(1, D) ** (1 - min(t / anneal, 1))                      Yang 2021 (T1)
 clip                 S         g * min(1, limit / ||g||), over all gradients of the block      -
+clip_global          S         the same, with the norm of the whole network some batches ago   -
 """
 
 from __future__ import annotations
@@ -218,3 +219,55 @@ class _Clipping(Correction):
 
     def before_step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)
+
+
+@named("clip_global")
+@dataclass(frozen=True)
+class ClipGlobal(Correction):
+    """Clips by the norm of the whole network's gradient, as it was when the news of it had gone round.
+
+        down   S_k = ||g_k||^2 of the latest step + S_{k+1}      up   T = S_0
+        g_k <- g_k min(1, limit / sqrt(max(T, ||g_k||^2)))
+
+    One block alone is clipped by its norm of now. `limit`: the norm to clip to.
+    """
+
+    about_delay: ClassVar[bool] = False
+    needs: ClassVar[str] = "gradient"
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise UserError(f"clipping needs a positive limit, got {self.limit}")
+
+    def at(self, site: Site) -> Correction | None:
+        return _GlobalNorm(site, self.limit)
+
+
+class _GlobalNorm(Correction):
+    def __init__(self, site: Site, limit: float) -> None:
+        self._parameters, self._limit, self._bottom = site.trainable, limit, site.k == 0
+        self._own = self._above = self._total = 0.0  # squared norms
+
+    def tell(self, way: str) -> float:
+        return self._total if way == "up" else self._own + self._above
+
+    def hear(self, way: str, number: float) -> None:
+        if way == "down":
+            self._above = number
+        if way == "up" or self._bottom:
+            self._total = number + (self._own if self._bottom else 0.0)
+
+    def before_step(self) -> None:
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        self._own = float(torch.nn.utils.get_total_norm(grads)) ** 2 if grads else 0.0
+        scale = self._limit / (max(self._total, self._own) ** 0.5 + 1e-6)
+        for grad in grads:
+            grad.mul_(min(1.0, scale))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"own": self._own, "above": self._above, "total": self._total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._own, self._above, self._total = state["own"], state["above"], state["total"]

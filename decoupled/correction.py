@@ -3,9 +3,11 @@ changes nothing.
 
     F   forward(weights)             weights to run the forward with         linear_prediction, lookahead
     B   backward(weights)            weights to recompute a backward with    discrepancy, lookahead
+    F/B recording(weights)           around the run whose graph is used      (feedback alignment)
         cotangent(gradient)          every gradient from above               shrink
         gradients(grads, weights)    weight gradients of one pass            delay_compensation, gap_aware
     S   before_step, after_step      around the optimizer step               spike_compensation, rescale, clip
+        tell, hear                   a number with every message             clip_global
 
 `forward` and `backward` get copies and return copies: live weights are never predicted in place, so there is nothing to
 undo. What is listed in a method is the configuration; `at(site)` makes what acts at one block (with that block's delay
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +33,7 @@ from decoupled.specs import parse
 
 Weights = list[Tensor]
 Gradients = Sequence[Tensor | None]
-HOOKS = ("at", "forward", "backward", "cotangent", "gradients", "before_step", "after_step")
+HOOKS = ("at", "forward", "backward", "recording", "cotangent", "gradients", "before_step", "after_step", "tell")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Correction:
         """The weights of a backward that is recomputed, made of today's."""
         return weights
 
+    def recording(self, weights: Weights) -> AbstractContextManager[Any]:
+        """Entered around the run of the block, over `weights`, whose graph its backward uses."""
+        return nullcontext()
+
     def cotangent(self, gradient: Tensor) -> Tensor:
         """Called with every gradient that a block receives from above."""
         return gradient
@@ -99,6 +106,13 @@ class Correction:
 
     def after_step(self) -> None:
         """Called after the optimizers' step, before gradients are forgotten and schedulers tick."""
+
+    def tell(self, way: str) -> float:
+        """A number that goes with every message "up" or "down"; a correction that tells acts at every block."""
+        return 0.0
+
+    def hear(self, way: str, number: float) -> None:
+        """What the same correction of the block below ("up") or above ("down") has told."""
 
     def state_dict(self) -> dict[str, Any]:
         """State of what acts at a block: tensors and plain values."""
@@ -121,6 +135,13 @@ class Acting:
         self.parts = [part for part in made if part is not None]
         self.forward, self.backward = self._chain("forward"), self._chain("backward")
         self._cotangent, self._gradients = self._those("cotangent"), self._those("gradients")
+        self._recording, self._telling = self._those("recording"), self._those("tell")
+
+    def recording(self, weights: Weights) -> AbstractContextManager[Any]:
+        around = ExitStack()
+        for part in self._recording:
+            around.enter_context(part.recording(weights))
+        return around
 
     def cotangent(self, gradient: Tensor) -> Tensor:
         for part in self._cotangent:
@@ -141,6 +162,13 @@ class Acting:
     def after_step(self) -> None:
         for part in reversed(self.parts):
             part.after_step()
+
+    def tell(self, way: str) -> tuple[float, ...]:
+        return tuple(part.tell(way) for part in self._telling)
+
+    def hear(self, way: str, news: tuple[float, ...]) -> None:
+        for part, number in zip(self._telling, news, strict=False):  # a message may bring none
+            part.hear(way, number)
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [part.state_dict() for part in self.parts]

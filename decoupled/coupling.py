@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from decoupled import heads
 from decoupled.intake import Intake
 from decoupled.messages import Data, Up
+from decoupled.steps import MakeOptimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,6 +69,7 @@ class Lower:
             one that B or W takes alone (else they follow the sum).
         learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
         module: parameters of its own (dropped when the network is used), or None.
+        optimizer: makes the optimizer of those parameters; None: they have one as the block.
     """
 
     awaits: str = ""
@@ -79,6 +81,7 @@ class Lower:
     relays: bool = False
     learns_from_answers: bool = False
     module: nn.Module | None = None
+    optimizer: MakeOptimizer | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -137,6 +140,7 @@ class Upper:
         streams: rows of the block's input per sample.
         intake: the buffer that Up comes through; its Down, without a payload, then asks for the next.
         module: parameters of its own, or None.
+        optimizer: as in `Lower`.
     """
 
     replies: bool = False
@@ -146,6 +150,7 @@ class Upper:
     streams: int = 1
     intake: Intake | None = None
     module: nn.Module | None = None
+    optimizer: MakeOptimizer | None = None
 
     def begin(self, epoch: int) -> None:
         """As for the lower half."""

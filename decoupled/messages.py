@@ -65,6 +65,7 @@ class Boundary(Message):
         version: number of updates of the sender's weights that the payload was computed with.
         payload: tensors in the order the coupling declares; no graph is attached.
         void: the pass was dropped (empty micro-batch, or a non-finite loss under the policy "skip").
+        news: numbers that corrections of the sender tell those of the receiver.
     """
 
     batch: int
@@ -73,6 +74,7 @@ class Boundary(Message):
     version: int
     payload: tuple[Tensor, ...]
     void: bool = False
+    news: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for tensor in self.payload:

@@ -33,7 +33,8 @@ class Facts:
         delay: own updates between forward and backward of a pass in the steady state; the most, where it varies.
         least_delay: the fewest, where that is another number (gradients accumulated over micro-batches).
         in_flight: most passes a block holds between forward and backward.
-        backward_weights: "forward" (those its forward used), "current", or "none" (nothing is held over an update).
+        backward_weights: "forward" (those its forward used), "current", "mixed" (current ones, over what the forward
+            has stored), or "none" (nothing is held over an update).
         reads_indices: whether batches must carry sample indices.
         bubble: (K, forward, backward) -> idle share of equal blocks that take so long for a minibatch, without latency
             and steps; None: not claimed.
@@ -128,6 +129,11 @@ def corrected(method: Method, more: Sequence[Correction]) -> Method:
             raise UserError(
                 f"{name} compares today's weights with those of the forward, which {method.name!r} does not keep "
                 f"({method.retention.__name__}); use a method that does, or leave it out"
+            )
+        if method.retention.live and (correction.needs == "today" or correction.moves_forward):
+            raise UserError(
+                f"{name} runs a pass with other weights, and {method.name!r} keeps its graphs over the live ones; "
+                "leave it out"
             )
         if correction.needs == "today" and not method.retention.today:
             raise UserError(

@@ -5,11 +5,12 @@
     KeepGraph            the graph over frozen copies     those of the forward       stored
     KeepInputAndWeights  input + frozen copies            those of the forward       recomputed, bit-equal
     KeepInput            input                            today's                    recomputed with today's weights
+    KeepLiveGraph        the graph over the live weights  today's, for the input     stored
 
-Weights are never changed under a live graph: where an order puts a step between F and B, the graph is built over a
-frozen copy, one copy per weight version however many passes use it. Corrections that run a pass with other weights
-(predictions) change such a copy, never the live weights. A recompute replays the random numbers of the
-forward and leaves running statistics alone (notes: stash policies S0, S1, S2, S5).
+Weights are never changed under a live graph (KeepLiveGraph is the exception): where an order puts a step between F and
+B, the graph is built over a frozen copy, one copy per weight version however many passes use it. Corrections that run a
+pass with other weights (predictions) change such a copy, never the live weights. A recompute replays the random numbers
+of the forward and leaves running statistics alone (notes: stash policies S0, S1, S2, S3, S5).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,40 +26,7 @@ from torch import Tensor
 
 from decoupled.block import Block, Weights
 from decoupled.errors import ProtocolError
-
-
-@dataclass
-class Tape:
-    """One recorded pass: `y` with its graph over leaf input `x` and leaf `weights`."""
-
-    x: Tensor
-    y: Tensor
-    weights: Weights
-
-    def vjp(self, cotangent: Tensor, *, to_input: bool, to_weights: bool, again: bool) -> tuple[Tensor | None, Weights]:
-        """Vector-Jacobian products of the pass.
-
-        Args:
-            cotangent: same shape as `y`.
-            to_input: return the gradient for `x` (zeros if `y` does not depend on it), else None.
-            to_weights: return one gradient per weight (None where unused), else an empty list.
-            again: the graph is needed once more.
-        """
-        if to_input and not self.x.requires_grad:  # integers have no gradient
-            to_x, grads = (
-                torch.zeros_like(self.x),
-                self.vjp(cotangent, to_input=False, to_weights=to_weights, again=again),
-            )
-            return to_x, grads[1]
-        sinks = [self.x] if to_input else []
-        sinks += [w for w in self.weights if w.requires_grad] if to_weights else []
-        if not sinks or not self.y.requires_grad:
-            return (torch.zeros_like(self.x) if to_input else None), []
-        grads = list(torch.autograd.grad(self.y, sinks, cotangent, retain_graph=again, allow_unused=True))
-        to_x = grads.pop(0) if to_input else None
-        if to_input and to_x is None:
-            to_x = torch.zeros_like(self.x)
-        return to_x, grads
+from decoupled.tape import Tape
 
 
 class Retention(ABC):
@@ -73,7 +41,9 @@ class Retention(ABC):
         recomputes: whether a backward runs the forward again.
         today: whether a backward uses today's weights, not those of the forward.
         records: whether any gradient will come; without one no graph is kept.
+        live: whether graphs stand over the live weights while steps change them.
         forward_weights, backward_weights: what corrections make of copies of today's weights before they are used.
+        recording: what corrections put around a run whose graph is used.
         held_bytes, peak_held_bytes: bytes kept for passes in flight (inputs, saved activations, frozen weights).
         peak_passes: most passes kept at once.
     """
@@ -82,8 +52,10 @@ class Retention(ABC):
     recomputes: bool = False
     today: bool = False
     records: bool = True
+    live: bool = False
     forward_weights: Callable[[Weights], Weights] | None = None
     backward_weights: Callable[[Weights], Weights] | None = None
+    recording: Callable[[Weights], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, block: Block, steps_between: bool) -> None:
         self._block, self._steps_between = block, steps_between
@@ -171,24 +143,26 @@ class Retention(ABC):
         return [w.detach().requires_grad_(c.requires_grad) for w, c in zip(change(copies), copies, strict=True)]
 
     def _record(self, x: Tensor, weights: Weights | None, **how: Any) -> Tape:
-        with torch.set_grad_enabled(self.records):
+        leaves = self._block.weights if weights is None else weights
+        with torch.set_grad_enabled(self.records), self.recording(leaves):
             y = self._block.run(x, weights, **how)
-        return Tape(x, y, self._block.weights if weights is None else weights)
+        return Tape(x, y, leaves)
 
     def _graph_bytes(self, x: Tensor, run: Callable[[], Tape]) -> tuple[Tape, int]:
-        """Record a pass and say how many bytes its graph saves (measured once per input shape)."""
+        """Record a pass and say how many bytes its graph saves (measured once per input shape, unless `live`)."""
         shape = (tuple(x.shape), x.dtype)
-        if shape in self._saved:
+        if shape in self._saved and not self.live:
             return run(), self._saved[shape]
         seen: dict[int, int] = {x.untyped_storage().data_ptr(): x.numel() * x.element_size()}
         weights = {p.untyped_storage().data_ptr() for p in self._block.parameters}
         for frozen, _ in self._frozen.values():
             weights.update(w.untyped_storage().data_ptr() for w in frozen)
 
-        def pack(t: Tensor) -> tuple[Tensor, int]:
+        def pack(t: Tensor) -> tuple[Tensor, int | None]:
             pointer = t.untyped_storage().data_ptr()  # several views of one tensor count once
             seen[pointer] = max(seen.get(pointer, 0), t.numel() * t.element_size())
-            return (t if t.is_leaf else t.detach()), t._version  # a non-leaf itself would make a reference cycle
+            version = None if self.live and pointer in weights else t._version
+            return (t if t.is_leaf else t.detach()), version  # a non-leaf itself would make a reference cycle
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unchanged):
             tape = run()
@@ -198,10 +172,10 @@ class Retention(ABC):
         return tape, self._saved[shape]
 
 
-def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
+def _unchanged(packed: tuple[Tensor, int | None]) -> Tensor:
     """The check of torch's own saved tensors, which hooks switch off."""
     tensor, version = packed
-    if tensor._version != version:
+    if version is not None and tensor._version != version:
         raise ProtocolError("a tensor saved for the backward was modified by an inplace operation")
     return tensor
 
@@ -217,6 +191,18 @@ class KeepGraph(Retention):
 
     def open(self, n: int) -> Tape:
         return self._kept[n]
+
+
+class KeepLiveGraph(KeepGraph):
+    """Keeps the graph and lets steps change the weights under it, as published code did before torch refused that.
+
+    The gradient is that of no weights. A tensor other than a weight that changes under the graph is an error here too.
+    """
+
+    today = live = True
+
+    def __init__(self, block: Block, steps_between: bool) -> None:
+        super().__init__(block, steps_between=False)
 
 
 class KeepNothing(Retention):

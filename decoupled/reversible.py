@@ -17,7 +17,8 @@ from torch.func import functional_call
 
 from decoupled.block import Block
 from decoupled.errors import ProtocolError, UserError
-from decoupled.retention import KeepInput, Tape
+from decoupled.retention import KeepInput
+from decoupled.tape import Tape
 
 
 def invertible(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ class Steps:
     Args:
         groups: parameters of the block, of the lower half and of the upper half.
         optimizer: parameters -> Optimizer, called once per non-empty group.
+        halves: the same for the lower and the upper half where they have one of their own (None: they have not).
         scheduler: optimizer -> LRScheduler, ticks once per step of its own block; or None.
 
     Attributes:
@@ -37,11 +38,13 @@ class Steps:
         groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
         optimizer: MakeOptimizer,
         scheduler: MakeScheduler | None = None,
+        halves: tuple[MakeOptimizer | None, MakeOptimizer | None] = (None, None),
     ) -> None:
         trainable = [[p for p in group if isinstance(p, nn.Parameter) and p.requires_grad] for group in groups]
         self.block_parameters, self.lower_parameters, self.upper_parameters = trainable
         self._parameters = [parameter for group in trainable for parameter in group]
-        self.optimizers = [optimizer(group) for group in trainable if group]
+        makers = (optimizer, *(own or optimizer for own in halves))
+        self.optimizers = [make(group) for make, group in zip(makers, trainable, strict=True) if group]
         for made in self.optimizers:
             if not isinstance(made, Optimizer):
                 raise UserError(
@@ -103,11 +106,14 @@ class Steps:
             "corrections": self.corrections.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if (kinds := [type(o).__name__ for o in self.optimizers]) != state["kinds"]:
+    def load_state_dict(self, state: dict[str, Any], block_only: bool = False) -> None:
+        """Put `state` back; `block_only`: that of the block's own optimizer and scheduler alone."""
+        some = slice(int(bool(self.block_parameters)) if block_only else None)
+        if (kinds := [type(o).__name__ for o in self.optimizers][some]) != state["kinds"][some]:
             raise ValueError(f"optimizers {kinds}, saved were {state['kinds']}")
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers[some], state["optimizers"][some], strict=True):
             optimizer.load_state_dict(saved)
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+        for scheduler, saved in zip(self.schedulers[some], state["schedulers"][some], strict=True):
             scheduler.load_state_dict(saved)
-        self.corrections.load_state_dict(state["corrections"])
+        if not block_only:
+            self.corrections.load_state_dict(state["corrections"])

@@ -171,7 +171,7 @@ def sends_gradients(method: Method, K: int) -> bool:
 def has_reference(method: Method, K: int) -> bool:
     """Whether `reference` can predict it: plain gradients, late by one number of updates, not corrected further."""
     least, most = method.facts.least_delay or method.facts.delay, method.facts.delay
-    steady = all(least(k, K) == most(k, K) for k in range(K))
+    steady = all(least(k, K) == most(k, K) for k in range(K)) and method.facts.backward_weights != "mixed"
     return sends_gradients(method, K) and steady and all(hooks(c) <= {"cotangent"} for c in method.corrections)
 
 

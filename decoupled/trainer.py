@@ -167,6 +167,8 @@ class Trainer:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Mean loss and accuracy of the forward network in evaluation mode.
 
+        Blocks are taken as they are: after a broken epoch they may have made different numbers of updates.
+
         Returns:
             ``{"loss": ..., "accuracy": ...}``; accuracy is NaN where targets are not class numbers.
         """
@@ -199,22 +201,27 @@ class Trainer:
         }
         return copy.deepcopy(state)  # training on must not change what was saved
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, *, other_method: bool = False) -> None:
         """Continue from `state` (rank 0's counts); the model, method and optimizers must be built as they were.
+
+        Args:
+            state: what `state_dict` returned.
+            other_method: it may be of another method (a warm-up): blocks go on with their weights, random numbers,
+                optimizers and schedulers; corrections, heads and stored variables are new.
 
         Raises:
             UserError: the state is of another method or number of blocks.
         """
         if self._runtime.rank == 0:
-            check(state or {}, self.method.name, len(self._cuts) + 1)
+            check(state or {}, None if other_method else self.method.name, len(self._cuts) + 1)
         self._host()
         with self._runtime.call(self, "load_state_dict", None):
-            state = self._runtime.agree(state)
+            state, other_method = self._runtime.agree((state, other_method))
             assert state is not None
             shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
             self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
             self._build(torch.zeros(2, *shape, dtype=dtype))
-            load_worker_states(self._workers, copy.deepcopy(state["blocks"]))
+            load_worker_states(self._workers, copy.deepcopy(state["blocks"]), other_method)
             self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
             self._runtime.agree(None)  # all have it
 

@@ -91,6 +91,7 @@ class Worker(Actor):
         self.corrections = steps.corrections = Acting(corrections, site)
         retention.records = lower.has_objective or lower.awaits == "B"
         retention.forward_weights, retention.backward_weights = self.corrections.forward, self.corrections.backward
+        retention.recording = self.corrections.recording
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
         self._passes: dict[int, _Pass] = {}
@@ -168,6 +169,8 @@ class Worker(Actor):
             assert isinstance(message, Data | Up)
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
             state.void = state.void or message.void
+            if isinstance(message, Up):
+                self.corrections.hear("up", message.news)
             if isinstance(message, Data):
                 state.data = message
                 if message.targets is not None and message.targets.device != self.device:
@@ -236,6 +239,7 @@ class Worker(Actor):
         for message in messages:
             assert isinstance(message, Down)
             state.replies, state.hops = state.replies - 1, message.hops + 1
+            self.corrections.hear("down", message.news)
             if message.void:
                 self._dropped = self._dropped or not state.void
                 state.void = True
@@ -286,7 +290,7 @@ class Worker(Actor):
             return []
         message = Up(
             n, batch=state.batch, round=state.round, indices=state.indices, version=state.version,
-            payload=payload, void=state.void,
+            payload=payload, void=state.void, news=self.corrections.tell("up"),
         )  # fmt: skip
         self.counters.bytes_up += message.nbytes
         return [("up", message)]
@@ -294,7 +298,7 @@ class Worker(Actor):
     def _down(self, n: int, state: _Pass, payload: tuple[Tensor, ...] | None) -> Sends:
         message = Down(
             n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
-            payload=payload or (), void=payload is None, hops=state.hops,
+            payload=payload or (), void=payload is None, hops=state.hops, news=self.corrections.tell("down"),
         )  # fmt: skip
         self.counters.bytes_down += message.nbytes
         state.sent += 1

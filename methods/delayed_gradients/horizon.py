@@ -2,8 +2,12 @@
 
     FromEntry, block k of K   forward: k // 2 + K-1-k updates ahead   backward: k // 2      one common moment per batch
     FromEntry, stashed        forward: K-1-k                          the forward's weights
+    FromEntry, M micro        forward: ceil((K-1-k) / M) more         backward: (k // 2) // M
 
-Source: Chen et al. 2018 (arXiv 1809.02839); scaling: Kosson et al. 2021 (arXiv 2003.11666).
+Of M micro-batches per update the first of a minibatch is the most updates late; all of them look as far ahead as it.
+
+Sources: Chen et al. 2018 (arXiv 1809.02839); micro-batches: Guan et al. 2019 (XPipe); scaling: Kosson et al. 2021
+(arXiv 2003.11666).
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ class FromEntry(Prediction):
     """Predicts, at every block, the weights of one moment of a batch's way: forward and backward then agree on it."""
 
     stash: bool = False
+    micro: int = 1
 
     def horizon(self, site: Site) -> tuple[float, float]:
-        behind = site.K - 1 - site.k
-        return (behind, 0.0) if self.stash else (site.k // 2 + behind, site.k // 2)
+        behind, later = -((site.K - 1 - site.k) // -self.micro), site.k // 2 // self.micro
+        return (behind, 0.0) if self.stash else (later + behind, later)
 
 
 def scaled(lr: float, momentum: float, reference: int, batch: int) -> tuple[float, float]:

@@ -11,12 +11,13 @@
     pipemare              accumulate(tick, M)              KeepInput               Rescale, Discrepancy
     pipelined_backprop    tick                             KeepInput               LinearPrediction, SpikeCompensation
     spectrain             one_f_one_b                      KeepInput, KeepGraph    FromEntry
+    xpipe                 accumulate(one_f_one_b, M)       KeepInput               FromEntry, M micro
     pipeoptim             one_f_one_b                      KeepInput               LinearPrediction
     async_nesterov        one_f_one_b                      KeepGraph, KeepInput    Lookahead(gamma)
     petra                 accumulate(tick, M)              Reconstruct             -
 
     * or KeepInputAndWeights (recompute=True). KeepGraph: exact gradient, at the weights of the forward; KeepInput,
-    Reconstruct: at today's weights.
+    Reconstruct: at today's weights. ddg and fdg with mutated=True: KeepLiveGraph, what their published code does.
 
 All: coupling Gradient, activation up, gradient down (petra: ReturnOutput, the activation comes back down as well). With
 M the minibatch comes as M micro-batches, one step for all. At block k of K, lockstep and one_f_one_b are K-1-k passes
@@ -26,8 +27,8 @@ late, tick 2(K-1-k), queues length(K-1-k). With frozen weights the gradient is e
 
 Sources: Huo et al. 2018 (arXiv 1804.10574; Features Replay), Narayanan et al. 2019 (arXiv 1806.03377) and 2021 (arXiv
 2006.09503), Zhuang et al. 2021 (FDG) and 2020 (arXiv 2012.03747), Xu et al. 2020 (arXiv 1909.02625), Yang et al. 2021
-(arXiv 1910.05124), Kosson et al. 2021 (arXiv 2003.11666), Chen et al. 2018 (arXiv 1809.02839), Guan et al. 2023 (arXiv
-2312.00839), Ajanthan et al. 2025, Rivaud et al. 2025 (arXiv 2406.02052).
+(arXiv 1910.05124), Kosson et al. 2021 (arXiv 2003.11666), Chen et al. 2018 (arXiv 1809.02839), Guan et al. 2019 (XPipe)
+and 2023 (arXiv 2312.00839), Ajanthan et al. 2025, Rivaud et al. 2025 (arXiv 2406.02052).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from decoupled.methods.delayed_gradients.returned import ReturnOutput
 from decoupled.order import accumulate, lockstep, one_f_one_b, pinned, queues, tick, tick_backward_first, two_buffered
 from decoupled.prediction import Discrepancy, LinearPrediction, Lookahead
 from decoupled.registry import register
-from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, Retention
+from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, Retention
 from decoupled.reversible import Reconstruct
 from decoupled.source import Split
 
@@ -69,14 +70,20 @@ def _at_one_moment(M: int = 1) -> Facts:
     return replace(_late(1), delay=lambda k, K: -((K - 1) // -M), least_delay=None)
 
 
-def _graph(recompute: bool) -> type[Retention]:
-    return KeepInputAndWeights if recompute else KeepGraph
+def _graph(recompute: bool, mutated: bool = False) -> type[Retention]:
+    if recompute and mutated:
+        raise UserError("mutated=True keeps the graph of the forward, recompute=True makes another; choose one of them")
+    return KeepLiveGraph if mutated else KeepInputAndWeights if recompute else KeepGraph
+
+
+def _weights(mutated: bool) -> str:
+    return "mixed" if mutated else "forward"
 
 
 @register("ddg")
-def ddg(recompute: bool = False) -> Method:
-    """Decoupled parallel backpropagation: exact gradients, K-1-k updates late."""
-    return Method(Gradient(), lockstep, _late(1), _graph(recompute))
+def ddg(recompute: bool = False, mutated: bool = False) -> Method:
+    """Decoupled parallel backpropagation: exact gradients, K-1-k updates late; `mutated`: as its published code."""
+    return Method(Gradient(), lockstep, _late(1, weights=_weights(mutated)), _graph(recompute, mutated))
 
 
 @register("pipedream")
@@ -95,17 +102,17 @@ def pipedream_2bw(microbatches: int = 4, recompute: bool = False) -> Method:
 
 
 @register("fdg")
-def fdg(beta: float = 0.5, recompute: bool = False) -> Method:
-    """Fully decoupled: all blocks work on different batches at once; `beta` shrinks the gradient at every hop."""
+def fdg(beta: float = 0.5, recompute: bool = False, mutated: bool = False) -> Method:
+    """Fully decoupled: all blocks on different batches at once; `beta` per hop; `mutated`: as its published code."""
     facts = Facts(
         exact=False,
         reach=top,
         delay=lambda k, K: max(0, 2 * (K - 1 - k) - 1),
         in_flight=lambda k, K: max(1, 2 * (K - 1 - k)),
-        backward_weights="forward",
+        backward_weights=_weights(mutated),
         locks=ALL_LOCKS,
     )
-    return Method(Gradient(), tick_backward_first, facts, _graph(recompute), (Shrink(beta),))
+    return Method(Gradient(), tick_backward_first, facts, _graph(recompute, mutated), (Shrink(beta),))
 
 
 @register("adl")
@@ -148,6 +155,13 @@ def spectrain(stash: bool = False) -> Method:
     """Predicts the weights of one moment for forward and backward; `stash`: the backward reuses the forward's."""
     weights, retention = ("forward", KeepGraph) if stash else ("current", KeepInput)
     return Method(Gradient(), one_f_one_b, _late(1, weights=weights), retention, (FromEntry(stash=stash),))
+
+
+@register("xpipe")
+def xpipe(microbatches: int = 4) -> Method:
+    """Predicts one moment for forward and backward as `spectrain`, over micro-batches that all look equally far."""
+    order, facts = accumulate(one_f_one_b, microbatches), _late(1, microbatches, "current")
+    return Method(Gradient(), order, facts, KeepInput, (FromEntry(micro=microbatches),), feed=Split(microbatches))
 
 
 @register("pipeoptim")

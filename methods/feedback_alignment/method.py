@@ -1,15 +1,17 @@
 """Feedback alignment: fixed random matrices in the place of the transposed weights that a gradient would come through.
 
     name   coupling          order         retention     what block k < K-1 takes for the gradient of its output y_k
+    fa     Gradient          sync          KeepGraph     what comes down, through a fixed matrix per layer: `feedback`
     dfa    DirectError       one_f_one_b   KeepGraph     B_k e,   e = dL/d(output of the network), handed down unchanged
     drtp   RandomTarget      local         KeepNothing   B_k t,   t = one-hot targets; nothing comes down
 
     e, t  (batch, classes)      B_k  (classes, features of y_k), fixed, uniform, drawn from the seed
 
-The top block follows the true loss, and inside of a block the chain rule holds, with the block's own weights. Feedback
-alignment with one matrix per layer and its sign-symmetric relatives change that, and are not here.
+The top block follows the true loss. With dfa and drtp the chain rule holds inside of a block, with the block's own
+weights; fa replaces the weights of every layer on the way back, in all blocks.
 
-Sources: Nokland 2016 (arXiv 1609.01596); Frenkel, Lefebvre and Bol 2021 (DRTP).
+Sources: Lillicrap et al. 2016 (arXiv 1411.0247); Nokland 2016 (arXiv 1609.01596); Frenkel, Lefebvre and Bol 2021
+(DRTP).
 """
 
 from __future__ import annotations
@@ -20,13 +22,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoupled.coupling import Coupling, Lower, Place, Top, Upper
+from decoupled.coupling import Coupling, Gradient, Lower, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.method import Facts, Method, own, top
-from decoupled.order import local, one_f_one_b
+from decoupled.methods.feedback_alignment.feedback import RandomFeedback
+from decoupled.order import local, one_f_one_b, sync
 from decoupled.registry import register
 from decoupled.retention import KeepGraph, KeepInputAndWeights, KeepNothing
+
+
+@register("fa")
+def fa(signs: bool = False) -> Method:
+    """Feedback alignment: gradients go back through fixed random matrices; `signs`: with the signs of the weights."""
+    return Method(Gradient(), sync, Facts(exact=False, reach=top, surrogate=True), corrections=(RandomFeedback(signs),))
 
 
 @register("dfa")

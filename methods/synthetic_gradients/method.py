@@ -15,6 +15,7 @@ Source: Jaderberg et al. 2017 (arXiv 1608.05343).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ from decoupled.retention import KeepNothing
 
 
 @register("dni")
-def dni(conditional: bool = False, hidden: int = 0) -> Method:
-    """Decoupled neural interfaces; `conditional`: the guess knows the targets (cDNI); `hidden`: width, 0 is linear."""
-    if hidden < 0:
-        raise UserError(f"hidden must be at least 0, got {hidden}")
+def dni(conditional: bool = False, hidden: int = 0, lr: float = 3e-5) -> Method:
+    """Decoupled neural interfaces; `conditional`: the guess knows the targets (cDNI); `hidden`: width, 0 is linear.
+
+    `lr`: of Adam for the synthesisers; 0: they have the optimizer of the blocks.
+    """
+    if hidden < 0 or lr < 0:
+        raise UserError(f"hidden and lr must be at least 0, got {hidden} and {lr}")
     facts = Facts(exact=False, reach=own, surrogate=True, locks=("backward", "update"))
-    return Method(Synthetic(conditional, hidden), answered, facts, KeepNothing)
+    return Method(Synthetic(conditional, hidden, lr), answered, facts, KeepNothing)
 
 
 class Synthesiser(nn.Module):
@@ -77,7 +81,8 @@ class _Guess(Lower):
     has_objective = needs_data = learns_from_answers = True
     awaits, replies = "A", 1
 
-    def __init__(self, place: Place, conditional: bool, hidden: int) -> None:
+    def __init__(self, place: Place, conditional: bool, hidden: int, lr: float) -> None:
+        self.optimizer = partial(torch.optim.Adam, lr=lr) if lr else None
         shape = place.shapes[place.k]
         if len(shape) not in (1, 3):
             raise UserError(f"block{place.k} puts out {shape}; synthetic gradients are for features or images")
@@ -109,10 +114,11 @@ class Synthetic(Coupling):
 
     conditional: bool
     hidden: int
+    lr: float
     down = ("gradient",)
 
     def lower(self, place: Place) -> Lower:
-        return Top(place) if place.top else _Guess(place, self.conditional, self.hidden)
+        return Top(place) if place.top else _Guess(place, self.conditional, self.hidden, self.lr)
 
     def upper(self, place: Place) -> Upper:
         return _Answers()

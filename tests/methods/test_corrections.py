@@ -148,6 +148,27 @@ def test_spectrain_with_stashed_weights():
     check({"name": "spectrain", "stash": True}, by_hand(ONE, forward=lambda s: s.w - LR * ONE[s.k] * s.v))
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_xpipe_looks_equally_far_in_all_micro_batches(micro, optimizer):
+    """As far as the first micro-batch of a minibatch is late; with one micro-batch it is spectrain."""
+
+    def ahead(s, updates):
+        return s.w - updates * (LR * s.v if optimizer == "momentum" else s.d)
+
+    expected = by_hand(
+        ONE,
+        forward=lambda s: ahead(s, s.k // 2 // micro - ONE[s.k] // -micro),
+        backward=lambda s: ahead(s, s.k // 2 // micro),
+        step=sgd if optimizer == "momentum" else adam,
+        micro=micro,
+    )
+    check({"name": "xpipe", "microbatches": micro}, expected, optimizer)
+    if micro == 1:
+        runs = [train(CASE, spec).weights for spec in ({"name": "xpipe", "microbatches": 1}, "spectrain")]
+        compare(*runs, tolerance=0.0)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("stash", [True, False])
 def test_async_nesterov(stash, adaptive):
@@ -233,6 +254,40 @@ def test_corrections_compose_by_config():
     ]
     expected = by_hand(ONE, forward=lambda s: s.w - LR * 2 * ONE[s.k] * s.v, backward=today, step=step)
     check({"name": "features_replay", "corrections": names}, expected)
+
+
+@pytest.mark.parametrize(("name", "delays"), [("backprop", [0] * K), ("gpipe", [0] * K), ("pipedream", ONE)])
+def test_clipping_by_the_norm_of_the_whole_network_some_batches_ago(name, delays):
+    """Down the norms of the blocks above add up, up their sum comes back; the bottom block has it one batch earlier.
+
+    The latest Up of block k at B n is that of pass n + D_k (or the last one), and the bottom block had closed D_0 + 1
+    passes fewer by then, the last of which brought the norms of the pass before it.
+    """
+    norms: dict[int, float] = {}
+    last = len(CASE.sizes) - 1
+
+    def step(s, g):
+        norms[s.t] = norms.get(s.t, 0.0) + float(g.norm()) ** 2
+        known = min(s.t + delays[s.k], last) - delays[0] - 2 if s.k else s.t - 1
+        return sgd(s, g * min(1.0, 0.3 / (max(norms.get(known, 0.0), float(g.norm()) ** 2) ** 0.5 + 1e-6)))
+
+    spec = {"name": name, "corrections": [{"name": "clip_global", "limit": 0.3}]}
+    check(spec, by_hand(delays, step=step))
+
+
+def test_global_clipping_of_one_block_is_clipping():
+    one = Case(widths=(4, 5, 3), cuts=(), sizes=(6,) * 8)
+    names = ({"name": "clip_global", "limit": 0.1}, {"name": "clip", "limit": 0.1})
+    runs = [train(one, {"name": "backprop", "corrections": [name]}).weights for name in names]
+    compare(*runs, tolerance=1e-15)
+
+
+@pytest.mark.parametrize("runtime", ["threads", {"name": "processes", "processes": 2}])
+def test_news_travel_on_every_runtime(runtime):
+    spec = {"name": "pipedream", "corrections": [{"name": "clip_global", "limit": 0.05}]}
+    found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], runtime=runtime).trainer.model
+    expected = train(CASE, spec, optimizer=OPTIMIZERS["momentum"]).trainer.model
+    assert torch.equal(flat(found), flat(expected))
 
 
 # --- what the pieces promise --------------------------------------------------------------------------------------
@@ -377,6 +432,9 @@ def test_corrections_have_state_of_their_own():
         ("greedy_local", [{"name": "shrink", "factor": 0.5}], "never are"),
         ("features_replay", ["delay_compensation"], r"which 'features_replay' does not keep \(KeepInput\)"),
         ("petra", ["gap_aware"], "does not keep"),
+        ({"name": "ddg", "mutated": True}, ["discrepancy"], "keeps its graphs over the live ones; leave it out"),
+        ({"name": "ddg", "mutated": True}, ["linear_prediction"], "keeps its graphs over the live ones; leave it out"),
+        ({"name": "ddg", "mutated": True}, ["gap_aware"], r"does not keep \(KeepLiveGraph\)"),
         ("pipedream", ["discrepancy"], r"which 'pipedream' keeps anyway \(KeepGraph\)"),
         ("fdg", [{"name": "shrink", "factor": 0.5}], "Shrink is there twice; give it once, or set the option of 'fdg'"),
         (
@@ -397,7 +455,9 @@ def test_corrections_have_state_of_their_own():
 )
 def test_nonsense_is_refused_with_the_reason(method, names, reason):
     with pytest.raises(UserError, match=reason):
-        registry.make({"name": method, "corrections": names})
+        registry.make(
+            {"name": method, "corrections": names} if isinstance(method, str) else method | {"corrections": names}
+        )
 
 
 def test_optimizers_that_a_correction_cannot_read_are_refused():
@@ -413,8 +473,8 @@ def test_optimizers_that_a_correction_cannot_read_are_refused():
 
 def test_every_correction_is_named_once():
     assert set(corrections.names()) >= {
-        "clip", "delay_compensation", "discrepancy", "gap_aware", "linear_prediction", "lookahead", "rescale", "shrink",
-        "spike_compensation",
+        "clip", "clip_global", "delay_compensation", "discrepancy", "gap_aware", "linear_prediction", "lookahead",
+        "rescale", "shrink", "spike_compensation",
     }  # fmt: skip
     with pytest.raises(ValueError, match="correction 'clip' is registered already"):
         corrections.named("clip")(Rescale)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled import OperationError
+from decoupled.methods.feedback_alignment import feedback
 from decoupled.testing import Case, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 9 + (4,))
@@ -68,7 +69,68 @@ def test_drtp_projects_the_targets():
     compare(train(CASE, "drtp").weights, expected)
 
 
-@pytest.mark.parametrize("name", ["dfa", "drtp"])
+def layers(blocks: Any):
+    return [unit for block in blocks for unit in block]
+
+
+def chain_of_layers(signs, tied=False, late=(0, 0, 0, 0)):
+    """Every layer's weight gradient from the gradient that has come through B, or |B| sign(W), of the layers above."""
+    torch.manual_seed(0)
+    fixed = [nn.init.xavier_uniform_(torch.empty(unit[0].weight.shape)).double() for unit in layers(CASE.blocks())]
+    history = [[flat(block)] for block in CASE.blocks()]
+    for n, (x, y, _) in enumerate(CASE.batches()):
+        blocks, inputs = at([history[k][max(0, n - late[k])] for k in range(K)]), [x]
+        units = list(zip(layers(blocks), fixed, strict=True))
+        for unit, _ in units:
+            inputs.append(unit(inputs[-1]).detach())
+        logits, grads = inputs[-1].requires_grad_(), []
+        (delta,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
+        for i, (unit, B) in reversed(list(enumerate(units))):
+            d = delta * (1 - inputs[i + 1] ** 2) if len(unit) > 1 else delta
+            grads.insert(0, torch.cat([(d.T @ inputs[i]).flatten(), d.sum(0)]).detach())
+            W = unit[0].weight.detach()
+            delta = d @ (W if tied else B.abs() * W.sign() if signs else B)
+        for k, block in enumerate(blocks):
+            g = torch.cat([grads.pop(0) for _ in layers([block])])
+            history[k].append(history[k][n] - LR * g)
+    return history
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_fa_goes_back_through_a_matrix_of_its_own_in_every_layer(signs):
+    compare(train(CASE, {"name": "fa", "signs": signs}).weights, chain_of_layers(signs))
+    with pytest.raises(AssertionError, match="differs by"):
+        compare(train(CASE, "fa").weights, train(CASE, "backprop").weights)
+
+
+def test_fa_with_the_weights_themselves_is_backpropagation(monkeypatch):
+    """A8."""
+    compare(chain_of_layers(signs=False, tied=True), train(CASE, "backprop").weights)
+    monkeypatch.setattr(feedback._Feedback, "_as", lambda self, weight, B: weight.detach())
+    compare(train(CASE, "fa").weights, train(CASE, "backprop").weights)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_random_feedback_goes_with_late_gradients(recompute):
+    """A correction as any other: through the weights of the forward or recomputed, the graph is the same."""
+    spec = {"name": "pipedream", "recompute": recompute, "corrections": ["random_feedback"]}
+    compare(train(CASE, spec).weights, chain_of_layers(signs=False, late=(3, 2, 1, 0)))
+
+
+def test_convolutions_have_feedback_too():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), torch.randn(4, 2, 6, 6, requires_grad=True)
+    (B,), d = (torch.randn_like(conv.weight),), torch.randn(4, 3, 3, 3)
+    with feedback._Replaced({id(conv.weight): B}):
+        y = conv(x)
+    assert torch.equal(y, conv(x))
+    found = torch.autograd.grad(y, [x, conv.weight], d)
+    expected = F.conv_transpose2d(d, B, stride=2, padding=1, output_padding=1)
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1], torch.autograd.grad(conv(x), conv.weight, d)[0])
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa", "drtp"])
 def test_the_matrices_come_from_the_seed(name):
     first, again, other = (train(CASE, name, seed=seed).weights for seed in (3, 3, 4))
     compare(first, again, tolerance=0.0)
@@ -109,7 +171,7 @@ def test_with_the_transposed_jacobian_dfa_is_backpropagation(monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("name", "moved"), [("drtp", []), ("dfa", [0, 1, 2])])
+@pytest.mark.parametrize(("name", "moved"), [("drtp", []), ("dfa", [0, 1, 2]), ("fa", [0, 1, 2])])
 def test_what_later_blocks_matter_for(name, moved):
     """E4: under drtp nothing above a block matters to it; under dfa it does, through the error."""
     base, blocks = train(CASE, name).weights, CASE.blocks()

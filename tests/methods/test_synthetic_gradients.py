@@ -46,7 +46,7 @@ def by_hand(conditional):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_an_edge_updates_twice_per_batch(conditional):
-    found = train(CASE, {"name": "dni", "conditional": conditional})
+    found = train(CASE, {"name": "dni", "conditional": conditional, "lr": 0.0})
     history, guess, bias = by_hand(conditional)
     compare(found.weights, history)
     for worker, M, c in zip(found.trainer.workers, guess, bias, strict=False):
@@ -86,7 +86,7 @@ def test_with_a_perfect_guess_it_is_backpropagation():
                 half.module = Told(truth[place.k])
             return half
 
-    method = replace(dni(), coupling=Oracle(False, 0))
+    method = replace(dni(), coupling=Oracle(False, 0, 0.0))
     first = [CASE.batches()[0]]
     compare(train(CASE, method, batches=first).weights, train(CASE, "backprop", batches=first).weights, 1e-15)
 
@@ -111,6 +111,14 @@ def test_images_have_guesses_of_their_shape(conditional, hidden):
     assert torch.equal(made(y, batches[0][1]), torch.zeros_like(y))
 
 
+def test_synthesisers_have_an_optimizer_of_their_own_unless_told_otherwise():
+    for lr, kinds in ((1e-4, ["SGD", "Adam"]), (0.0, ["SGD", "SGD"])):
+        first, _, top = train(CASE, {"name": "dni", "lr": lr}).trainer.workers
+        assert [type(made).__name__ for made in first.steps.optimizers] == kinds
+        assert first.steps.optimizers[1].param_groups[0]["lr"] == (lr or LR)
+        assert [type(made).__name__ for made in top.steps.optimizers] == ["SGD"]
+
+
 def test_a_synthesiser_ticks_with_its_own_updates():
     run = train(CASE, "dni", scheduler=lambda made: torch.optim.lr_scheduler.StepLR(made, 4, gamma=0.5))
     for worker in run.trainer.workers:
@@ -118,7 +126,7 @@ def test_a_synthesiser_ticks_with_its_own_updates():
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match="hidden must be at least 0, got -1"):
+    with pytest.raises(UserError, match="hidden and lr must be at least 0, got -1 and"):
         dni(hidden=-1)
     blocks = [nn.Unflatten(1, (2, 2)).double(), nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()]
     with pytest.raises(UserError, match=r"block0 puts out \(2, 2\); synthetic gradients are for features or images"):

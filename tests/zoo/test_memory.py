@@ -1,0 +1,84 @@
+"""Memory: what a block has held at most is what its retention keeps per pass, times the passes its order holds (F2)."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+
+from decoupled.correction import hooks
+from decoupled.messages import Data
+from decoupled.plan import parse
+from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, KeepNothing
+from decoupled.reversible import Reconstruct
+from decoupled.testing import Case, cases, label, point, train, variants
+
+NUMBER = 8  # bytes, float64
+GRAPHS, INPUTS = (KeepGraph, KeepLiveGraph, KeepNothing), (KeepInput, KeepInputAndWeights)
+
+
+def plain(method):
+    """Whether the formula below is the whole truth: one tensor up, no weights for the future, no tensors in graphs."""
+    more = any("recording" in hooks(part) for worker in first_workers(method) for part in worker.corrections.parts)
+    return method.coupling.up == ("activation",) and method.order.rule and not method.order.sees and not more
+
+
+def first_workers(method):
+    return train(Case(widths=(2, 2, 2), cuts=(1,), sizes=(2,)), method).trainer.workers
+
+
+def rows(case, method):
+    """Samples of every pass."""
+    for x, y, indices in case.batches():
+        for one in method.feed.passes(Data(0, batch=0, inputs=x, targets=y, indices=indices)):
+            yield len(one.inputs)
+
+
+def formula(case: Case, method, k: int) -> int:
+    """Most bytes at block k: every pass in flight its input or its graph, every weight version in flight a copy.
+
+    A layer with tanh saves its input and its output; the output of one is the input of the next.
+    """
+    edges = [0, *case.cuts, len(case.widths) - 1]
+    widths = case.widths[edges[k] : edges[k + 1] + 1]
+    late, kind = method.order.delay(k, case.K) > 0, method.retention
+    if kind is Reconstruct:
+        kind = KeepInput if late else KeepLiveGraph  # nothing in these networks can be reversed
+    per_row = NUMBER * (sum(widths) if kind in GRAPHS else widths[0])
+    weights = NUMBER * sum(a * b + b for a, b in itertools.pairwise(widths))
+    predicted = any("forward" in hooks(part) for part in acting(method, case, k))
+    frozen = kind in (KeepGraph, KeepInputAndWeights) and (late or predicted)
+    held: dict[int, tuple[int, int]] = {}  # pass -> samples, version
+    most = step = 0
+    count = list(rows(case, method))
+    for op in parse(method.order.text(k, case.K, len(count))):
+        step += op.kind == "S"
+        if op.kind == "F":
+            held[op.batch] = count[op.batch], step
+            copies = len({version for _, version in held.values()}) if frozen else 0
+            most = max(most, per_row * sum(n for n, _ in held.values()) + copies * weights)
+        elif op.kind in "BW":
+            del held[op.batch]
+    return most
+
+
+def acting(method, case, k) -> Iterator:
+    worker = train(case, method, batches=case.batches()[:1]).trainer.workers[k]
+    return iter(worker.corrections.parts)
+
+
+SPECS = [spec for spec in variants() if plain(point(spec))]
+
+
+def test_most_of_the_zoo_is_measured():
+    assert len(SPECS) > 0.7 * len(variants())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+@settings(max_examples=4)
+@given(case=cases(blocks=(1, 6), batches=(14, 16), size=(5, 6)))
+def test_memory_held_follows_the_formula(spec, case):
+    """Exactly, where the cards ask for 5 %."""
+    method = point(spec)
+    for k, block in enumerate(train(case, spec).trainer.statistics()):
+        assert block.peak_held_bytes == formula(case, method, k)
