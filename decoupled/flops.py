@@ -170,12 +170,13 @@ def cost(
             head = _objective(lower, n, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))
             own = sum(_weights(half.module) for half in (lower, upper) if half.module is not None)
             step = update * (_weights(blocks[k]) + own)
-            whole = Flops(
-                forward=n * flops.forward, weights=n * flops.weights, inputs=n * flops.inputs, both=n * flops.both,
-                head=head, update=step, head_parameters=own,
-            )  # fmt: skip
+            whole = replace(_times(n, flops), head=head, update=step, head_parameters=own)
             results.append(_with_work(whole, point, k, K, upper, skip))
     return Cost(tuple(results), tuple(_locked(point, K)))
+
+
+def _times(rows: int, flops: Flops) -> Flops:
+    return Flops(rows * flops.forward, rows * flops.weights, rows * flops.inputs, rows * flops.both)
 
 
 def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip: bool) -> Flops:
