@@ -99,7 +99,7 @@ class NMF(Proximal):
         self.register_buffer("B", torch.zeros(rank, features))
 
     def forward(self, x: Tensor) -> Tensor:
-        if (lowest := float(x.min())) < 0:
+        if (lowest := float(x.detach().min())) < 0:
             raise UserError(
                 f"NMF factorises what is not negative, its input goes down to {lowest:.3g}; end the block below in a "
                 "ReLU, and train with an auxiliary-variable method, which keeps the variable so"

@@ -105,7 +105,7 @@ class Reference:
         return self.o["beta"] / 2 * (residual**2).sum() / len(X) if residual.abs().max() > 0 else None
 
     def move(self, k, X, y, Z, U, p):
-        if k == self.K - 1 and self.o["output"]:
+        if k == self.K - 1 and k < self.edges:  # the output has a variable
             z = Z[k].detach().requires_grad_()
             p[k] = len(z) * torch.autograd.grad(F.cross_entropy(z, y), z)[0]
         if k >= self.edges or p[k] is None:
