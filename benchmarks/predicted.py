@@ -24,7 +24,7 @@ from decoupled.benchmarks.page import environment, produce, table, verdict
 from decoupled.benchmarks.speed import RESULTS, Spread, machine
 from decoupled.config import Recipe, TrainConfig
 from decoupled.experiment import Setting
-from decoupled.runtime.simulated import Timing
+from decoupled.runtime.timing import Timing
 from decoupled.simulate import Load, simulate
 from decoupled.simulate.profile import load_profile
 from decoupled.train import train

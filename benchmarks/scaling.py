@@ -34,7 +34,7 @@ from decoupled.benchmarks.peers import contest, local, plain
 from decoupled.benchmarks.peers.contest import Group, Measurement
 from decoupled.benchmarks.peers.setting import CLASSES, Setting, sgd
 from decoupled.benchmarks.speed import RESULTS, Figure, Spread, machine
-from decoupled.runtime.simulated import Timing
+from decoupled.runtime.timing import Timing
 from decoupled.simulate import simulate
 
 BACKPROP = "plain backprop, 1 thread"

@@ -31,7 +31,8 @@ from decoupled.runtime.threads import Threads
 from decoupled.source import Reader
 from decoupled.specs import check_options, parse
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
-from decoupled.worker import Worker, down_port
+from decoupled.waits import down_port
+from decoupled.worker import Worker
 
 Model = nn.Sequential | Sequence[nn.Module]
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}

@@ -19,7 +19,7 @@ from typing import Any
 from decoupled import costs, registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
-from decoupled.experiment import Setting, environment, label
+from decoupled.experiment import Setting, label
 from decoupled.graph.experiment import GraphSetting
 from decoupled.observe.claims import check
 from decoupled.observe.points import describe
@@ -28,6 +28,7 @@ from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import write_trace
 from decoupled.price import price
+from decoupled.records import environment
 
 Spec = str | Mapping[str, Any]
 

@@ -28,7 +28,7 @@ from decoupled.coupling import Lower
 from decoupled.messages import Data, Message
 from decoupled.method import Method
 from decoupled.runtime.contract import Edge, Observer
-from decoupled.runtime.simulated import Timing
+from decoupled.runtime.timing import Timing
 from decoupled.source import Repeat
 from decoupled.steps import MakeOptimizer
 from decoupled.trainer import Trainer

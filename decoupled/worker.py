@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decoupled.block import Block
 from decoupled.correction import Acting, Correction, Site
-from decoupled.coupling import Lower, Place, Upper, down_port, needed
+from decoupled.coupling import Lower, Place, Upper
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Message, Up
 from decoupled.order import Order
@@ -26,6 +26,7 @@ from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
 from decoupled.statistics import Counters
 from decoupled.steps import Steps
+from decoupled.waits import down_port, needed
 
 Sends = list[tuple[str, Message]]
 
@@ -83,9 +84,8 @@ class Worker(Actor):
         self.steps, self.counters = steps, Counters()
         self._on_nonfinite, self._method = on_nonfinite, method
         if order.sees is not None and retention.today:
-            raise UserError(
-                f"order {order} runs with older weights, {type(retention).__name__} with today's; keep graphs"
-            )
+            kept = type(retention).__name__
+            raise UserError(f"order {order} runs with older weights, {kept} with today's; keep graphs")
         delays = order.delays(place.k, place.K)
         site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
         self.corrections = steps.corrections = Acting(corrections, site)
@@ -140,10 +140,8 @@ class Worker(Actor):
         if op.kind == "S":
             return Want((), None, op)
         state = self._passes.get(key) if key is not None else None
-        if state is None:
-            ports = needed(op.kind, self.lower, self.upper, self.lower.replies)
-        else:
-            ports = needed(op.kind, self.lower, self.upper, state.replies, state.own, state.data is not None)
+        known = (self.lower.replies,) if state is None else (state.replies, state.own, state.data is not None)
+        ports = needed(op.kind, self.lower, self.upper, *known)
         if key is None and not ports:  # a free order at a block that waits for nobody: the oldest pass
             key = next(iter(self._passes))
         return Want(ports, key, op)
@@ -256,9 +254,8 @@ class Worker(Actor):
         if objective is None:
             return None
         if objective.dim() or not objective.requires_grad:
-            raise UserError(
-                f"the loss must be one number made of the output, got shape {tuple(objective.shape)}; use a mean"
-            )
+            shape = tuple(objective.shape)
+            raise UserError(f"the loss must be one number made of the output, got shape {shape}; use a mean")
         value = float(objective.detach())
         if not abs(value) < float("inf"):
             if self._on_nonfinite == "stop":

@@ -17,11 +17,12 @@ import torch
 from decoupled import costs, registry, tasks
 from decoupled.config import Task as Configured
 from decoupled.errors import UserError
-from decoupled.experiment import complete, label, optimizer_for, point
+from decoupled.experiment import label, optimizer_for
 from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.instance import Instance, Task
 from decoupled.graph.trainer import GraphTrainer
 from decoupled.observe.recorder import Recorder
+from decoupled.records import complete, point
 
 Scores = dict[str, float]
 CONTROLS = {"synchronous": "plain PyTorch, minibatches"}

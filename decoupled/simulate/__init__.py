@@ -19,7 +19,8 @@ from decoupled.errors import UserError
 from decoupled.messages import End
 from decoupled.method import Method
 from decoupled.runtime.contract import Graph, Observer, Timings
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
 from decoupled.simulate.path import CriticalPath
 from decoupled.simulate.planned import Planned, Sizes, Ticker
 

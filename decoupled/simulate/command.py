@@ -23,7 +23,7 @@ from decoupled.errors import UserError, unknown
 from decoupled.experiment import label
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.trace import timeline_table
-from decoupled.runtime.simulated import Timing
+from decoupled.runtime.timing import Timing
 from decoupled.simulate import Load, Simulation, simulate
 from decoupled.simulate.page import delays, number, over_blocks, over_values, sent, write_page
 from decoupled.simulate.profile import Profile, load_profile

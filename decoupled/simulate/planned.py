@@ -16,7 +16,7 @@ from decoupled.messages import End, Message
 from decoupled.method import Method
 from decoupled.plan import ANY, Op
 from decoupled.runtime.contract import Actor, Outcome, Want
-from decoupled.worker import down_port, needed
+from decoupled.waits import down_port, needed
 
 
 @dataclass(frozen=True, slots=True)

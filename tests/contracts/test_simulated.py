@@ -6,7 +6,8 @@ import pytest
 
 from decoupled.messages import Message
 from decoupled.runtime.contract import Edge, Observer
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
 
 
 class Clock(Observer):

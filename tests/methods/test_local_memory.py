@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from decoupled import registry
 from decoupled.intake import Intake
 from decoupled.messages import Data
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
 from decoupled.testing import Case, label, train
 from decoupled.worker import Worker
 

@@ -5,7 +5,8 @@ import pytest
 from decoupled.coupling import Gradient
 from decoupled.method import Facts, Method, top
 from decoupled.order import lockstep, one_f_one_b, tick, tick_backward_first
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
 from decoupled.testing import Case, Tap, train
 
 ORDERS = {"lockstep": lockstep, "one_f_one_b": one_f_one_b, "tick": tick, "tick_backward_first": tick_backward_first}

@@ -12,7 +12,8 @@ from decoupled.errors import UserError
 from decoupled.intake import Intake
 from decoupled.messages import Down, End, Message, Up
 from decoupled.runtime.contract import Edge, Want
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
 from decoupled.testing import Case, Tap, compare, train
 
 CASE = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2), sizes=(6,) * 12)

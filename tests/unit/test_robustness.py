@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import decoupled
 from decoupled import UserError, registry
-from decoupled.runtime.simulated import Timing
+from decoupled.runtime.timing import Timing
 from decoupled.simulate import simulate
 
 METHODS = decoupled.methods()

@@ -9,7 +9,7 @@ from torch import nn
 import decoupled
 from decoupled import methods, registry
 from decoupled.errors import UserError
-from decoupled.runtime.simulated import Timing
+from decoupled.runtime.timing import Timing
 from decoupled.simulate import Load, simulate
 
 

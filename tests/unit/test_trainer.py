@@ -16,8 +16,9 @@ from decoupled import OperationError, Trainer, UserError
 from decoupled.coupling import Gradient
 from decoupled.method import Facts, Method, top
 from decoupled.order import explicit, free
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
+from decoupled.runtime.timing import Timing
 from decoupled.testing import Case, compare, flat, train
 
 CASE = Case(widths=(4, 5, 6, 3), cuts=(1, 2), sizes=(6, 6, 6, 6, 5))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from decoupled.messages import Boundary, Data, Down, Up
 from decoupled.runtime.contract import Edge
-from decoupled.runtime.simulated import Simulated, Timing
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, label, point, sends_gradients, timings, train, variants
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (5,))
