@@ -110,6 +110,8 @@ def test_most_methods_leave_the_top_block_alone():
 @pytest.mark.parametrize("spec", [s for s in variants() if plain_at_the_top(s)], ids=label)
 def test_the_top_block_follows_plain_autograd_on_the_inputs_it_receives(spec):
     """Whatever happens below, a top block that is not late is never inexact (A4)."""
+    if getattr(point(spec).coupling, "output", False):
+        pytest.skip("the loss is a function of a variable, not of the output")
     tap, blocks, top = Tap(), CASE.blocks(), CASE.K - 1
     found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], observers=[tap], blocks=blocks)
     heard: list[Any] = [m for e, m in tap.messages if e.target == f"block{top}"]
@@ -124,8 +126,7 @@ def test_the_top_block_follows_plain_autograd_on_the_inputs_it_receives(spec):
     ]
     for message in data or carried:
         (F.cross_entropy(block(inputs[message.key]), message.targets) * message.share).backward()
-        whole = message.round == message.rounds - 1
-        if whole or not isinstance(point(spec).feed, Split):
+        if (message.round + 1) % (message.rounds // point(spec).feed.steps) == 0:
             made.step()
             made.zero_grad()
             expected.append(flat(block))

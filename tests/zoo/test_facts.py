@@ -71,7 +71,7 @@ def test_messages_and_bytes_follow_from_the_shapes(spec, data):
     case, runtime = drawn(data, batches=(3, 4), size=(1, 6))
     method, K, tap = point(spec), case.K, Tap()
     blocks = train(case, spec, runtime=runtime, observers=[tap]).trainer.statistics()
-    repeat, features = getattr(method.feed, "rounds", 1), payload_shapes(case)
+    repeat, features = round(method.feed.count * method.feed.share), payload_shapes(case)
     up, down = (sent(tap, kind, K) for kind in (Up, Down))
     for k, block in enumerate(blocks):
         met = block.samples if method.coupling.lossy and k else repeat * sum(case.sizes)
