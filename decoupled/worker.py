@@ -95,6 +95,7 @@ class Worker(Actor):
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
         self._passes: dict[int, _Pass] = {}
+        self._unknown = _Pass(lower.replies)
         self._versions = [block.version]  # after each S of this run
         self._begun = 0  # forwards of this run
         self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
@@ -140,8 +141,8 @@ class Worker(Actor):
         if op.kind == "S":
             return Want((), None, op)
         state = self._passes.get(key) if key is not None else None
-        known = (self.lower.replies,) if state is None else (state.replies, state.own, state.data is not None)
-        ports = needed(op.kind, self.lower, self.upper, *known)
+        known = state or self._unknown
+        ports = needed(op.kind, self.lower, self.upper, known.replies, known.own, known.data is not None)
         if key is None and not ports:  # a free order at a block that waits for nobody: the oldest pass
             key = next(iter(self._passes))
         return Want(ports, key, op)
@@ -167,14 +168,13 @@ class Worker(Actor):
             assert isinstance(message, Data | Up)
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
             state.void = state.void or message.void
-            if isinstance(message, Up):
-                self.corrections.hear("up", message.news)
             if isinstance(message, Data):
                 state.data = message
                 if message.targets is not None and message.targets.device != self.device:
                     state.data = replace(message, targets=message.targets.to(self.device))
-            elif not message.void and (carried := self.upper.carried(message)) is not None:
-                state.data = carried
+            else:
+                self.corrections.hear("up", message.news)
+                state.data = (None if message.void else self.upper.carried(message)) or state.data
         return state
 
     def _emit(self, n: int, state: _Pass) -> Sends:

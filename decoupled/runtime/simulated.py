@@ -28,6 +28,7 @@ from decoupled.runtime.contract import (
     Want,
     intra_op_threads,
 )
+from decoupled.runtime.timing import Timing
 
 
 class _Link:
