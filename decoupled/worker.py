@@ -106,8 +106,7 @@ class Worker(Actor):
         self.lower.begin(epoch)
         self.upper.begin(epoch)
         self._passes.clear()
-        self._versions, self._begun = [self.block.version], 0
-        self._dropped = False
+        self._versions, self._begun, self._dropped = [self.block.version], 0, False
         self.retention.clear()
         self.lower.clear()
         self.steps.clear()
@@ -239,8 +238,7 @@ class Worker(Actor):
             state.replies, state.hops = state.replies - 1, message.hops + 1
             self.corrections.hear("down", message.news)
             if message.void:
-                self._dropped = self._dropped or not state.void
-                state.void = True
+                state.void, self._dropped = True, self._dropped or not state.void
                 continue
             if (y := self.lower.returned(message.payload)) is not None:
                 self.retention.restore(n, y.to(self.block.device))
