@@ -1,8 +1,8 @@
 """How the bytes of large tensors travel: the part of an edge that differs from place to place.
 
-    Stream  behind the header, on the edge's own socket
+    Stream  behind the header, on the edge's own socket: between hosts
     Ring    through shared memory (shared_memory.py), between processes of one host
-    Pair    through Gloo (collective.py), between hosts
+    Pair    through Gloo (collective.py), between hosts if asked for
     Meeting from device to device (rendezvous.py), between GPUs
 
 Small tensors go behind the header everywhere; both ends divide them in the same way, by size and kind alone.

@@ -45,6 +45,7 @@ _NAMES: dict[torch.dtype, str] = {
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 _NUMPY = frozenset({torch.float16, torch.float32, torch.float64, torch.int64, torch.bool})  # what both sides know
 _PLAIN = frozenset({type(None), bool, int, float, str})  # JSON knows them
+_INTEGERS = frozenset({int})
 _DIMENSIONS = 64
 _LAYOUTS = 1 << 12  # descriptions of tensors kept: messages of an edge are alike
 _TEXT = json.JSONEncoder(separators=(",", ":"))
@@ -217,7 +218,7 @@ def _unpack(value: Any, specs: list[_Spec]) -> Any:
         if tag == "f" and type(inner) is list:
             return frozenset(_unpack(item, specs) for item in inner)
         if tag in ("x", "d") and type(inner) is list:
-            spec = _spec(*(tuple(part) if type(part) is list else part for part in inner))
+            spec = _spec(*inner)
             specs.append(spec if tag == "x" else spec._replace(stays=True))
             return _Slot(len(specs) - 1)
     raise ProtocolError(f"unknown value in a message: {str(value)[:80]}")
@@ -258,16 +259,20 @@ def _description(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int,
     return ((*usual, strides), False) if _is_dense(shape, strides) else (usual, True)
 
 
-@functools.lru_cache(_LAYOUTS)
 def _spec(dtype: Any, shape: Any, strides: Any = None) -> _Spec:
     """A checked description of a tensor: nothing absurd passes."""
     if type(dtype) is not str or dtype not in _BY_NAME:
         raise ProtocolError(f"unknown dtype {str(dtype)[:40]!r}")
     for numbers in (shape,) if strides is None else (shape, strides):
-        if type(numbers) is not tuple or len(numbers) > _DIMENSIONS:
+        if type(numbers) is not list or len(numbers) > _DIMENSIONS or not _INTEGERS.issuperset(map(type, numbers)):
             raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
-        if any(type(n) is not int or not 0 <= n <= PAYLOAD_LIMIT for n in numbers):
-            raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
+    return _checked(dtype, tuple(shape), None if strides is None else tuple(strides))
+
+
+@functools.lru_cache(_LAYOUTS)
+def _checked(dtype: str, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> _Spec:
+    if any(not 0 <= n <= PAYLOAD_LIMIT for n in (*shape, *(strides or ()))):
+        raise ProtocolError(f"a tensor has the impossible shape or strides {str(strides or shape)[:80]}")
     kind = _BY_NAME[dtype]
     laid_out = _usual_strides(shape) if strides is None else strides
     nbytes = math.prod(shape) * kind.itemsize

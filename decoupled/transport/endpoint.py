@@ -5,7 +5,7 @@
 
     same host    a Unix socket for headers and small tensors
     other host   TCP for headers and small tensors; messages leave from a thread
-    large ones   see ways.py: shared memory, Gloo, NCCL between GPUs
+    large ones   see ways.py: shared memory, the same TCP stream, NCCL between GPUs
 
 The thread of the listeners hands every caller to a thread of its own that hears it out (handshake.py); the end it opens
 for those that prove the token waits for `accept`. So `connect` never waits for the other process to call `accept`, and
@@ -37,7 +37,7 @@ from decoupled.transport.link import Link
 from decoupled.transport.place import Address
 from decoupled.transport.queued import LINGER
 
-_RING = 1 << 22
+_RING = 1 << 23
 _HEARING = 5.0  # seconds a caller has to prove the token
 _CALLERS = 256  # that may be heard at once
 _End = TypeVar("_End", LinkOutlet, LinkInlet)

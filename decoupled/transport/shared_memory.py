@@ -25,7 +25,7 @@ from decoupled.transport.bulk import Bulk, Complete, nothing
 from decoupled.transport.codec import Bytes
 
 _PARTS = 8  # a ring holds at least so many chunks, so that both ends can copy at once
-_CHUNK = 1 << 18  # bytes: large against the cost of a frame; what lies between the ends stays in a cache
+_CHUNK = 1 << 19  # bytes: large against the cost of a frame, small against a cache
 
 
 def allocate(size: int) -> int:

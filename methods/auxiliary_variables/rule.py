@@ -83,7 +83,7 @@ class Rule:
         if not square and not g.any():
             return None
         value = torch.dot(g_flat, violation) - square * (self.beta / 2)
-        linear = torch.dot(y.flatten(), g_flat)
+        linear = torch.dot(y.flatten().to(g_flat.dtype), g_flat)
         return (linear + (value - linear.detach())) / len(y)
 
     def moved(self, lam: Tensor, x: Tensor, kap: Tensor | None, g: Tensor, p: Tensor) -> Tensor:

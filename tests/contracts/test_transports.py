@@ -6,7 +6,7 @@ stream         Unix socket  behind the header
 gloo           Unix socket  Gloo
 rendezvous     Unix socket  a process group, when both ends stand ready: what two GPUs get (there over NCCL)
 far stream     TCP          behind the header        (the address is said to be another host's)
-far gloo       TCP          Gloo                     what two hosts get
+far gloo       TCP          Gloo
 far rendezvous TCP          as above
 """
 

@@ -165,4 +165,4 @@ def test_no_step_and_no_tick_without_a_gradient_and_none_left_behind(spec):
     for worker, count in zip(run.trainer.workers, updates, strict=True):
         assert {s.last_epoch for s in worker.steps.schedulers} == {count}
         for made in worker.steps.optimizers:
-            assert made.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5 ** (count // 3))
+            assert made.param_groups[0]["lr"] == pytest.approx(made.defaults["lr"] * 0.5 ** (count // 3))
