@@ -1,8 +1,8 @@
 """The critical path: the chain of operations and messages that the time of a simulation is the length of.
 
-Every operation starts when the last thing it waits for is there: the actor's previous operation, or a message. Walking
-forward, each carries the time spent so far on its own chain, per block and on messages; the chain of the last operation
-to end is the critical path. What is missing to the whole is waiting for room on an edge.
+Every operation starts when the last thing it waits for is there: the actor's previous operation, or a message. Each
+remembers that one as the link before it; the chain back from the last operation to end is the critical path. What is
+missing to the whole is waiting for room on an edge.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from decoupled.messages import Message
 from decoupled.runtime.contract import Edge, Observer
 
-Chain = tuple[float, np.ndarray]  # when it ends; seconds per block, and on messages
+Link = tuple[Any, int, float]  # the link before it or None; block, or number of blocks for a message; time
+Chain = tuple[float, Link | None]  # when it ends; its last link
+NOTHING: Chain = (0.0, None)
 
 
 class CriticalPath(Observer):
@@ -24,23 +24,21 @@ class CriticalPath(Observer):
 
     def __init__(self, blocks: int, answering: Iterable[str]) -> None:
         self._blocks, self._answering = blocks, set(answering)
-        self._nothing: Chain = (0.0, np.zeros(blocks + 1))
         self._latest: dict[str, Chain] = {}
-        self._sent: defaultdict[tuple[str, bool, Any], deque[np.ndarray]] = defaultdict(deque)
+        self._sent: defaultdict[tuple[str, bool, Any], deque[Link | None]] = defaultdict(deque)
         self._arrived: dict[tuple[str, str, Any], Chain] = {}
         self._cause: dict[str, Chain] = {}
         self._early: set[str] = set()  # actors that send up in an operation E
 
     def taken(self, actor: str, port: str, message: Message, time: float) -> None:
-        chain = self._arrived.pop((actor, port, message.key), self._nothing)
-        self._cause[actor] = max(chain, self._cause.get(actor, self._nothing), key=lambda chain: chain[0])
+        chain = self._arrived.pop((actor, port, message.key), NOTHING)
+        self._cause[actor] = max(chain, self._cause.get(actor, NOTHING), key=lambda chain: chain[0])
 
     def operation(self, actor: str, operation: str, start: float, end: float) -> None:
-        own, cause = self._latest.get(actor, self._nothing), self._cause.pop(actor, self._nothing)
+        own, cause = self._latest.get(actor, NOTHING), self._cause.pop(actor, NOTHING)
         chain = own[1] if own[0] >= cause[0] else cause[1]
         if end > start:
-            chain = chain.copy()
-            chain[int(actor[5:])] += end - start
+            chain = _longer(chain, int(actor[5:]), end - start)
         self._latest[actor] = (end, chain)
         kind = operation[0]
         if kind == "E":
@@ -59,12 +57,21 @@ class CriticalPath(Observer):
         if not waiting:
             del self._sent[edge.source, edge.out == "up", message.key]
         if arrived > sent:
-            chain = chain.copy()
-            chain[-1] += arrived - sent
+            chain = _longer(chain, self._blocks, arrived - sent)
         self._arrived[edge.target, edge.port, message.key] = (arrived, chain)
 
     def result(self, elapsed: float) -> dict[str, Any]:
         """Time on the critical path: `blocks` (a list), `messages`, and `room`, the rest."""
-        _, chain = max(self._latest.values(), key=lambda chain: chain[0], default=self._nothing)
-        rest = max(0.0, elapsed - float(chain.sum()))
-        return {"blocks": chain[:-1].tolist(), "messages": float(chain[-1]), "room": rest}
+        _, link = max(self._latest.values(), key=lambda chain: chain[0], default=NOTHING)
+        spent = [0.0] * (self._blocks + 1)
+        while link is not None:
+            link, place, time = link
+            spent[place] += time
+        return {"blocks": spent[:-1], "messages": spent[-1], "room": max(0.0, elapsed - sum(spent))}
+
+
+def _longer(link: Link | None, place: int, time: float) -> Link:
+    """The chain with some more time; what follows one another at one place is one link."""
+    if link is not None and link[1] == place:
+        return link[0], place, link[2] + time
+    return link, place, time

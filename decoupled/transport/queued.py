@@ -49,7 +49,13 @@ class QueuedOutlet(LinkOutlet):
             return
         self._begun.append(self._deliver(encoded, sent, wait=False))
         if self._link.holds:
-            self._hand(self._link.flush)
+            self._hand(self._flush)
+
+    def _flush(self) -> None:
+        try:
+            self._link.flush()
+        except (Lost, Closed) as error:
+            raise self._reason() from error
 
     def _hand_over(self, encoded: Encoded, sent: float) -> None:
         """Let the thread deliver a message."""
