@@ -138,12 +138,16 @@ class LocalRun:
             outlet.close()
 
     def end(self) -> None:
-        """The run is over here: what is left in the mailboxes, and what still comes, is thrown away."""
+        """The run is over here: what is left in the mailboxes, and what still comes, is thrown away.
+
+        After a failure that makes no room: until they have heard of it the others would go on.
+        """
         for box in self._boxes.values():
             with box.lock:
                 self._over = True
         for message in list(self._on_take):
-            for call in self._on_take.pop(message):
+            calls = self._on_take.pop(message)
+            for call in calls if self.failure is None else ():
                 call()
 
     def arrive(self, edge: Edge, message: Message, sent: float, inlet: Inlet) -> None:
@@ -155,7 +159,8 @@ class LocalRun:
             with self._lock:
                 self._arrived += 1
             if self._over:
-                inlet.taken()
+                if self.failure is None:
+                    inlet.taken()
                 return
             self._on_take[id(message)] = tuple(call for call in (on_take, inlet.taken) if call)
             box.put(edge.port, message)

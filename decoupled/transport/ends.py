@@ -50,12 +50,14 @@ class LinkOutlet(Outlet):
             while True:
                 if self._over:
                     raise self._over.with_traceback(None)
-                if self._credits:
-                    return True
-                patience = None if deadline is None else deadline - time.monotonic()
+                patience = 0.0 if self._credits else None if deadline is None else deadline - time.monotonic()
                 if self._link.wait(patience):
-                    self._handle()
-                elif patience is not None and not self._over:
+                    self._handle()  # also with credits left: who has said goodbye gets nothing more
+                elif self._over:
+                    continue
+                elif self._credits:
+                    return True
+                elif patience is not None:
                     return False
 
     def send(self, message: Message) -> None:
