@@ -165,8 +165,11 @@ def _explained(kind: type) -> Iterator[None]:
     try:
         yield
     except (ConfigAttributeError, ConfigKeyError) as error:
-        key = str(error.key)
-        raise UserError(f"unknown key {key!r}.{nearest(key, _known(kind))} Known: {', '.join(_known(kind))}.") from None
+        key, like = str(error.key), nearest(str(error.key), _known(kind))
+        inside = f" An option of the method goes inside it: method={{name: NAME, {key}: ...}}." * (
+            kind is TrainConfig and not like
+        )
+        raise UserError(f"unknown key {key!r}.{like} Known: {', '.join(_known(kind))}.{inside}") from None
     except MissingMandatoryValue as error:
         missing = str(error).split(":")[-1].strip().split()[0]
         raise UserError(f"{missing} is missing; write {missing}=..., e.g. {missing}=NAME (`decoupled list`)") from None

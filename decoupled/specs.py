@@ -33,7 +33,11 @@ def parse(kind: str, spec: str | Mapping[Any, Any]) -> tuple[str, dict[str, Any]
     options = {str(key): value for key, value in spec.items()}
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"the {kind} {dict(spec)!r} has no name; write {{name: NAME, ...}}")
+        glued = any(":" in str(key) for key in spec)  # YAML reads {name:mlp} as one key
+        raise UserError(
+            f"the {kind} {dict(spec)!r} has no name; write {{name: NAME, ...}}"
+            + glued * ", with a space after each colon"
+        )
     return name, options
 
 

@@ -31,6 +31,7 @@ def test_later_wins(tmp_path: Path) -> None:
     [
         (TrainConfig, ["methd=x"], "unknown key 'methd'. Did you mean 'method'"),
         (TrainConfig, ["method=a", "epoch=3"], "unknown key 'epoch'. Did you mean 'epochs'"),
+        (TrainConfig, ["method=a", "sigma=3"], "goes inside it: method={name: NAME, sigma: ...}"),
         (TrainConfig, ["blocks=2"], "method is missing; write method="),
         (TrainConfig, ["method=a", "lr=fast"], "'fast'"),
         (TrainConfig, ["fast"], "'fast' is not key=value"),

@@ -117,6 +117,7 @@ def test_every_listed_name_is_built():
         ("mpl", (1, 8, 8), r"Did you mean 'mlp'\?"),
         ({"name": "mlp", "widht": 3}, (4,), r"'widht'. Did you mean 'width'\?"),
         ({"width": 3}, (4,), "has no name"),
+        ({"name:mlp": None}, (4,), "with a space after each colon"),
         (7, (4,), "must be a name or a mapping"),
         ({"name": "mlp", "width": 0}, (4,), "width must be an integer of at least 1, got 0"),
         ({"name": "mlp", "depth": True}, (4,), "depth must be an integer"),
