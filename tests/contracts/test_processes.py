@@ -323,6 +323,26 @@ def test_the_command_under_torchrun_gives_the_simulators_bits(tmp_path):
     assert equal(one["blocks"], two["blocks"])
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_under_torchrun(tmp_path):
+    words = [
+        "train",
+        "method=pipedream",
+        "data=digits",
+        "model=mlp",
+        "blocks=[1]",
+        "batch_size=256",
+        "schedule=constant",
+    ]
+    for name, more in (("half", []), ("whole", ["resume=" + str(tmp_path / "half" / "checkpoint.pt")])):
+        epochs = f"epochs={1 + len(more)}"
+        done = torchrun(2, "-m", "decoupled", *words, *more, epochs, "runtime=processes", "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert main([*words, "epochs=2", "runtime=simulated", "--quiet", "--out", str(tmp_path / "one")]) == 0
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "whole"))
+    assert equal(one["blocks"], two["blocks"])
+
+
 BROKEN = textwrap.dedent("""
     import os, sys
     import torch
