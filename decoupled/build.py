@@ -28,6 +28,7 @@ from decoupled.runtime.launch import under_torchrun
 from decoupled.runtime.processes import Processes
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
+from decoupled.scaling import Precision, Scaling, precisions
 from decoupled.source import Reader
 from decoupled.specs import check_options, parse
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
@@ -35,7 +36,6 @@ from decoupled.waits import down_port
 from decoupled.worker import Worker
 
 Model = nn.Sequential | Sequence[nn.Module]
-PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16}
 POLICIES = ("stop", "skip")
 RUNTIMES: dict[str, Callable[..., Runtime]] = {"simulated": Simulated, "threads": Threads, "processes": Processes}
 
@@ -51,24 +51,23 @@ class Recipe:
     devices: Sequence[torch.device]
     seed: int
     on_nonfinite: str
-    precision: str | Sequence[str] = "float32"
+    precision: Any = "float32"
 
-    def autocast(self, k: int, K: int) -> torch.dtype | None:
-        """What block k of K computes in, None for its own type.
+    def precisions(self, K: int) -> list[Precision]:
+        """What each of K blocks computes in.
 
         Raises:
             UserError: not one precision per block.
         """
-        if isinstance(self.precision, str):
-            return PRECISIONS[self.precision]
-        if len(self.precision) != K:
-            raise UserError(f"precision names {len(self.precision)} blocks of {K}; give one for all, or one per block")
-        return PRECISIONS[self.precision[k]]
+        made = precisions(self.precision)
+        if len(made) == 1 and (isinstance(self.precision, str | Mapping) or K == 1):
+            return made * K
+        if len(made) != K:
+            raise UserError(f"precision names {len(made)} blocks of {K}; give one for all, or one per block")
+        return made
 
     def __post_init__(self) -> None:
-        for one in [self.precision] if isinstance(self.precision, str) else self.precision:
-            if one not in PRECISIONS:
-                raise unknown("precision", one, PRECISIONS)
+        precisions(self.precision)
         if self.on_nonfinite not in POLICIES:
             raise unknown("on_nonfinite policy", self.on_nonfinite, POLICIES)
         functions = {"loss": self.loss, "optimizer": self.optimizer, "scheduler": self.scheduler or self.optimizer}
@@ -106,6 +105,8 @@ def chain(
     modules, method = assemble(units, cuts, recipe.method), recipe.method
     K = len(modules)
     shapes, dtypes, overwrites = probe(modules, sample)
+    precise = recipe.precisions(K)
+    scaled = next((one for one in precise if one.scale is not None), None)
     workers = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
@@ -121,14 +122,14 @@ def chain(
                 if half.module is not None:
                     half.module.to(device=device, dtype=dtypes[k])
             seed = recipe.seed * 1_000_003 + k
-            block = Block(module, f"block{k}", seed, device, overwrites[k], recipe.autocast(k, K))
+            block = Block(module, f"block{k}", seed, device, overwrites[k], precise[k].autocast)
             groups = (block.parameters, _parameters(lower.module), _parameters(upper.module))
             steps = Steps(groups, recipe.optimizer, recipe.scheduler, (lower.optimizer, upper.optimizer))
             retention = method.retention(block, _steps_between(method, k, K))
             workers.append(
                 Worker(
                     place, block, lower, upper, retention, method.order, method.corrections, steps,
-                    recipe.on_nonfinite, method.name,
+                    recipe.on_nonfinite, method.name, Scaling(scaled, method.coupling.linear),
                 )
             )  # fmt: skip
     return workers

@@ -52,6 +52,7 @@ def worker_state(worker: Worker) -> dict[str, Any]:
     return {
         "block": worker.block.state_dict(),
         "steps": worker.steps.state_dict(),
+        "scaling": worker.scaling.state_dict(),
         "lower": worker.lower.state_dict(),
         "lower_module": {} if worker.lower.module is None else worker.lower.module.state_dict(),
         "upper_module": {} if worker.upper.module is None else worker.upper.module.state_dict(),
@@ -64,6 +65,7 @@ def load_worker_state(worker: Worker, state: Mapping[str, Any], block_only: bool
     worker.steps.load_state_dict(state["steps"], block_only)
     if block_only:
         return
+    worker.scaling.load_state_dict(state.get("scaling", {}))
     worker.lower.load_state_dict(state["lower"])
     for half, name in ((worker.lower, "lower_module"), (worker.upper, "upper_module")):
         if half.module is not None:

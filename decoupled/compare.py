@@ -27,7 +27,6 @@ from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import write_trace
-from decoupled.price import price
 from decoupled.records import environment
 
 Spec = str | Mapping[str, Any]
@@ -71,9 +70,6 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
             for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants):
                 traced = recorders if seed == 0 and point == settings[0][0] else []
                 record = _one(setting, point, spec, seed, reporter, traced)
-                done = record["kind"] == "method" and record["status"] == "ok"
-                if config.cutoffs and done and isinstance(setting, Setting):
-                    price(record, setting, spec)
                 records.append(record)
         finally:
             results = _results(config, settings[0][1], records, command)

@@ -43,7 +43,7 @@ class Task:
     blocks: Any = 2  # a number (balanced by measured time), or a list of cut indices
     runtime: Any = "threads"  # threads | simulated | processes, or {name: processes, processes: 2, heartbeat: 30}
     task: Any = None  # instead of data and model: a graph's task, by name, or {name: list_reduction, hidden: 64}
-    precision: Any = "float32"  # float32 | bf16 (autocast), or a list with one per block
+    precision: Any = "float32"  # float32 | bf16 | fp16 (autocast), or {name: fp16, scale: 1024}, or one per block
     recipe: Recipe = field(default_factory=Recipe)
 
 

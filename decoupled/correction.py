@@ -128,25 +128,21 @@ class Acting:
     Attributes:
         parts: those that have something to do here.
         forward, backward: weights -> weights, or None if no part changes them.
+        cotangent: gradient from above -> gradient, or None likewise.
     """
 
     def __init__(self, corrections: Sequence[Correction] = (), site: Site | None = None) -> None:
         made = (correction if site is None else correction.at(site) for correction in corrections)
         self.parts = [part for part in made if part is not None]
         self.forward, self.backward = self._chain("forward"), self._chain("backward")
-        self._cotangent, self._gradients = self._those("cotangent"), self._those("gradients")
-        self._recording, self._telling = self._those("recording"), self._those("tell")
+        self.cotangent: Callable[[Tensor], Tensor] | None = self._chain("cotangent")
+        self._gradients, self._recording, self._telling = map(self._those, ("gradients", "recording", "tell"))
 
     def recording(self, weights: Weights) -> AbstractContextManager[Any]:
         around = ExitStack()
         for part in self._recording:
             around.enter_context(part.recording(weights))
         return around
-
-    def cotangent(self, gradient: Tensor) -> Tensor:
-        for part in self._cotangent:
-            gradient = part.cotangent(gradient)
-        return gradient
 
     def gradients(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
         if self._gradients:
@@ -180,13 +176,13 @@ class Acting:
     def _those(self, hook: str) -> list[Correction]:
         return [part for part in self.parts if hook in hooks(part)]
 
-    def _chain(self, hook: str) -> Callable[[Weights], Weights] | None:
+    def _chain(self, hook: str) -> Callable[[Any], Any] | None:
         parts = self._those(hook)
 
-        def run(weights: Weights) -> Weights:
+        def run(given: Any) -> Any:
             for part in parts:
-                weights = getattr(part, hook)(weights)
-            return weights
+                given = getattr(part, hook)(given)
+            return given
 
         return run if parts else None
 

@@ -1,5 +1,14 @@
 """The cost of a method on a task, counted and not measured: `decoupled flops`, and what records say of FLOPs.
 
+    cost of a method --per_sample--> record: FLOPs per sample of every block, on the critical path
+                     --price-------> record["flops"], and of every point of its curve: FLOPs so far, in all (the price)
+                                     and on the critical path (the time)
+
+A run is priced by what its blocks have counted: a block that takes batches again, skips some, or makes several steps
+per batch pays for what it did. Examples of a batch run in parallel, and so do blocks where the method allows it: larger
+batches cost more and last no longer. Axes of Laskin et al. 2020 (arXiv 2012.03837), in the manner of McCandlish et al.
+2018 (arXiv 1812.06162).
+
     decoupled flops method=greedy_local model=resnet20 data=fashion_mnist blocks=4
     decoupled flops method=greedy_local model={name: mlp, width: 4096, depth: 9} inputs=[3072] blocks=[1,2,3,4,5,6,7]
 
@@ -20,7 +29,7 @@ from torch import nn
 
 from decoupled import data as datasets
 from decoupled import flops, models
-from decoupled.config import FlopsConfig
+from decoupled.config import FlopsConfig, Recipe
 from decoupled.errors import UserError
 from decoupled.flops import Cost
 from decoupled.partition import split
@@ -28,35 +37,66 @@ from decoupled.partition import split
 UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 COLUMNS = ("forward", "inputs", "weights", "head", "work", "update")
 HEADS = ("forward", "input gradient", "weight gradient", "head", "total", "update per step")
-
-
+UPDATE = {"sgd": 2.0, "momentum": 4.0, "adam": 13.0, "adamw": 13.0}  # FLOPs per weight and step, see flops.cost
 UNCOUNTED: dict[str, Any] = {
     "flops_per_sample": [], "head_flops_per_sample": [], "sequential_flops_per_sample": None,
 }  # fmt: skip
 
 
-def per_sample(
-    units: Sequence[nn.Module], cuts: Sequence[int], inputs: torch.Tensor, method: str | Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a record says of FLOPs per sample: of every block, of its head alone, and on the critical path.
+def of_run(
+    units: Sequence[nn.Module], cuts: Sequence[int], inputs: torch.Tensor, method: str | Mapping[str, Any],
+    recipe: Recipe,
+) -> Cost | None:  # fmt: skip
+    """The cost of a method in a setting, or None where it cannot be counted (other messages than gradients down).
 
     Args:
         units, cuts: the network and where later blocks begin. inputs: some samples, for shape and type.
-        method: as for `Trainer`.
+        method: as for `Trainer`. recipe: tells the optimizer.
+    """
+    update = UPDATE["momentum" if recipe.optimizer == "sgd" and recipe.momentum else recipe.optimizer]
+    try:
+        return flops.cost(_blocks(units, cuts), inputs.shape[1:], method, dtype=inputs.dtype, update=update)
+    except UserError:
+        return None
+
+
+def per_sample(counted: Cost | None) -> dict[str, Any]:
+    """What a record says of FLOPs per sample: of every block, of its head alone, and on the critical path.
 
     Returns:
         flops_per_sample, head_flops_per_sample (lists), sequential_flops_per_sample; empty and None for a method that
         cannot be counted.
     """
-    try:
-        counted = flops.cost(_blocks(units, cuts), inputs.shape[1:], method, dtype=inputs.dtype)
-    except UserError:
+    if counted is None:
         return dict(UNCOUNTED)
     return {
         "flops_per_sample": [block.work for block in counted.blocks],
         "head_flops_per_sample": [block.head for block in counted.blocks],
         "sequential_flops_per_sample": counted.sequential,
     }
+
+
+def price(record: dict[str, Any], counted: Cost | None, batch: float) -> None:
+    """Add to a record what its run cost so far at every point of the curve, from what the blocks counted there.
+
+    Args:
+        record: of a run; its `flops` becomes example, chain, head (per example) and update, longest_update (per step),
+            or None; points of its curve get flops and sequential_flops.
+        counted: the cost of the method. batch: examples per minibatch, on average.
+    """
+    record["flops"] = None
+    if counted is None:
+        return
+    record["flops"] = {
+        "example": counted.total,
+        "chain": counted.sequential,
+        "head": sum(block.head for block in counted.blocks),
+        "update": sum(block.update for block in counted.blocks),
+        "longest_update": max(block.update for block in counted.blocks),
+    }
+    for point in record["curve"]:
+        spent = counted.spent(point["block_samples"], point["block_updates"], batch)
+        point["flops"], point["sequential_flops"] = spent
 
 
 def heads(record: Mapping[str, Any], parameters: int) -> str | None:

@@ -211,12 +211,15 @@ class Coupling(ABC):
         up, down: names of the payload tensors, in order.
         down_like_up: whether tensors that go down have the shape of what went up.
         lossy: whether a block takes what is there, so that batches are dropped or used again as arrivals decide.
+        linear: whether what comes down is linear in the gradient and only handed on as one, so that a loss scale may
+            stay in it; else it is divided by the scale before it is sent.
     """
 
     up: tuple[str, ...] = ("activation",)
     down: tuple[str, ...] = ()
     down_like_up: bool = True
     lossy: bool = False
+    linear: bool = False
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:
@@ -247,6 +250,7 @@ class Gradient(Coupling):
     """Activation up, gradient down: one loss at the top reaches every block."""
 
     down = ("gradient",)
+    linear = True
 
     def lower(self, place: Place) -> Lower:
         return Top(place) if place.top else _PullGradient()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled import costs, models, registry
+from decoupled import costs, flops, models, registry
 from decoupled import data as datasets
 from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
@@ -66,9 +66,14 @@ class Setting:
         """A fresh model."""
         return models.build(self.task.model, self.dataset.inputs, self.dataset.classes, seed=seed)
 
-    def flops(self, spec: str | Mapping[str, Any]) -> dict[str, Any]:
-        """What a method costs here, for its record."""
-        return costs.per_sample(self.units(0), self.cuts, self.dataset.train.inputs[:1], spec)
+    def cost(self, spec: str | Mapping[str, Any]) -> flops.Cost | None:
+        """What a method costs here; None where that cannot be counted."""
+        return costs.of_run(self.units(0), self.cuts, self.dataset.train.inputs[:1], spec, self.task.recipe)
+
+    @property
+    def mean_batch(self) -> float:
+        """Examples per minibatch."""
+        return len(self.dataset.train) / len(self.loader(0))
 
     def loader(self, seed: int) -> Loader:
         """Training batches: order and augmentation are a function of seed and epoch."""
@@ -161,10 +166,13 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
             epoch = trainer.fit(loader)[0]
             seconds, samples = seconds + epoch["seconds"], samples + int(epoch["samples"])
             held_out = trainer.evaluate(setting.held_out("validation"))
-            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]))
+            blocks = trainer.statistics()
+            counts = {"block_samples": [b.samples for b in blocks], "block_updates": [b.updates for b in blocks]}
+            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]) | counts)
         final = trainer.evaluate(setting.held_out("test"))
         blocks, startup = trainer.statistics(), trainer.runtime.startup_seconds
     busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
+    cost = setting.cost(spec)
     record = {
         "method": name,
         "label": label(spec),
@@ -181,10 +189,12 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "edges": [dict(b.edge) for b in blocks],
         "parameters": sum(b.parameters for b in blocks),
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
-        **setting.flops(spec),
+        **costs.per_sample(cost),
         "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
     }
-    return complete(record, setting.task.recipe.epochs, seed, final, curve, samples, seconds), recorder
+    record = complete(record, setting.task.recipe.epochs, seed, final, curve, samples, seconds)
+    costs.price(record, cost, setting.mean_batch)
+    return record, recorder
 
 
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:

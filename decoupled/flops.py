@@ -78,12 +78,14 @@ class Cost:
     Attributes:
         blocks: every block by itself.
         locked: runs of blocks that take turns, as ranges of block numbers.
+        passes: how often an example comes (inner rounds); `work` is for all of them.
         total: FLOPs per example.
         sequential: FLOPs per example on the critical path.
     """
 
     blocks: tuple[Flops, ...]
     locked: tuple[range, ...]
+    passes: int = 1
 
     @property
     def total(self) -> float:
@@ -92,6 +94,18 @@ class Cost:
     @property
     def sequential(self) -> float:
         return max(sum(self.blocks[k].work for k in run) for run in self.locked)
+
+    def spent(self, examples: Sequence[int], updates: Sequence[int], batch: float) -> tuple[float, float]:
+        """FLOPs of a whole run, from what its blocks have counted: in all, and on the critical path.
+
+        Args:
+            examples: that went through each block, again and again where a block takes them several times.
+            updates: steps of each block. batch: examples per minibatch, on average.
+        """
+        work = [n * block.work / self.passes for n, block in zip(examples, self.blocks, strict=True)]
+        steps = [n * block.update for n, block in zip(updates, self.blocks, strict=True)]
+        longest = max(sum(work[k] for k in run) for run in self.locked) / batch
+        return sum(work) + sum(steps), longest + max(steps)
 
     def price(self, examples: int) -> float:
         """FLOPs of one step on a batch: every example and every update is paid for."""
@@ -172,7 +186,7 @@ def cost(
             step = update * (_weights(blocks[k]) + own)
             whole = replace(_times(n, flops), head=head, update=step, head_parameters=own)
             results.append(_with_work(whole, point, k, K, upper, skip))
-    return Cost(tuple(results), tuple(_locked(point, K)))
+    return Cost(tuple(results), tuple(_locked(point, K)), _rounds(point))
 
 
 def _times(rows: int, flops: Flops) -> Flops:
@@ -189,8 +203,12 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip:
     if not skip and "I" not in kinds:
         price["W"] = flops.both
     work = sum(price.get(kind, 0.0) for kind in kinds) + (flops.forward if method.retention.recomputes else 0.0)
-    passes = method.feed.count if method.feed.share == 1 else 1
-    return replace(flops, work=work * passes)
+    return replace(flops, work=work * _rounds(method))
+
+
+def _rounds(method: Method) -> int:
+    """How often an example comes; micro-batches are parts of a minibatch and bring every example once."""
+    return method.feed.count if method.feed.share == 1 else 1
 
 
 def _locked(method: Method, K: int) -> list[range]:

@@ -91,11 +91,19 @@ class Boundary(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Up(Boundary):
-    """From block k to block k+1."""
+    """From block k to block k+1; `overflow`: news of gradients that were not finite, see `decoupled.scaling`."""
+
+    overflow: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Down(Boundary):
-    """From block k+1 to block k; `hops` blocks lie between the objective it comes from and the receiver."""
+    """From block k+1 to block k.
+
+    Attributes:
+        hops: blocks between the objective it comes from and the receiver.
+        scale: by how much the gradient in the payload is too large: the loss scale of when its objective was taken.
+    """
 
     hops: int = 1
+    scale: float = 1.0

@@ -100,6 +100,6 @@ class Reconstruct(KeepInput):
         names = [name for name, _ in self._inverse.named_parameters()]
         state = {name: buffer.clone() for name, buffer in self._inverse.named_buffers()}  # statistics stay as they are
         state |= dict(zip(names, weights or [], strict=weights is not None))
-        with torch.no_grad():
+        with torch.no_grad(), self._block.precision():
             x = functional_call(self._inverse, state, (y,))
         return self._record(x.detach().requires_grad_(), weights, again=True)

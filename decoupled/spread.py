@@ -27,7 +27,8 @@ def statistics(worker: Worker) -> BlockStatistics:
         peak_held_bytes=worker.retention.peak_held_bytes + worker.lower.held_bytes,
         peak_in_flight=worker.retention.peak_passes, parameters=sum(p.numel() for p in worker.block.parameters),
         auxiliary_parameters=sum(p.numel() for module in halves for p in module.parameters()),
-        edge=dict(worker.lower.figures()),
+        edge=dict(worker.lower.figures()), overflows=worker.scaling.overflows,
+        loss_scale=worker.scaling.scale if worker.lower.has_objective else 1.0,
         reused=intake.reused if intake else 0, dropped=intake.dropped if intake else 0,
     )  # fmt: skip
 

@@ -69,6 +69,8 @@ class BlockStatistics:
         parameters: number of weights of the block.
         auxiliary_parameters: number of weights of its coupling halves (heads; dropped when the network is used).
         edge: what the method measures about the edge above, by name, in the latest epoch (residuals); often empty.
+        overflows: gradients that were not finite although the loss was, so that a step was skipped (loss scaling).
+        loss_scale: of the own objective, at the end; 1 if none is scaled.
         reused, dropped: batches that its intake gave it once more, and that it replaced unused (0 without an intake).
     """
 
@@ -88,6 +90,8 @@ class BlockStatistics:
     parameters: int
     auxiliary_parameters: int
     edge: dict[str, float] = field(default_factory=dict)
+    overflows: int = 0
+    loss_scale: float = 1.0
     reused: int = 0
     dropped: int = 0
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from decoupled import checkpoint, registry
+from decoupled import checkpoint, costs, registry
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
@@ -79,7 +79,7 @@ def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = 
             blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
     if out is not None:
         (out / "blocks.json").write_text(json.dumps(blocks) + "\n", encoding="utf-8")
-    counted = setting.flops(config.method)
+    counted = costs.per_sample(setting.cost(config.method))
     found = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
     found["dataset"] = setting.dataset.summary
     return found | {"startup_seconds": trainer.runtime.startup_seconds} if first else None

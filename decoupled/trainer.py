@@ -51,7 +51,8 @@ class Trainer:
         seed: of everything the library draws: auxiliary heads, dropout.
         on_nonfinite: a NaN or infinite loss stops the run ("stop") or drops the batch ("skip"; the running statistics
             of BatchNorm have seen its inputs all the same).
-        precision: "float32", or "bf16" for autocast; one for all blocks, or one per block.
+        precision: "float32", "bf16" or "fp16" (autocast; fp16 with a dynamic loss scale, or a mapping with its options,
+            see `decoupled.scaling.Precision`); one for all blocks, or one per block.
         observers: look on at operations and messages (traces).
         on_batch: called with the number of samples after every minibatch fed (progress bars).
 
@@ -83,7 +84,7 @@ class Trainer:
         devices: Sequence[Any] | None = None,
         seed: int = 0,
         on_nonfinite: str = "stop",
-        precision: str | Sequence[str] = "float32",
+        precision: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = "float32",
         observers: Sequence[Observer] = (),
         on_batch: Callable[[int], None] | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ What an operation waits for follows from its kind and from what the halves decla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,32 +21,16 @@ from decoupled.coupling import Lower, Place, Upper
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Message, Up
 from decoupled.order import Order
+from decoupled.passes import Pass
 from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
+from decoupled.scaling import Scaled, Scaling
 from decoupled.statistics import Counters
 from decoupled.steps import Steps
 from decoupled.waits import down_port, needed
 
 Sends = list[tuple[str, Message]]
-
-
-@dataclass(slots=True)
-class _Pass:
-    """What a worker knows of one pass between its first operation and its backward."""
-
-    replies: int  # Down messages still to come
-    sent: int = 0  # Down messages sent
-    data: Data | None = None
-    batch: int = 0
-    round: int = 0
-    indices: Tensor | None = None
-    version: int = 0  # of the weights in the forward
-    offered: bool = False  # Up was sent before the forward
-    own: bool = False  # the own objective has been taken
-    hops: int = 0  # blocks between the objective behind the latest gradient and the block below
-    total: Tensor | None = None  # sum of the gradients for the output
-    void: bool = False
 
 
 class Worker(Actor):
@@ -63,6 +47,7 @@ class Worker(Actor):
         steps: optimizers of the block and the halves.
         on_nonfinite: "stop" (NonFiniteError) or "skip" (the pass is dropped here and in all blocks below).
         method: its name, for error messages only.
+        scaling: of its objective and of the gradients from above; default: none.
     """
 
     def __init__(
@@ -77,11 +62,12 @@ class Worker(Actor):
         steps: Steps,
         on_nonfinite: str = "stop",
         method: str = "",
+        scaling: Scaling | None = None,
     ) -> None:
         self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
         self.device = block.device
-        self.steps, self.counters = steps, Counters()
+        self.steps, self.counters, self.scaling = steps, Counters(), scaling or Scaling()
         self._on_nonfinite, self._method = on_nonfinite, method
         if order.sees is not None and retention.today:
             kept = type(retention).__name__
@@ -94,11 +80,11 @@ class Worker(Actor):
         retention.recording = self.corrections.recording
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
-        self._passes: dict[int, _Pass] = {}
-        self._unknown = _Pass(lower.replies)
+        self._passes: dict[int, Pass] = {}
+        self._unknown = Pass(lower.replies)
         self._versions = [block.version]  # after each S of this run
         self._begun = 0  # forwards of this run
-        self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
+        self._dropped = False  # a pass since the last step was dropped: a loss or a gradient was not finite
 
     def begin(self, start: int, epoch: int = 0) -> None:
         """Get ready for the run of an epoch whose first pass has key `start`; passes of a broken run are forgotten."""
@@ -161,8 +147,8 @@ class Worker(Actor):
             return self._emit(n, state) if kind == "E" else self._forward(n, state, messages)
         return self._backward(kind, n, self._passes[n], messages)
 
-    def _open(self, n: int, messages: tuple[Message, ...]) -> _Pass:
-        state = self._passes.setdefault(n, _Pass(replies=self.lower.replies))
+    def _open(self, n: int, messages: tuple[Message, ...]) -> Pass:
+        state = self._passes.setdefault(n, Pass(replies=self.lower.replies))
         for message in messages:
             assert isinstance(message, Data | Up)
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
@@ -173,15 +159,16 @@ class Worker(Actor):
                     state.data = replace(message, targets=message.targets.to(self.device))
             else:
                 self.corrections.hear("up", message.news)
+                self.scaling.hear(message.overflow)
                 state.data = (None if message.void else self.upper.carried(message)) or state.data
         return state
 
-    def _emit(self, n: int, state: _Pass) -> Sends:
+    def _emit(self, n: int, state: Pass) -> Sends:
         payload = self.lower.offer(state.data) if state.data is not None and not state.void else None
         state.offered = payload is not None
         return [] if payload is None else self._up(n, state, payload)
 
-    def _forward(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
+    def _forward(self, n: int, state: Pass, messages: tuple[Message, ...]) -> Sends:
         self._begun = n - self._start + 1
         state.version = self._sees(n - self._start)
         if state.void:
@@ -201,7 +188,7 @@ class Worker(Actor):
         steps = self.order.sees(self.k, self.K, n)
         return self._versions[steps] if steps < len(self._versions) else self.block.version + 1
 
-    def _backward(self, kind: str, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
+    def _backward(self, kind: str, n: int, state: Pass, messages: tuple[Message, ...]) -> Sends:
         """B: all gradients, for weights and input. I: one gradient, for the input. W: the rest, for the weights."""
         before, state.total = state.total, None
         self._collect(n, state, messages)
@@ -210,25 +197,28 @@ class Worker(Actor):
             state.total = before if latest is None else before + latest
         answers, to_weights = self.upper.replies and kind in "BI", kind in "BW"
         to_input = answers and self.upper.differentiates
-        payload: tuple[Tensor, ...] | None = None
+        payload, scale = None, 1.0
         cotangent = latest if kind == "I" else state.total
         if cotangent is not None and not state.void:
             tape = self.retention.open(n)
-            gradient, grads = tape.vjp(cotangent, to_input=to_input, to_weights=to_weights, again=kind == "I")
-            if answers:
-                heard = next((message.payload for message in messages if isinstance(message, Down)), (cotangent,))
-                payload = self.upper.reply_with(gradient, tape.x.detach(), heard)
+            given = cotangent.tensor.to(tape.y.dtype)
+            gradient, grads = tape.vjp(given, to_input=to_input, to_weights=to_weights, again=kind == "I")
+            if answers and (found := self.scaling.reply(gradient, cotangent.scale)) is not None:
+                heard = next((m.payload for m in messages if isinstance(m, Down)), (cotangent.tensor,))
+                payload, scale = self.upper.reply_with(found[0], tape.x.detach(), heard), found[1]
             if to_weights:
-                grads = self.corrections.gradients(grads, tape.weights)
-                self.steps.accumulate(self.block.parameters, grads)
+                plain = self.scaling.gradients(grads, cotangent.scale, state.hops - 1)
+                self._dropped = self._dropped or plain is None
+                if plain is not None:
+                    self.steps.accumulate(self.block.parameters, self.corrections.gradients(plain, tape.weights))
         if to_weights:
             if not state.void:
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        return self._down(n, state, payload) if answers else []
+        return self._down(n, state, payload, scale) if answers else []
 
-    def _collect(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> None:
+    def _collect(self, n: int, state: Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
         if self.lower.has_objective and not state.own and not state.void:
             state.own, state.hops = True, 1
@@ -242,10 +232,12 @@ class Worker(Actor):
                 continue
             if (y := self.lower.returned(message.payload)) is not None:
                 self.retention.restore(n, y.to(self.block.device))
-            gradient = self.corrections.cotangent(self.lower.pull(message.payload).to(self.block.device))
+            gradient = self.scaling.heard(self.lower.pull(message.payload).to(self.block.device), message.scale)
+            if self.corrections.cotangent is not None:
+                gradient = gradient.through(self.corrections.cotangent)
             state.total = gradient if state.total is None else state.total + gradient
 
-    def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
+    def _own_gradient(self, n: int, state: Pass) -> Scaled | None:
         y = self.retention.open(n).y.detach().requires_grad_()
         with torch.enable_grad(), self.block.precision():
             objective = self.lower.objective(y, state.data)
@@ -263,9 +255,14 @@ class Worker(Actor):
             return None
         share = 1.0 if state.data is None else state.data.share
         self.counters.loss(value, y.shape[0])
-        (objective * share if share != 1.0 else objective).backward(inputs=[y, *self.steps.lower_parameters])
-        self.steps.owed = self.steps.owed or bool(self.steps.lower_parameters)
-        return y.grad
+        scale, lower = self.scaling.scale, self.steps.lower_parameters
+        goal = objective * (share * scale) if share * scale != 1.0 else objective
+        gradient, *grads = torch.autograd.grad(goal, [y, *lower], allow_unused=True)
+        plain = self.scaling.gradients(grads, scale, 0)
+        self._dropped = self._dropped or plain is None
+        if plain:
+            self.steps.accumulate(lower, plain)
+        return None if gradient is None else Scaled(gradient, scale)
 
     def _step(self) -> Sends:
         if self._dropped:  # a minibatch of several passes is dropped whole
@@ -277,23 +274,25 @@ class Worker(Actor):
             self.steps.step()
             self.block.version += 1
             self.counters.updates += 1
+            self.scaling.stepped()
         self._versions.append(self.block.version)
         return []
 
-    def _up(self, n: int, state: _Pass, payload: tuple[Tensor, ...]) -> Sends:
+    def _up(self, n: int, state: Pass, payload: tuple[Tensor, ...]) -> Sends:
         if self.k == self.K - 1:
             return []
         message = Up(
             n, batch=state.batch, round=state.round, indices=state.indices, version=state.version,
-            payload=payload, void=state.void, news=self.corrections.tell("up"),
+            payload=payload, void=state.void, news=self.corrections.tell("up"), overflow=self.scaling.tell(),
         )  # fmt: skip
         self.counters.bytes_up += message.nbytes
         return [("up", message)]
 
-    def _down(self, n: int, state: _Pass, payload: tuple[Tensor, ...] | None) -> Sends:
+    def _down(self, n: int, state: Pass, payload: tuple[Tensor, ...] | None, scale: float) -> Sends:
         message = Down(
             n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
             payload=payload or (), void=payload is None, hops=state.hops, news=self.corrections.tell("down"),
+            scale=scale,
         )  # fmt: skip
         self.counters.bytes_down += message.nbytes
         state.sent += 1

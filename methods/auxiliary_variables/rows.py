@@ -76,8 +76,7 @@ class Rows:
         if missing > 0 or self._values is None:
             self._grow(max(missing, len(self._known) // 8), values)  # ahead, so that growing stays cheap
         assert self._values is not None
-        device = self._values.device
-        self._values.index_copy_(0, indices.to(device), values.to(device))
+        self._values.index_copy_(0, indices.to(self._values.device), values.to(self._values))
         self._known[indices.cpu()] = True
 
     def merge(self, indices: Tensor, values: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Rule:
 
         J = (<g, X - lambda> - beta/2 ||X - lambda||^2) / B; only <g, y> / B has a graph, which is all of its gradient.
         """
-        violation, g_flat = (y.detach() - lam).flatten(), g.flatten()
+        violation, g_flat = (y.detach() - lam).flatten().to(g.dtype), g.flatten()
         square = torch.dot(violation, violation)
         if not square and not g.any():
             return None

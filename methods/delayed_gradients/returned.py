@@ -35,6 +35,7 @@ class ReturnOutput(Coupling):
     """Activation up; the activation, as it was or as it was reconstructed, and its gradient down."""
 
     down = ("activation", "gradient")
+    linear = True
 
     def lower(self, place: Place) -> Lower:
         return Top(place) if place.top else _Takes()

@@ -94,6 +94,7 @@ class DirectError(Coupling):
     """Activation up; the gradient of the loss for the network's output down, the same for every block."""
 
     down = ("error",)
+    linear = True
 
     def lower(self, place: Place) -> Lower:
         return Top(place) if place.top else _TakesError(place)

@@ -59,7 +59,8 @@ class UnitLength(nn.Module):
     """Scale every sample so that the mean of its squares is 1; of images it is the length per pixel that counts."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / (x.square().mean(tuple(range(1, x.dim())), keepdim=True) + 1e-8).sqrt()
+        eps = max(1e-8, torch.finfo(x.dtype).tiny)  # in float16 1e-8 is 0
+        return x / (x.square().mean(tuple(range(1, x.dim())), keepdim=True) + eps).sqrt()
 
 
 class Streams(Upper):

@@ -80,7 +80,8 @@ def similarity(z: Tensor) -> Tensor:
     """Cosines between mean-centred samples: (N, F) or (N, C, H, W) -> (N, N), in [-1, 1]."""
     if z.dim() == 4:
         z = z.flatten(2).std(2) if z.shape[2] * z.shape[3] > 1 else z.flatten(1)
-    z = F.normalize(z - z.mean(1, keepdim=True), dim=1, eps=1e-8)
+    eps = max(1e-8, torch.finfo(z.dtype).tiny)  # in float16 1e-8 is 0
+    z = F.normalize(z - z.mean(1, keepdim=True), dim=1, eps=eps)
     return (z @ z.T).clamp(-1, 1)
 
 

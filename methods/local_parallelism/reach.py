@@ -45,6 +45,7 @@ class Chunked(Coupling):
     chunks: int
     head: str = "auto"
     down: tuple[str, ...] = field(default=("gradient",), init=False)
+    linear: bool = field(default=True, init=False)
 
     def lower(self, place: Place) -> Lower:
         ends = place.k == chunk_end(place.k, place.K, self.chunks)
@@ -62,6 +63,7 @@ class Overlap(Coupling):
     reach: int
     head: str = "auto"
     down: tuple[str, ...] = field(default=("gradient",), init=False)
+    linear: bool = field(default=True, init=False)
 
     def lower(self, place: Place) -> Lower:
         heard = objectives(place.k, place.K, self.reach)
@@ -89,6 +91,7 @@ class Frozen(Coupling):
 
     trained: int
     down: tuple[str, ...] = field(default=("gradient",), init=False)
+    linear: bool = field(default=True, init=False)
 
     def lower(self, place: Place) -> Lower:
         if place.top:

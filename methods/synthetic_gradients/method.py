@@ -97,7 +97,7 @@ class _Guess(Lower):
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         if payload is not None and self._guess is not None:
-            ((self._guess - payload[0].to(self._guess)) ** 2).sum().div(len(self._guess)).backward()
+            ((self._guess - payload[0].to(self._guess.device)) ** 2).sum().div(len(self._guess)).backward()
         self._guess = None
 
     def clear(self) -> None:

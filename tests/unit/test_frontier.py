@@ -147,3 +147,30 @@ def test_compare_prices_a_run_as_flops_counts_it(tmp_path: Path) -> None:
         steps = 2 * 3  # epochs of 40, 40 and 20 examples
         assert last["flops"] == pytest.approx(200 * expected.price(1) + (steps - 200) * (expected.price(0)))
         assert last["sequential_flops"] == pytest.approx(steps * expected.time())
+
+
+@pytest.mark.parametrize("method", ["backprop", "dgl_async", "frozen_below", "pipemare", "pipedream_2bw"])
+def test_a_run_is_priced_by_what_its_blocks_did(method: str, tmp_path: Path) -> None:
+    """Also where a block takes batches several times, makes no step, or one for several micro-batches."""
+    out, size = tmp_path / "out", 25
+    words = ["data={name: digits, limit: 100}", "model={name: mlp, width: 16, depth: 3}", "blocks=[1,2]", "epochs=2"]
+    words += [f"methods=[{method}]", f"baseline={method}", "cutoffs=[5.0]", "seeds=1", "controls=false"]
+    words += ["runtime={name: simulated}", f"batch_size={size}", "--quiet", "--out", str(out)]
+    assert cli.main(["compare", *words]) == 0
+    (record,) = json.loads((out / "results.json").read_text())["records"]
+    units = build({"name": "mlp", "width": 16, "depth": 3}, (1, 8, 8), 10)
+    counted, last = cost(units, (1, 8, 8), method, update=4), record["curve"][-1]
+    seen, steps = last["block_samples"], record["updates"]
+    assert last["block_updates"] == steps
+    if method == "dgl_async":
+        assert max(seen) > 200, "the blocks above take batches again"
+        assert steps == [n // size for n in seen]
+    elif method == "frozen_below":
+        assert (seen, steps) == ([200] * 3, [0, 8, 8])
+    else:
+        assert (seen, steps) == ([200] * 3, [8] * 3)
+    work = [n * block.work for n, block in zip(seen, counted.blocks, strict=True)]
+    update = [n * block.update for n, block in zip(steps, counted.blocks, strict=True)]
+    assert last["flops"] == pytest.approx(sum(work) + sum(update))
+    chains = [sum(work[k] for k in run) / size for run in counted.locked]
+    assert last["sequential_flops"] == pytest.approx(max(chains) + max(update))
