@@ -10,7 +10,7 @@ What an operation waits for follows from its kind and from what the halves decla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,32 +21,16 @@ from decoupled.coupling import Lower, Place, Upper
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Message, Up
 from decoupled.order import Order
+from decoupled.passes import Pass
 from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
+from decoupled.sample_losses import SampleLosses, asked
 from decoupled.statistics import Counters
 from decoupled.steps import Steps
 from decoupled.waits import down_port, needed
 
 Sends = list[tuple[str, Message]]
-
-
-@dataclass(slots=True)
-class _Pass:
-    """What a worker knows of one pass between its first operation and its backward."""
-
-    replies: int  # Down messages still to come
-    sent: int = 0  # Down messages sent
-    data: Data | None = None
-    batch: int = 0
-    round: int = 0
-    indices: Tensor | None = None
-    version: int = 0  # of the weights in the forward
-    offered: bool = False  # Up was sent before the forward
-    own: bool = False  # the own objective has been taken
-    hops: int = 0  # blocks between the objective behind the latest gradient and the block below
-    total: Tensor | None = None  # sum of the gradients for the output
-    void: bool = False
 
 
 class Worker(Actor):
@@ -63,6 +47,7 @@ class Worker(Actor):
         steps: optimizers of the block and the halves.
         on_nonfinite: "stop" (NonFiniteError) or "skip" (the pass is dropped here and in all blocks below).
         method: its name, for error messages only.
+        losses: the loss that the halves call, where a selection of samples asks for more than its value.
     """
 
     def __init__(
@@ -77,12 +62,13 @@ class Worker(Actor):
         steps: Steps,
         on_nonfinite: str = "stop",
         method: str = "",
+        losses: SampleLosses | None = None,
     ) -> None:
         self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
         self.device = block.device
         self.steps, self.counters = steps, Counters()
-        self._on_nonfinite, self._method = on_nonfinite, method
+        self._on_nonfinite, self._method, self.losses = on_nonfinite, method, losses
         if order.sees is not None and retention.today:
             kept = type(retention).__name__
             raise UserError(f"order {order} runs with older weights, {kept} with today's; keep graphs")
@@ -94,10 +80,10 @@ class Worker(Actor):
         retention.recording = self.corrections.recording
         self.needs_data = lower.needs_data or upper.needs_data
         self._start, self._plan = 0, order.plan(place.k, place.K)
-        self._passes: dict[int, _Pass] = {}
-        self._unknown = _Pass(lower.replies)
+        self._passes: dict[int, Pass] = {}
+        self._unknown = Pass(lower.replies)
         self._versions = [block.version]  # after each S of this run
-        self._begun = 0  # forwards of this run
+        self._begun = self._end = 0  # forwards of this run; key of its End
         self._dropped = False  # a pass since the last step was dropped because of a loss that is not finite
 
     def begin(self, start: int, epoch: int = 0) -> None:
@@ -122,7 +108,7 @@ class Worker(Actor):
             end = messages[0].key
             assert isinstance(end, int)
             self._plan.end(end - self._start)
-            return Outcome(None, [("up", End(end))])
+            return Outcome(None, [("up", End(end)), *self._last(end)])
         key = want.key if not messages else messages[0].key
         assert key is None or isinstance(key, int)
         label = op.kind if key is None else f"{op.kind}{key}"
@@ -133,7 +119,12 @@ class Worker(Actor):
             where = f"{label} (batch {state.batch})" if state else label
             raise OperationError(self.name, where, error, self._method) from error
         self._plan.done(op)
-        return Outcome(label, sends)
+        return Outcome(label, [*sends, *self._last()])
+
+    def _last(self, end: int | None = None) -> Sends:
+        """What is said once everything has been done."""
+        self._end = end or self._end
+        return [] if self.losses is None or self._plan.options() else [("losses", End(self._end))]
 
     def _want(self, op: Op) -> Want:
         key = None if op.batch == ANY else op.batch + self._start
@@ -161,8 +152,8 @@ class Worker(Actor):
             return self._emit(n, state) if kind == "E" else self._forward(n, state, messages)
         return self._backward(kind, n, self._passes[n], messages)
 
-    def _open(self, n: int, messages: tuple[Message, ...]) -> _Pass:
-        state = self._passes.setdefault(n, _Pass(replies=self.lower.replies))
+    def _open(self, n: int, messages: tuple[Message, ...]) -> Pass:
+        state = self._passes.setdefault(n, Pass(replies=self.lower.replies))
         for message in messages:
             assert isinstance(message, Data | Up)
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
@@ -176,12 +167,12 @@ class Worker(Actor):
                 state.data = (None if message.void else self.upper.carried(message)) or state.data
         return state
 
-    def _emit(self, n: int, state: _Pass) -> Sends:
+    def _emit(self, n: int, state: Pass) -> Sends:
         payload = self.lower.offer(state.data) if state.data is not None and not state.void else None
         state.offered = payload is not None
         return [] if payload is None else self._up(n, state, payload)
 
-    def _forward(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
+    def _forward(self, n: int, state: Pass, messages: tuple[Message, ...]) -> Sends:
         self._begun = n - self._start + 1
         state.version = self._sees(n - self._start)
         if state.void:
@@ -201,7 +192,7 @@ class Worker(Actor):
         steps = self.order.sees(self.k, self.K, n)
         return self._versions[steps] if steps < len(self._versions) else self.block.version + 1
 
-    def _backward(self, kind: str, n: int, state: _Pass, messages: tuple[Message, ...]) -> Sends:
+    def _backward(self, kind: str, n: int, state: Pass, messages: tuple[Message, ...]) -> Sends:
         """B: all gradients, for weights and input. I: one gradient, for the input. W: the rest, for the weights."""
         before, state.total = state.total, None
         self._collect(n, state, messages)
@@ -226,9 +217,11 @@ class Worker(Actor):
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        return self._down(n, state, payload) if answers else []
+        sends = self._down(n, state, payload) if answers else []
+        told = self.losses.told(n, state) if to_weights and self.losses is not None else None
+        return sends if told is None else [*sends, ("losses", told)]
 
-    def _collect(self, n: int, state: _Pass, messages: tuple[Message, ...]) -> None:
+    def _collect(self, n: int, state: Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
         if self.lower.has_objective and not state.own and not state.void:
             state.own, state.hops = True, 1
@@ -245,9 +238,9 @@ class Worker(Actor):
             gradient = self.corrections.cotangent(self.lower.pull(message.payload).to(self.block.device))
             state.total = gradient if state.total is None else state.total + gradient
 
-    def _own_gradient(self, n: int, state: _Pass) -> Tensor | None:
+    def _own_gradient(self, n: int, state: Pass) -> Tensor | None:
         y = self.retention.open(n).y.detach().requires_grad_()
-        with torch.enable_grad(), self.block.precision():
+        with torch.enable_grad(), self.block.precision(), asked(self.losses, state.data):
             objective = self.lower.objective(y, state.data)
         if objective is None:
             return None
@@ -280,7 +273,7 @@ class Worker(Actor):
         self._versions.append(self.block.version)
         return []
 
-    def _up(self, n: int, state: _Pass, payload: tuple[Tensor, ...]) -> Sends:
+    def _up(self, n: int, state: Pass, payload: tuple[Tensor, ...]) -> Sends:
         if self.k == self.K - 1:
             return []
         message = Up(
@@ -290,7 +283,7 @@ class Worker(Actor):
         self.counters.bytes_up += message.nbytes
         return [("up", message)]
 
-    def _down(self, n: int, state: _Pass, payload: tuple[Tensor, ...] | None) -> Sends:
+    def _down(self, n: int, state: Pass, payload: tuple[Tensor, ...] | None) -> Sends:
         message = Down(
             n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
             payload=payload or (), void=payload is None, hops=state.hops, news=self.corrections.tell("down"),
