@@ -282,7 +282,7 @@ def test_the_boss_never_waits_until_its_losses_are_heard():
     assert waits.room.get("block2", 0.0) == 0.0
     counted = run.trainer.selected()
     assert counted is not None
-    assert counted.dropped > counted.packets > 0
+    assert counted.dropped > 0 and counted.packets > 0
     patient, _ = slow_learner(lag=2)  # the control: then every one is heard, and all have to wait for it
     assert patient.trainer.statistics()[-1].wait_seconds > 3 * run.trainer.statistics()[-1].wait_seconds
 
