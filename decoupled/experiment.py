@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -161,9 +161,10 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
             epoch = trainer.fit(loader)[0]
             seconds, samples = seconds + epoch["seconds"], samples + int(epoch["samples"])
             held_out = trainer.evaluate(setting.held_out("validation"))
-            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]))
+            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]) | selected(trainer))
         final = trainer.evaluate(setting.held_out("test"))
         blocks, startup = trainer.statistics(), trainer.runtime.startup_seconds
+        counted = trainer.selected()
     busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
     record = {
         "method": name,
@@ -179,12 +180,23 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "staleness": [{str(late): count for late, count in b.staleness.items()} for b in blocks],
         "updates": [b.updates for b in blocks],
         "edges": [dict(b.edge) for b in blocks],
+        "selection": None if counted is None else asdict(counted),
         "parameters": sum(b.parameters for b in blocks),
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
         **setting.flops(spec),
         "timeline": [{"actor": s.track, "op": s.name, "start": s.start, "end": s.end} for s in recorder.spans],
     }
     return complete(record, setting.task.recipe.epochs, seed, final, curve, samples, seconds), recorder
+
+
+def selected(trainer: Trainer) -> dict[str, float]:
+    """What a point of the curve says of the selection of samples until then; nothing where there is none."""
+    counted = trainer.selected()
+    if counted is None:
+        return {}
+    updates = counted.batches * trainer.method.feed.steps
+    more = {"trained": counted.trained, "scored": counted.scored, "updates": updates}
+    return {**more, "selector_flops": counted.flops, "selector_seconds": counted.busy_seconds}
 
 
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:

@@ -3,6 +3,8 @@
     record of a run, its setting --price--> record["flops"]    per example and per step, as `decoupled.flops` counts
                                             curve points       + "flops", "sequential_flops" so far
 
+What a selection of samples looks at costs a forward, and its own models what they say of themselves.
+
 A step on B examples costs B `example` + `update` FLOPs and lasts `chain` + `longest_update` of them: examples run in
 parallel, and blocks where the method allows it, so that larger batches cost more and last no longer. Axes of Laskin et
 al. 2020 (arXiv 2012.03837), in the manner of McCandlish et al. 2018 (arXiv 1812.06162).
@@ -30,11 +32,13 @@ def price(record: dict[str, Any], setting: Setting, method: str | Mapping[str, A
     record["flops"] = found = per_example(setting, method)
     if found is None:
         return
-    batches = math.ceil(len(setting.dataset.train) / setting.task.recipe.batch_size)
-    for point in record["curve"]:
-        steps = point["epoch"] * batches
-        point["flops"] = point["samples"] * found["example"] + steps * found["update"]
-        point["sequential_flops"] = steps * (found["chain"] + found["longest_update"])
+    size = setting.task.recipe.batch_size
+    batches = math.ceil(len(setting.dataset.train) / size)
+    for point in record["curve"]:  # a selection trains on some samples only, and may look at others
+        trained, steps = point.get("trained", point["samples"]), point.get("updates", point["epoch"] * batches)
+        looked = point.get("scored", 0) * found["forward"]
+        point["flops"] = trained * found["example"] + steps * found["update"] + looked + point.get("selector_flops", 0)
+        point["sequential_flops"] = steps * (found["chain"] + found["longest_update"]) + looked / size
 
 
 def per_example(setting: Setting, method: str | Mapping[str, Any]) -> dict[str, float] | None:
@@ -42,6 +46,7 @@ def per_example(setting: Setting, method: str | Mapping[str, Any]) -> dict[str, 
 
     Returns:
         example, chain: per example, all blocks together and on the critical path. head: of `example`, by objectives.
+        forward: per example that is only looked at.
         update, longest_update: per step, all blocks together and the largest.
     """
     units = setting.units(0)
@@ -56,6 +61,7 @@ def per_example(setting: Setting, method: str | Mapping[str, Any]) -> dict[str, 
     return {
         "example": cost.total,
         "chain": cost.sequential,
+        "forward": sum(block.forward for block in cost.blocks),
         "head": sum(block.head for block in cost.blocks),
         "update": sum(block.update for block in cost.blocks),
         "longest_update": max(block.update for block in cost.blocks),
