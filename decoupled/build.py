@@ -28,6 +28,7 @@ from decoupled.runtime.launch import under_torchrun
 from decoupled.runtime.processes import Processes
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
+from decoupled.sample_losses import SampleLosses
 from decoupled.scaling import Precision, Scaling, precisions
 from decoupled.source import Reader
 from decoupled.specs import check_options, parse
@@ -111,7 +112,11 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
         for k, module in enumerate(modules):
-            place = Place(k, K, recipe.loss, shapes, tuple(sample.shape[1:]), tuple(modules))
+            losses = None
+            if method.selection is not None:
+                tells = method.selection.lag is not None and k == K - 1
+                losses = SampleLosses(recipe.loss, tells, method.selection.alpha)
+            place = Place(k, K, losses or recipe.loss, shapes, tuple(sample.shape[1:]), tuple(modules))
             device = recipe.devices[k % len(recipe.devices)] if here(f"block{k}") else torch.device("cpu")
             lower, upper = halves(method, place)
             if upper.intake is not None:
@@ -129,7 +134,7 @@ def chain(
             workers.append(
                 Worker(
                     place, block, lower, upper, retention, method.order, method.corrections, steps,
-                    recipe.on_nonfinite, method.name, Scaling(scaled, method.coupling.linear),
+                    recipe.on_nonfinite, method.name, Scaling(scaled, method.coupling.linear), losses,
                 )
             )  # fmt: skip
     return workers
@@ -173,8 +178,8 @@ def wiring(workers: Sequence[Wired], method: Method) -> tuple[list[Reader], list
         Reader(w.name, inputs=w.upper.needs_data or w.lower.needs_inputs, targets=w.lower.needs_data)
         for w in workers if w.needs_data
     ]  # fmt: skip
-    ahead = method.facts.in_flight(0, K) + K
-    edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
+    ahead, giver = method.facts.in_flight(0, K) + K, "source" if method.selection is None else "feeder"
+    edges = [Edge(giver, reader.name, reader.name, "data", ahead) for reader in readers]
     intakes = [w.upper.intake for w in workers if w.upper.intake is not None]
     for below, above in itertools.pairwise(workers):
         if (intake := above.upper.intake) is not None:
@@ -228,11 +233,11 @@ def probe(
     return tuple(shapes), dtypes, overwrites
 
 
-def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int) -> Runtime:
+def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int, others: int = 0) -> Runtime:
     """A runtime by name, or by ``{"name": ..., options}``; a Runtime is returned as it is.
 
     Torch's intra-op threads are divided by the blocks, on every runtime alike: their number decides the order of
-    additions in a sum.
+    additions in a sum. `others`: actors beside the blocks that may have a process of their own.
 
     Raises:
         UserError: unknown name or option, or more processes than blocks.
@@ -247,8 +252,8 @@ def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int) -> Run
     if name == "processes" and not under_torchrun():
         options.setdefault("processes", blocks)
     made = RUNTIMES[name](**{"intra_op": intra_op} | options)
-    if isinstance(made, Processes) and made.world > blocks:
-        raise UserError(f"{made.world} processes for {blocks} blocks: some would be idle; use at most {blocks}")
+    if isinstance(made, Processes) and made.world > (most := blocks + others):
+        raise UserError(f"{made.world} processes for {blocks} blocks: some would be idle; use at most {most}")
     return made
 
 

@@ -56,6 +56,7 @@ def worker_state(worker: Worker) -> dict[str, Any]:
         "lower": worker.lower.state_dict(),
         "lower_module": {} if worker.lower.module is None else worker.lower.module.state_dict(),
         "upper_module": {} if worker.upper.module is None else worker.upper.module.state_dict(),
+        "losses": {} if worker.losses is None else worker.losses.state_dict(),
     }
 
 
@@ -67,6 +68,8 @@ def load_worker_state(worker: Worker, state: Mapping[str, Any], block_only: bool
         return
     worker.scaling.load_state_dict(state.get("scaling", {}))
     worker.lower.load_state_dict(state["lower"])
+    if worker.losses is not None:
+        worker.losses.load_state_dict(state["losses"])
     for half, name in ((worker.lower, "lower_module"), (worker.upper, "upper_module")):
         if half.module is not None:
             half.module.load_state_dict(state[name])

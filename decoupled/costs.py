@@ -5,7 +5,8 @@
                                      and on the critical path (the time)
 
 A run is priced by what its blocks have counted: a block that takes batches again, skips some, or makes several steps
-per batch pays for what it did. Examples of a batch run in parallel, and so do blocks where the method allows it: larger
+per batch pays for what it did; what a selection of samples looks at costs a forward, and its own models what they say
+of themselves. Examples of a batch run in parallel, and so do blocks where the method allows it: larger
 batches cost more and last no longer. Axes of Laskin et al. 2020 (arXiv 2012.03837), in the manner of McCandlish et al.
 2018 (arXiv 1812.06162).
 
@@ -80,8 +81,8 @@ def price(record: dict[str, Any], counted: Cost | None, batch: float) -> None:
     """Add to a record what its run cost so far at every point of the curve, from what the blocks counted there.
 
     Args:
-        record: of a run; its `flops` becomes example, chain, head (per example) and update, longest_update (per step),
-            or None; points of its curve get flops and sequential_flops.
+        record: of a run; its `flops` becomes example, chain, forward, head (per example) and update, longest_update
+            (per step), or None; points of its curve get flops and sequential_flops.
         counted: the cost of the method. batch: examples per minibatch, on average.
     """
     record["flops"] = None
@@ -90,13 +91,16 @@ def price(record: dict[str, Any], counted: Cost | None, batch: float) -> None:
     record["flops"] = {
         "example": counted.total,
         "chain": counted.sequential,
+        "forward": sum(block.forward for block in counted.blocks),
         "head": sum(block.head for block in counted.blocks),
         "update": sum(block.update for block in counted.blocks),
         "longest_update": max(block.update for block in counted.blocks),
     }
     for point in record["curve"]:
-        spent = counted.spent(point["block_samples"], point["block_updates"], batch)
-        point["flops"], point["sequential_flops"] = spent
+        price, time = counted.spent(point["block_samples"], point["block_updates"], batch)
+        looked = point.get("scored", 0) * record["flops"]["forward"]
+        point["flops"] = price + looked + point.get("selector_flops", 0)
+        point["sequential_flops"] = time + looked / batch
 
 
 def heads(record: Mapping[str, Any], parameters: int) -> str | None:

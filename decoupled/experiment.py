@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -168,9 +168,10 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
             held_out = trainer.evaluate(setting.held_out("validation"))
             blocks = trainer.statistics()
             counts = {"block_samples": [b.samples for b in blocks], "block_updates": [b.updates for b in blocks]}
-            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]) | counts)
+            curve.append(point(held_out, len(curve) + 1, samples, seconds, epoch["loss"]) | counts | selected(trainer))
         final = trainer.evaluate(setting.held_out("test"))
         blocks, startup = trainer.statistics(), trainer.runtime.startup_seconds
+        counted = trainer.selected()
     busy = [b.busy_seconds / (b.busy_seconds + b.wait_seconds) for b in blocks]
     cost = setting.cost(spec)
     record = {
@@ -187,6 +188,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "staleness": [{str(late): count for late, count in b.staleness.items()} for b in blocks],
         "updates": [b.updates for b in blocks],
         "edges": [dict(b.edge) for b in blocks],
+        "selection": None if counted is None else asdict(counted),
         "parameters": sum(b.parameters for b in blocks),
         "auxiliary_parameters": sum(b.auxiliary_parameters for b in blocks),
         **costs.per_sample(cost),
@@ -195,6 +197,16 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
     record = complete(record, setting.task.recipe.epochs, seed, final, curve, samples, seconds)
     costs.price(record, cost, setting.mean_batch)
     return record, recorder
+
+
+def selected(trainer: Trainer) -> dict[str, float]:
+    """What a point of the curve says of the selection of samples until then; nothing where there is none."""
+    counted = trainer.selected()
+    if counted is None:
+        return {}
+    updates = counted.batches * trainer.method.feed.steps
+    more = {"trained": counted.trained, "scored": counted.scored, "updates": updates}
+    return {**more, "selector_flops": counted.flops, "selector_seconds": counted.busy_seconds}
 
 
 def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The records that cross block boundaries - the only thing that does.
 
     source --Data--> block k        what to train on (inputs for block 0, targets and sample indices where needed)
+    top block --Losses--> selector  how it went, sample by sample (see `decoupled.selection`)
+    selector --Probe--> block k     what would it say to these? A forward without training, from block to block
     block k --Up--> block k+1       what the coupling sends towards the output
     block k+1 --Down--> block k     what the coupling sends back (a gradient, a target, nothing)
     End                             "no batch with this number or a later one will come", on every port
@@ -43,6 +45,7 @@ class Data(Message):
         inputs: (batch, *features), None for blocks that do not read them.
         targets: (batch, ...), None for blocks that do not read them.
         share: weight of this pass in the minibatch mean (micro-batches: their share of the samples).
+        weights: (batch,) factors of the samples' losses in every objective, or None: all 1.
         void: an empty pass that keeps the order intact; nothing is computed on it.
     """
 
@@ -53,7 +56,42 @@ class Data(Message):
     inputs: Tensor | None = None
     targets: Tensor | None = None
     share: float = 1.0
+    weights: Tensor | None = None
     void: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses(Message):
+    """The loss of every sample of one pass.
+
+    Attributes:
+        batch, round, indices: as in the `Data` it is about.
+        losses: (batch,), before weights.
+        threshold: moving average of the losses at that moment.
+        void: there are none: the pass was dropped, or its losses were not finite.
+    """
+
+    batch: int
+    round: int = 0
+    indices: Tensor | None = None
+    losses: Tensor | None = None
+    threshold: float = 0.0
+    void: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe(Message):
+    """Samples on their way through the network, to learn their losses; to be taken before pass `key` is begun.
+
+    Attributes:
+        batch, indices, targets: as in `Data`.
+        x: input of the block that receives it.
+    """
+
+    batch: int
+    x: Tensor
+    targets: Tensor
+    indices: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

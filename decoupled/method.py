@@ -1,9 +1,11 @@
-"""A method is a point on four axes: Method = Coupling x Retention x Order x Correction (and how minibatches are fed).
+"""A method is a point on four axes: Method = Coupling x Retention x Order x Correction (and how minibatches are fed,
+and what stands between the data and the blocks).
 
     coupling     what goes up and down on an edge, and each block's objective: decides the truncation
     retention    what a block keeps between sending and hearing back: decides which weights its backward uses
     order        the sequence of operations of each block: decides the delay
     corrections  what is done about staleness; more can be added to any method: `corrected`
+    selection    which samples the blocks train on, and with which weights; any method can be the boss: `selecting`
 
 `Facts` are the claims of a method's card as code; generic tests measure every one of them.
 """
@@ -19,6 +21,7 @@ from decoupled.coupling import Coupling
 from decoupled.errors import UserError
 from decoupled.order import Order
 from decoupled.retention import KeepGraph, Retention
+from decoupled.selection import Selection
 from decoupled.source import Whole
 
 
@@ -73,6 +76,7 @@ class Method:
     feed: Whole = field(default_factory=Whole)
     channel: int = 2
     draws: Callable[[int], int] = _own_draw
+    selection: Selection | None = None
     name: str = ""
 
     trains: ClassVar[str] = "networks cut into blocks (data=... model=..., no task)"
@@ -87,6 +91,7 @@ class Method:
             "order": f"{order}; block 0 of {K}, 6 passes: {text}",
             "retention": self.retention.__name__,
             "corrections": [str(correction) for correction in self.corrections],
+            "selection": "none: every sample" if self.selection is None else str(self.selection),
             "exact": facts.exact,
             "surrogate": facts.surrogate,
             "objectives that reach block k": {k: list(facts.reach(k, K)) for k in range(K)},
@@ -98,7 +103,13 @@ class Method:
     @property
     def fixed(self) -> bool:
         """Whether it is fixed beforehand which pass meets which weights; otherwise arrivals decide."""
-        return self.order.rule is not None and not self.coupling.lossy
+        chosen = self.selection is None or self.selection.fixed
+        return self.order.rule is not None and not self.coupling.lossy and chosen
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are enough to see all that it does."""
+        return max(self.order.epochs, 1 if self.selection is None else self.selection.warmup + 1)
 
 
 class Described(Protocol):
@@ -147,6 +158,17 @@ def corrected(method: Method, more: Sequence[Correction]) -> Method:
     if len(moved) > 1:
         raise UserError(f"{' and '.join(moved)} each say which weights a forward runs with; use one of them")
     return replace(method, corrections=both, facts=replace(method.facts, exact=False))
+
+
+def selecting(boss: Method, selection: Selection) -> Method:
+    """`boss` with a selection in front of it.
+
+    Raises:
+        UserError: it has one already.
+    """
+    if boss.selection is not None:
+        raise UserError(f"boss {boss.name!r} selects samples itself; name a method that takes all of them")
+    return replace(boss, selection=selection, facts=replace(boss.facts, exact=False, reads_indices=True))
 
 
 def own(k: int, K: int) -> Collection[int]:

@@ -53,12 +53,14 @@ class Split(Whole):
     def passes(self, data: Data) -> Iterator[Data]:
         assert data.inputs is not None and data.targets is not None
         inputs, targets = data.inputs.tensor_split(self.parts), data.targets.tensor_split(self.parts)
-        indices = [None] * self.parts if data.indices is None else data.indices.tensor_split(self.parts)
+        none = [None] * self.parts
+        indices = none if data.indices is None else data.indices.tensor_split(self.parts)
+        weights = none if data.weights is None else data.weights.tensor_split(self.parts)
         for m in range(self.parts):
             share = len(inputs[m]) / len(data.inputs)
             yield replace(
                 data, round=m, rounds=self.parts, inputs=inputs[m], targets=targets[m], indices=indices[m],
-                share=share, void=share == 0,
+                weights=weights[m], share=share, void=share == 0,
             )  # fmt: skip
 
 
@@ -90,6 +92,30 @@ class Reader:
     targets: bool
 
 
+class Addressed:
+    """Numbers passes, and gives every reader the parts that it reads.
+
+    Args:
+        readers: the blocks to send to. start: key of the first pass.
+    """
+
+    def __init__(self, readers: Sequence[Reader], start: int) -> None:
+        self.key, self._readers = start, readers
+
+    def sends(self, data: Data) -> list[tuple[str, Message]]:
+        """The messages of the next pass."""
+        sends: list[tuple[str, Message]] = []
+        for reader in self._readers:
+            inputs, targets = data.inputs if reader.inputs else None, data.targets if reader.targets else None
+            sends.append((reader.name, replace(data, key=self.key, inputs=inputs, targets=targets)))
+        self.key += 1
+        return sends
+
+    def end(self) -> list[tuple[str, Message]]:
+        """No more passes."""
+        return [(reader.name, End(self.key)) for reader in self._readers]
+
+
 class Source(Actor):
     """Feeds one run.
 
@@ -116,10 +142,15 @@ class Source(Actor):
         output: tuple[int, ...] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        self.key, self.batch, self.samples = start, first_batch, 0
-        self._feed, self._readers, self._output, self._on_batch = feed, readers, output, on_batch
+        self.batch, self.samples = first_batch, 0
+        self._feed, self._addressed, self._output, self._on_batch = feed, Addressed(readers, start), output, on_batch
         self._passes = self._all(batches)
         self._ended = False
+
+    @property
+    def key(self) -> int:
+        """Of the next pass."""
+        return self._addressed.key
 
     def wants(self) -> Sequence[Want]:
         return () if self._ended else (Want(),)
@@ -128,13 +159,8 @@ class Source(Actor):
         data = next(self._passes, None)
         if data is None:
             self._ended = True
-            return Outcome(None, [(reader.name, End(self.key)) for reader in self._readers])
-        sends: list[tuple[str, Message]] = []
-        for reader in self._readers:
-            inputs, targets = data.inputs if reader.inputs else None, data.targets if reader.targets else None
-            sends.append((reader.name, replace(data, key=self.key, inputs=inputs, targets=targets)))
-        self.key += 1
-        return Outcome(None, sends)
+            return Outcome(None, self._addressed.end())
+        return Outcome(None, self._addressed.sends(data))
 
     def _all(self, batches: Iterable[object]) -> Iterator[Data]:
         for item in batches:

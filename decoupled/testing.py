@@ -163,9 +163,9 @@ def compare(found: Weights, expected: Weights, tolerance: float = 1e-12) -> None
 
 
 def sends_gradients(method: Method, K: int) -> bool:
-    """Whether activations go up, gradients (or nothing) down, in a fixed order."""
+    """Whether activations go up, gradients (or nothing) down, in a fixed order, on every minibatch as it comes."""
     plain = method.coupling.up == ("activation",) and method.coupling.down in ((), ("gradient",))
-    return method.fixed and ((plain and not method.facts.surrogate) or K == 1)
+    return method.fixed and method.selection is None and ((plain and not method.facts.surrogate) or K == 1)
 
 
 def has_reference(method: Method, K: int) -> bool:

@@ -19,14 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from decoupled import registry
+from decoupled.between import CANDIDATES, Between
 from decoupled.build import Model, Recipe, assemble, chain, cut, decision, make_devices, make_runtime, wiring
 from decoupled.checkpoint import check, load_worker_states, rng_state, set_rng_state
 from decoupled.coupling import Loss
 from decoupled.errors import PeerLost, UserError
 from decoupled.evaluation import evaluate, evaluate_blocks
 from decoupled.method import Method
-from decoupled.runtime.contract import Graph, Observer, Runtime
-from decoupled.source import Source, peek
+from decoupled.runtime.contract import Actor, Graph, Observer, Runtime
+from decoupled.selection import SelectionStatistics
+from decoupled.selector import Selector
+from decoupled.source import Source, Whole, peek
 from decoupled.spread import answer, bring_home, follower, join, owned
 from decoupled.statistics import BlockStatistics
 from decoupled.steps import MakeOptimizer, MakeScheduler
@@ -94,8 +97,11 @@ class Trainer:
         self._observers, self._on_batch = observers, on_batch
         units, self._cuts = cut(model, blocks, None)  # wrong input is refused now; timed again on the first batch
         self._units = units
-        self._runtime, self._owns_runtime = make_runtime(runtime, len(self._cuts) + 1), not isinstance(runtime, Runtime)
+        others = int(point.selection is not None)
+        self._runtime = make_runtime(runtime, len(self._cuts) + 1, others)
+        self._owns_runtime = not isinstance(runtime, Runtime)
         self._workers: list[Worker] = []
+        self._between: Between | None = None  # for methods that select samples
         self._sample: tuple[tuple[int, ...], str] | None = None
         self._first: Tensor | None = None  # some inputs of the present epoch
         self._output: tuple[int, ...] | None = None
@@ -183,6 +189,10 @@ class Trainer:
         """One frozen record per block, counted since the trainer was made."""
         return self._final if self._final is not None else self._everywhere("statistics")
 
+    def selected(self) -> SelectionStatistics | None:
+        """What stood between the data and the blocks has counted; None: nothing did, or nothing has been trained."""
+        return None if self._between is None else self._between.selector.statistics()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit from here (a drained point); tensors and plain values only.
 
@@ -199,6 +209,7 @@ class Trainer:
             "position": {"epoch": self._epoch, "batch": self._batch, "key": self._key},
             "rng": self._resume_rng or rng_state(),
             "blocks": self._everywhere("state"),
+            "selection": {} if self._between is None else self._between.selector.state_dict(),
         }
         return copy.deepcopy(state)  # training on must not change what was saved
 
@@ -223,6 +234,8 @@ class Trainer:
             self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
             self._build(torch.zeros(2, *shape, dtype=dtype))
             load_worker_states(self._workers, copy.deepcopy(state["blocks"]), other_method)
+            if self._between is not None and not other_method:
+                self._between.selector.load_state_dict(copy.deepcopy(state["selection"]))
             self._epoch, self._batch, self._key = (state["position"][name] for name in ("epoch", "batch", "key"))
             self._runtime.agree(None)  # all have it
 
@@ -273,7 +286,13 @@ class Trainer:
             self._cuts = cuts
             self._build(sample)
         readers, intakes, edges = wiring(self._workers, self.method)
-        source = Source(iterator, self.method.feed, readers, self._key, self._batch, self._output, self._on_batch)
+        feed, actors, between = self.method.feed, list[Actor](self._workers), self._between
+        if between is not None:
+            between.begin(self._epoch, self._key, self._batch, readers)
+            feed, readers = Whole(), [CANDIDATES]
+            actors, edges = between.actors(), [*edges, *between.edges()]
+        source = Source(iterator, feed, readers, self._key, self._batch, self._output, self._on_batch)
+        counter = source if between is None else between.feeder
         for worker in self._workers:
             worker.begin(self._key, self._epoch)
         for intake in intakes:
@@ -281,14 +300,16 @@ class Trainer:
         self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)
         start = time.perf_counter()
         try:
-            timings = self._runtime.run(Graph([source, *self._workers, *intakes], edges), self._observers)
+            timings = self._runtime.run(Graph([source, *actors, *intakes], edges), self._observers)
         finally:
-            self._key, self._batch = source.key, source.batch
+            self._key, self._batch = counter.key, counter.batch
         seconds = time.perf_counter() - start - timings.setup
         self._epoch += 1
         for worker in self._workers:
             worker.counters.busy_seconds += timings.busy[worker.name]
             worker.counters.wait_seconds += timings.wait[worker.name]
+        if between is not None:
+            between.selector.tally.add_seconds(timings.busy[Selector.name], timings.wait[Selector.name])
         loss = [worker.counters.take_loss() for worker in self._workers][-1]
         record = {
             "epoch": self._epoch, "loss": self._runtime.agree(loss, of=self._workers[-1].name),
@@ -333,6 +354,9 @@ class Trainer:
 
     def _build(self, sample: Tensor) -> None:
         self._sample = (tuple(sample.shape[1:]), str(sample.dtype).removeprefix("torch."))
-        self._runtime.place([f"block{k}" for k in range(len(self._cuts) + 1)])
+        first = [] if self.method.selection is None else [Selector.name]
+        self._runtime.place([*first, *(f"block{k}" for k in range(len(self._cuts) + 1))])
         self._workers = chain(self._units, self._cuts, sample[:2], self._recipe, self._runtime.owns)
         self._output = decision(self._workers, self._recipe.loss)
+        if self.method.selection is not None:
+            self._between = Between(self.method, self._workers, sample[:2], self._recipe.loss, self._recipe.seed)

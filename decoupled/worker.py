@@ -25,6 +25,7 @@ from decoupled.passes import Pass
 from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
+from decoupled.sample_losses import SampleLosses, asked
 from decoupled.scaling import Scaled, Scaling
 from decoupled.statistics import Counters
 from decoupled.steps import Steps
@@ -48,6 +49,7 @@ class Worker(Actor):
         on_nonfinite: "stop" (NonFiniteError) or "skip" (the pass is dropped here and in all blocks below).
         method: its name, for error messages only.
         scaling: of its objective and of the gradients from above; default: none.
+        losses: the loss that the halves call, where a selection of samples asks for more than its value.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class Worker(Actor):
         on_nonfinite: str = "stop",
         method: str = "",
         scaling: Scaling | None = None,
+        losses: SampleLosses | None = None,
     ) -> None:
         self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
         self.device = block.device
         self.steps, self.counters, self.scaling = steps, Counters(), scaling or Scaling()
-        self._on_nonfinite, self._method = on_nonfinite, method
+        self._on_nonfinite, self._method, self.losses = on_nonfinite, method, losses
         if order.sees is not None and retention.today:
             kept = type(retention).__name__
             raise UserError(f"order {order} runs with older weights, {kept} with today's; keep graphs")
@@ -83,7 +86,7 @@ class Worker(Actor):
         self._passes: dict[int, Pass] = {}
         self._unknown = Pass(lower.replies)
         self._versions = [block.version]  # after each S of this run
-        self._begun = 0  # forwards of this run
+        self._begun = self._end = 0  # forwards of this run; key of its End
         self._dropped = False  # a pass since the last step was dropped: a loss or a gradient was not finite
 
     def begin(self, start: int, epoch: int = 0) -> None:
@@ -108,7 +111,7 @@ class Worker(Actor):
             end = messages[0].key
             assert isinstance(end, int)
             self._plan.end(end - self._start)
-            return Outcome(None, [("up", End(end))])
+            return Outcome(None, [("up", End(end)), *self._last(end)])
         key = want.key if not messages else messages[0].key
         assert key is None or isinstance(key, int)
         label = op.kind if key is None else f"{op.kind}{key}"
@@ -119,7 +122,12 @@ class Worker(Actor):
             where = f"{label} (batch {state.batch})" if state else label
             raise OperationError(self.name, where, error, self._method) from error
         self._plan.done(op)
-        return Outcome(label, sends)
+        return Outcome(label, [*sends, *self._last()])
+
+    def _last(self, end: int | None = None) -> Sends:
+        """What is said once everything has been done."""
+        self._end = end or self._end
+        return [] if self.losses is None or self._plan.options() else [("losses", End(self._end))]
 
     def _want(self, op: Op) -> Want:
         key = None if op.batch == ANY else op.batch + self._start
@@ -216,7 +224,9 @@ class Worker(Actor):
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        return self._down(n, state, payload, scale) if answers else []
+        sends = self._down(n, state, payload, scale) if answers else []
+        told = self.losses.told(n, state) if to_weights and self.losses is not None else None
+        return sends if told is None else [*sends, ("losses", told)]
 
     def _collect(self, n: int, state: Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
@@ -239,7 +249,7 @@ class Worker(Actor):
 
     def _own_gradient(self, n: int, state: Pass) -> Scaled | None:
         y = self.retention.open(n).y.detach().requires_grad_()
-        with torch.enable_grad(), self.block.precision():
+        with torch.enable_grad(), self.block.precision(), asked(self.losses, state.data):
             objective = self.lower.objective(y, state.data)
         if objective is None:
             return None

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from decoupled.data.corrupt import relabel
+from decoupled.data.corrupt import rotate as turn
 from decoupled.data.dataset import Dataset, assemble, take_apart
 from decoupled.data.idx import read_idx
 from decoupled.errors import UserError
@@ -50,7 +52,13 @@ def digits(*, split_seed: int = 0, validation: int = 180, test: int = 360, limit
 
 
 def fashion_mnist(
-    *, path: str | Path | None = None, split_seed: int = 0, validation: int = 5000, limit: int | None = None
+    *,
+    path: str | Path | None = None,
+    split_seed: int = 0,
+    validation: int = 5000,
+    limit: int | None = None,
+    rotate: float = 0.0,
+    label_noise: float = 0.0,
 ) -> Dataset:
     """Load Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70000 grey images of clothes from four IDX files.
 
@@ -60,6 +68,8 @@ def fashion_mnist(
         split_seed: decides which training samples are held out for validation.
         validation: samples of the validation split, taken from the 60000; the 10000 test images are the published ones.
         limit: train on at most so many of the rest.
+        rotate: turn every training image once, by up to so many degrees each way.
+        label_noise: share of the training labels that are wrong.
 
     Returns:
         Images (1, 28, 28) of 10 classes; the augmentation shifts by up to two pixels and flips.
@@ -87,6 +97,8 @@ def fashion_mnist(
     train_images, train_labels = images["train"], labels["train"]
     for part, samples in parts.items():
         images[part], labels[part] = train_images[samples], train_labels[samples]
+    images["train"] = turn(images["train"], rotate, split_seed)
+    labels["train"] = relabel(labels["train"], label_noise, 10, split_seed)
     return assemble("fashion_mnist", 10, images, labels, padding=2, flip=True)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from decoupled.messages import Message
 from decoupled.runtime.contract import Mailbox, Want
@@ -53,10 +53,10 @@ class Box:
         found: what was handed over to the owner in its sleep.
     """
 
-    def __init__(self, owner: Sleeper, ports: dict[str, int]) -> None:
+    def __init__(self, owner: Sleeper, ports: dict[str, int], dropping: Collection[str] = ()) -> None:
         self.owner, self.lock = owner, threading.Lock()
         self.found: Found | None = None
-        self._mail = Mailbox(ports)
+        self._mail = Mailbox(ports, dropping)
         self._wants: Sequence[Want] | None = None  # what the owner sleeps for
         self._senders: dict[str, deque[tuple[Message, Sleeper]]] = {port: deque() for port in ports}
 
@@ -71,12 +71,13 @@ class Box:
         """Whether `port` takes one more message."""
         return self._mail.room(port) > 0
 
-    def put(self, port: str, message: Message) -> None:
-        """Put a message, which wakes the owner if it can go on with it."""
-        self._mail.put(port, message)
+    def put(self, port: str, message: Message) -> Message | None:
+        """Put a message, which wakes the owner if it can go on with it; returns one that had to make room for it."""
+        dropped = self._mail.put(port, message)
         if self._wants is not None and (found := self._take(self._wants)) is not None:
             self._wants, self.found = None, found
             self.owner.wake()
+        return dropped
 
     def leave(self, port: str, message: Message, sender: Sleeper, what: Callable[[], str]) -> None:
         """Leave a message for which there is no room yet; `sender` is to sleep."""

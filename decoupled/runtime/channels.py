@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from decoupled.errors import ProtocolError
 from decoupled.messages import Message
 from decoupled.runtime.contract import Edge
 from decoupled.runtime.local import LocalRun
@@ -65,6 +66,8 @@ class Channels:
         places, rank = self._places, self._rank
         new = [edge for edge in edges if edge not in self._outlets and edge not in self._inlets]
         going = [edge for edge in new if places[edge.source] == rank != places[edge.target]]
+        if astray := [edge for edge in new if edge.drops and places[edge.source] != places[edge.target]]:
+            return ProtocolError(f"edge {astray[0]} drops messages and leads to another process; put an actor between")
         coming = [edge for edge in new if places[edge.target] == rank != places[edge.source]]
         try:
             for edge in coming:

@@ -5,14 +5,15 @@
 
 A `Want` names ports and a key: it is met when each of its ports holds a message with that key (key None: any key, but
 the same on all its ports). A want without ports is met at once. Chains of blocks, graphs with loops and
-producer/consumer pairs are all wirings of this contract. Every port has a capacity; a sender waits while it is full.
+producer/consumer pairs are all wirings of this contract. Every port has a capacity; a sender waits while it is full,
+unless the edge drops: then the oldest message that waits there makes room.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -65,13 +66,18 @@ class Actor(ABC):
 
 @dataclass(frozen=True)
 class Edge:
-    """A directed channel: what `source` sends on `out` waits at `target` on `port`, `capacity` messages at most."""
+    """A directed channel: what `source` sends on `out` waits at `target` on `port`, `capacity` messages at most.
+
+    `drops`: the sender never waits, as the oldest message leaves a full port. Both ends must share a process
+    (`Actor.beside`), so that what is dropped is dropped where it was sent.
+    """
 
     source: str
     out: str
     target: str
     port: str
     capacity: int
+    drops: bool = False
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -92,9 +98,12 @@ class Graph:
         names = [actor.name for actor in self.actors]
         if len(set(names)) != len(names):
             raise ProtocolError(f"actor names are not unique: {names}")
+        drops: dict[tuple[str, str], bool] = {}
         for edge in self.edges:
             if not {edge.source, edge.target} <= set(names):
                 raise ProtocolError(f"edge {edge} joins an actor that is not in the graph ({', '.join(names)})")
+            if drops.setdefault((edge.target, edge.port), edge.drops) != edge.drops:
+                raise ProtocolError(f"edge {edge} shares its port with one that drops messages where it does not")
 
     def routes(self, name: str) -> dict[str, list[Edge]]:
         """Edges leaving actor `name`, by out port."""
@@ -112,20 +121,27 @@ class Graph:
                 ports[edge.port] = ports.get(edge.port, 0) + edge.capacity
         return ports
 
+    def dropping(self, name: str) -> set[str]:
+        """The ports of actor `name` that lose their oldest message when they are full."""
+        return {edge.port for edge in self.edges if edge.target == name and edge.drops}
+
 
 class Mailbox:
     """The waiting messages of one actor, by port. Not locked: a runtime that shares it does the locking."""
 
-    def __init__(self, ports: dict[str, int]) -> None:
-        self._capacity = ports
+    def __init__(self, ports: dict[str, int], dropping: Collection[str] = ()) -> None:
+        self._capacity, self._dropping = ports, frozenset(dropping)
         self._queues: dict[str, deque[Message]] = {port: deque() for port in ports}
 
     def room(self, port: str) -> int:
-        """How many more messages `port` takes."""
-        return self._capacity[port] - len(self._queues[port])
+        """How many more messages `port` takes; one that drops takes any number."""
+        return self._capacity[port] - (0 if port in self._dropping else len(self._queues[port]))
 
-    def put(self, port: str, message: Message) -> None:
-        self._queues[port].append(message)
+    def put(self, port: str, message: Message) -> Message | None:
+        """Put a message; returns the oldest one where that had to make room for it."""
+        queue = self._queues[port]
+        queue.append(message)
+        return queue.popleft() if port in self._dropping and len(queue) > self._capacity[port] else None
 
     def take(self, wants: Iterable[Want]) -> tuple[Want, tuple[Message, ...]] | None:
         """Remove and return the messages that meet the first satisfiable want, or None."""

@@ -91,7 +91,7 @@ class LocalRun:
     ) -> None:
         self._actors = [actor for actor in graph.actors if mine is None or actor.name in mine]
         self._sleepers = {actor.name: Sleeper(actor.name) for actor in self._actors}
-        self._boxes = {name: Box(sleeper, graph.ports(name)) for name, sleeper in self._sleepers.items()}
+        self._boxes = {name: Box(s, graph.ports(name), graph.dropping(name)) for name, s in self._sleepers.items()}
         self._routes = {actor.name: graph.routes(actor.name) for actor in self._actors}
         self._devices = {actor.name: actor.device for actor in self._actors}
         self._observers, self._patience, self._outlets = observers, patience, outlets or {}
@@ -243,7 +243,8 @@ class LocalRun:
                 raise Stopped
             room = box.room(edge.port)
             if room:
-                box.put(edge.port, message)
+                dropped = box.put(edge.port, message)
+                self._on_take.pop(id(dropped), None)  # nobody will take it
             else:
                 box.leave(edge.port, message, sleeper, lambda: f"room on {edge}")
         if not room:

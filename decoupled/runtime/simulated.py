@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from decoupled.errors import StallError
 from decoupled.messages import Message
@@ -48,8 +48,8 @@ class _State:
 
     __slots__ = ("actor", "busy", "done", "left", "mail", "name", "outbox", "routes", "seconds", "senders", "wants")
 
-    def __init__(self, actor: Actor, ports: dict[str, int]) -> None:
-        self.actor, self.name, self.mail = actor, actor.name, Mailbox(ports)
+    def __init__(self, actor: Actor, ports: dict[str, int], dropping: Collection[str]) -> None:
+        self.actor, self.name, self.mail = actor, actor.name, Mailbox(ports, dropping)
         self.routes: dict[str, list[_Link]] = {}
         self.senders: deque[_State] = deque()  # actors that wait for room here
         self.outbox: deque[tuple[_Link, Message]] = deque()
@@ -93,9 +93,11 @@ class _Simulation:
         self, graph: Graph, observers: Sequence[Observer], cost: Cost, latency: Latency, fifo: bool, bandwidth: float
     ) -> None:
         ports: dict[str, dict[str, int]] = {actor.name: {} for actor in graph.actors}
+        dropping: dict[str, set[str]] = {actor.name: set() for actor in graph.actors}
         for edge in graph.edges:
+            dropping[edge.target] |= {edge.port} if edge.drops else set()
             ports[edge.target][edge.port] = ports[edge.target].get(edge.port, 0) + edge.capacity
-        self._states = {actor.name: _State(actor, ports[actor.name]) for actor in graph.actors}
+        self._states = {a.name: _State(a, ports[a.name], dropping[a.name]) for a in graph.actors}
         reserved: dict[tuple[str, str], list[int]] = {}
         lines: dict[tuple[str, str], list[float]] = {}
         self._bandwidth = bandwidth
@@ -196,7 +198,7 @@ class _Simulation:
             arrival = self._sent(link, message) + self._latency(link.edge, message)
             if self._fifo:
                 arrival = link.last = max(arrival, link.last)
-            link.reserved[0] += 1
+            link.reserved[0] += not link.edge.drops
             self._at(arrival, self._arrive, link, message, self._now)
         for observer in self._observers:
             observer.wait(state.name, "room", state.left, self._now)
@@ -209,7 +211,7 @@ class _Simulation:
         return link.line[0]
 
     def _arrive(self, link: _Link, message: Message, sent: float) -> None:
-        link.reserved[0] -= 1
+        link.reserved[0] -= not link.edge.drops
         link.target.mail.put(link.edge.port, message)
         for observer in self._observers:
             observer.delivery(link.edge, message, sent, self._now)

@@ -47,7 +47,7 @@ class Timing:
             )
 
     def cost(self) -> Cost:
-        """The duration of an operation: F, B (or its halves I and W), S; the source and bookkeeping cost nothing."""
+        """The duration of an operation: F (and P), B (or its halves I and W), S; all else costs nothing."""
         spread, slow = self._spread("cost"), self.slow or {}
 
         @functools.cache  # one entry per block and kind
@@ -75,7 +75,8 @@ class Timing:
         backward = self.backward if isinstance(self.backward, int | float) else self.backward[k]
         backward += forward if self.recompute else 0.0
         step = self.step if isinstance(self.step, int | float) else self.step[k]
-        return {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2, "S": step}.get(kind, 0.0)
+        durations = {"F": forward, "P": forward, "B": backward, "I": backward / 2, "W": backward / 2, "S": step}
+        return durations.get(kind, 0.0)
 
     def _spread(self, what: str) -> Callable[[], float]:
         if not self.jitter:

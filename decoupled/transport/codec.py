@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoupled.errors import ProtocolError
-from decoupled.messages import Data, Down, End, Message, Up
+from decoupled.messages import Data, Down, End, Losses, Message, Probe, Up
 from decoupled.transport import cuda
 from decoupled.transport.frame import META_LIMIT, PAYLOAD_LIMIT, TENSORS_LIMIT
 
@@ -62,7 +62,7 @@ def register(kind: _Kind) -> _Kind:
     return kind
 
 
-for _kind in (Message, End, Data, Up, Down):
+for _kind in (Message, End, Data, Losses, Probe, Up, Down):
     register(_kind)
 
 

@@ -98,8 +98,8 @@ class Fake(Actor):
     What it appends to the list it is called with is `seen`.
     """
 
-    def __init__(self, name, script, in_caller=False):
-        self.name, self.in_caller, self.seen = name, in_caller, []
+    def __init__(self, name, script, in_caller=False, beside=None):
+        self.name, self.in_caller, self.beside, self.seen = name, in_caller, beside, []
         self._script = script(self.seen)
         self._next = next(self._script, None)
 
@@ -135,7 +135,7 @@ class Fakes:
 
     @staticmethod
     def graph(actors, *edges):
-        """Edges are (source, out, target, port, capacity)."""
+        """Edges are (source, out, target, port, capacity) and whether they drop."""
         return Graph(actors, [Edge(*edge) for edge in edges])
 
     @staticmethod

@@ -253,3 +253,70 @@ def test_a_mailbox_takes_the_first_message_that_fits_and_leaves_the_others(fakes
     assert [found and [m.key for m in found[1]] for found in taken] == [None, None, [6, 6]]
     assert box.waiting() == {"x": [5, 7]}
     assert (box.room("x"), box.room("y")) == (1, 1)
+
+
+def dropping(fakes, capacity, count=6):
+    """A sender that never waits, and a receiver beside it that takes nothing before the sender has finished."""
+
+    def late(seen):
+        yield fakes.want("go")
+        for _ in range(min(capacity, count)):
+            (message,) = yield fakes.want("in")
+            seen.append(message.key)
+
+    def sender(seen):
+        for key in range(count):
+            yield fakes.now
+            yield "out", key
+        yield fakes.now
+        yield "go", "now"
+
+    take = fakes.actor("b", late, beside="a")
+    edges = ("a", "out", "b", "in", capacity, True), ("a", "go", "b", "go", 1)
+    return take, fakes.graph([fakes.actor("a", sender), take], *edges)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 9])
+def test_an_edge_that_drops_keeps_the_newest_and_never_makes_its_sender_wait(runtime, fakes, capacity):
+    take, graph = dropping(fakes, capacity)
+    runtime.run(graph)
+    assert take.seen == list(range(6))[-capacity:]
+
+
+def test_what_is_waited_for_is_handed_over_and_not_dropped(runtime, fakes):
+    """Every message meets a receiver that waits for it, so that even one slot loses nothing."""
+
+    def sender(seen):
+        for key in range(6):
+            yield fakes.want("ready")
+            yield "out", key
+
+    def receiver(seen):
+        for _ in range(6):
+            yield fakes.now
+            yield "ready", 0
+            (message,) = yield fakes.want("in")
+            seen.append(message.key)
+
+    take = fakes.actor("b", receiver, beside="a")
+    edges = ("a", "out", "b", "in", 1, True), ("b", "ready", "a", "ready", 1)
+    runtime.run(fakes.graph([fakes.actor("a", sender), take], *edges))
+    assert take.seen == list(range(6))
+
+
+def test_a_port_drops_or_it_does_not(fakes):
+    actors = [fakes.sender("a", [0]), fakes.sender("b", [0]), fakes.receiver("c", 2)]
+    with pytest.raises(ProtocolError, match="shares its port"):
+        fakes.graph(actors, ("a", "out", "c", "in", 1, True), ("b", "out", "c", "in", 1))
+
+
+def test_an_edge_that_drops_stays_in_its_process(runtime, fakes):
+    """Where the two ends have no common process, that is said; where there is but one, all is well."""
+    actors = [fakes.sender("a", [0]), fakes.receiver("b", 1)]
+    graph = fakes.graph(actors, ("a", "out", "b", "in", 1, True))
+    if hasattr(runtime, "_ranks"):
+        with pytest.raises(ProtocolError, match=r"a\.out->b\.in drops messages and leads to another process"):
+            runtime.run(graph)
+    else:
+        runtime.run(graph)
+        assert actors[1].seen == [0]

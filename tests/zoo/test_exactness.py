@@ -16,7 +16,7 @@ from decoupled.source import Repeat, Split
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, label, point, train, variants
 
 EXACT = [spec for spec in variants() if point(spec).facts.exact]
-TRUE = [spec for spec in variants() if not point(spec).facts.surrogate]
+TRUE = [spec for spec in variants() if not point(spec).facts.surrogate and point(spec).selection is None]
 GLOBAL = [spec for spec in TRUE if all(set(point(spec).facts.reach(k, 4)) == {3} for k in range(4))]
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6, 6, 6, 6, 6, 6, 6, 5))
 
@@ -53,12 +53,18 @@ def test_exact_methods_equal_plain_autograd(spec, optimizer, case):
 @pytest.mark.parametrize("spec", [s for s in variants() if not point(s).facts.exact], ids=label)
 def test_methods_that_are_not_declared_exact_differ(spec):
     """The claim is as strong as it can be: nothing exact goes undeclared."""
-    repeat, epochs = getattr(point(spec).feed, "rounds", 1), point(spec).order.epochs
+    repeat, epochs = getattr(point(spec).feed, "rounds", 1), point(spec).epochs
     with pytest.raises(AssertionError, match=r"differs by|updates instead of"):
         compare(train(CASE, spec, epochs=epochs).weights, plain(CASE, OPTIMIZERS["sgd"], epochs, repeat))
 
 
-@pytest.mark.parametrize("spec", variants(), ids=label)
+def takes_all(spec):
+    """Whether every sample is trained on, with weight 1, in the first epoch."""
+    selection = point(spec).selection
+    return selection is None or selection.warmup > 0
+
+
+@pytest.mark.parametrize("spec", [s for s in variants() if takes_all(s)], ids=label)
 @settings(max_examples=5)
 @given(case=cases(blocks=(1, 1)))
 def test_one_block_is_backpropagation_bit_for_bit(spec, case):
@@ -125,9 +131,57 @@ def test_the_top_block_follows_plain_autograd_on_the_inputs_it_receives(spec):
         found.trainer.workers[top].upper.carried(m) for m in heard if isinstance(m, Up) and not m.void
     ]
     for message in data or carried:
-        (F.cross_entropy(block(inputs[message.key]), message.targets) * message.share).backward()
+        (mean(block(inputs[message.key]), message) * message.share).backward()
         if (message.round + 1) % (message.rounds // point(spec).feed.steps) == 0:
             made.step()
             made.zero_grad()
             expected.append(flat(block))
     compare([found.weights[top]], [expected], tolerance=0.0)
+
+
+# --- what a selection lets through --------------------------------------------------------------------------------
+
+
+def mean(output, data):
+    """The loss of a pass, with its weights."""
+    if data.weights is None:
+        return F.cross_entropy(output, data.targets)
+    return (F.cross_entropy(output, data.targets, reduction="none") * data.weights).mean()
+
+
+SELECTING = [spec for spec in variants() if point(spec).selection is not None]
+
+
+@pytest.mark.parametrize("spec", SELECTING, ids=label)
+def test_what_a_selection_lets_through_is_trained_on_as_if_there_were_nothing_else(spec):
+    """Plain autograd on the recorded batches with their weights gives the same trajectory; no sample is new."""
+    tap = Tap()
+    found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], observers=[tap], epochs=3)
+    given: dict[int, Any] = {m.key: m for e, m in tap.messages if e.target == "block0" and isinstance(m, Data)}
+    targets = {m.key: m for e, m in tap.messages if e.target == f"block{CASE.K - 1}" and isinstance(m, Data)}
+    blocks = CASE.blocks()
+    network, x, y = nn.Sequential(*blocks), *(torch.cat(part) for part in list(zip(*CASE.batches(), strict=True))[:2])
+    made, expected = OPTIMIZERS["momentum"](list(network.parameters())), [[flat(block)] for block in blocks]
+    for key, data in given.items():
+        assert data.inputs.equal(x[data.indices])
+        assert targets[key].targets.equal(y[data.indices])
+        mean(network(data.inputs), targets[key]).backward()
+        made.step()
+        made.zero_grad()
+        for versions, block in zip(expected, blocks, strict=True):
+            versions.append(flat(block))
+    compare(found.weights, expected)
+
+
+@pytest.mark.parametrize("spec", SELECTING, ids=label)
+def test_a_selection_counts_what_it_does(spec):
+    tap = Tap()
+    run = train(CASE, spec, observers=[tap], epochs=3)
+    given: list[Any] = [m for e, m in tap.messages if e.target == "block0" and isinstance(m, Data)]
+    counted = run.trainer.selected()
+    assert counted.scanned == 3 * sum(CASE.sizes)
+    assert counted.trained == sum(len(m.indices) for m in given) == run.trainer.statistics()[0].samples
+    assert counted.batches == len(given) == run.trainer.statistics()[-1].updates
+    assert counted.packets + counted.dropped == (len(given) if point(spec).selection.lag is not None else 0)
+    changed = counted.trained < counted.scanned or any(m.weights is not None for m in given)
+    assert changed

@@ -20,7 +20,8 @@ GRAPHS, INPUTS = (KeepGraph, KeepLiveGraph, KeepNothing), (KeepInput, KeepInputA
 def plain(method):
     """Whether the formula below is the whole truth: one tensor up, no weights for the future, no tensors in graphs."""
     more = any("recording" in hooks(part) for worker in first_workers(method) for part in worker.corrections.parts)
-    return method.coupling.up == ("activation",) and method.order.rule and not method.order.sees and not more
+    every = method.selection is None
+    return method.coupling.up == ("activation",) and method.order.rule and not method.order.sees and every and not more
 
 
 def first_workers(method):
