@@ -85,6 +85,7 @@ class Node(ABC):
 
     kind = "node"
     changes_state = False  # what leaves has another state than what came in
+    steers = True  # does no work worth queueing for: handles a message in the operation that brings it
     inputs = outputs = 1
     graph: NodeGraph | None = None  # once connected
 

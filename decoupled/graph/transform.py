@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from decoupled.errors import UserError
 from decoupled.graph.matching import Matching
 from decoupled.graph.node import Backward, Forward, Node, Result, Sends, State, twice
+from decoupled.steps import MakeOptimizer, MakeScheduler
 
 MODES = ("activation", "recompute")
 Score = Callable[[Tensor, Tensor], float]
@@ -36,7 +38,7 @@ class NPT(Node):
         function: payload -> payload; with `with_state`, (payload, *state) -> payload.
     """
 
-    kind = "npt"
+    kind, steers = "npt", False
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None, with_state: bool = False) -> None:
         super().__init__(name or _name_of(function))
@@ -116,15 +118,19 @@ class PPT(NPT):
         self.staleness: Counter[int] = Counter()
         self.updates = self.gradients = 0  # gradients since the last update
         self._optimizer: torch.optim.Optimizer | None = None
+        self._scheduler: LRScheduler | None = None
         self._twins: list[tuple[nn.Parameter, nn.Parameter]] = []  # weight, the same memory for the optimizer
 
-    def prepare(self, optimizer: Callable[..., torch.optim.Optimizer], muf: float, mean: bool, mode: str) -> None:
+    def prepare(
+        self, optimizer: MakeOptimizer, muf: float, mean: bool, mode: str, scheduler: MakeScheduler | None = None
+    ) -> None:
         """Give it an optimizer, made for its own weights; see `Asynchrony` for the options."""
         self.recompute, self.mean, self.muf = mode == "recompute", mean, muf
         # The optimizer writes into the same memory through tensors with another version counter: autograd then uses
         # today's weights with the saved activations, instead of refusing to.
         self._twins = [(p, nn.Parameter(p.data)) for p in self.module.parameters() if p.requires_grad]
         self._optimizer = optimizer([twin for _, twin in self._twins]) if self._twins else None
+        self._scheduler = scheduler(self._optimizer) if scheduler and self._optimizer else None
 
     def begin(self, training: bool) -> None:
         super().begin(training)
@@ -160,6 +166,12 @@ class PPT(NPT):
         self.version += 1
         self.updates += 1
 
+    def end_epoch(self) -> None:
+        """What is left of gradients becomes an update; the schedule of the learning rate moves on."""
+        self.update()
+        if self._scheduler is not None and self.updates:
+            self._scheduler.step()
+
 
 class Loss(Node):
     """Where the way back begins: waits for a prediction and its target, with equal states.
@@ -169,7 +181,7 @@ class Loss(Node):
         score: (prediction, target) -> number, a sum over rows (how many are right); or None.
     """
 
-    kind, inputs, outputs = "loss", 2, 0
+    kind, inputs, outputs, steers = "loss", 2, 0, False
 
     def __init__(
         self, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None, score: Score | None = None
