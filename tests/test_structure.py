@@ -215,6 +215,7 @@ OPTIONS = {
         "backward_first": True,
         "frequencies": None,
         "messages_per_instance": 10_000,
+        "batches": None,
     },
 }
 KEYS = {

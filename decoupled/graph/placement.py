@@ -1,10 +1,10 @@
 """Placement: which worker hosts which node; by hand, or balanced by measured cost.
 
-    measured = measure(graph, instances)         seconds per instance and node, messages per instance and pair of nodes
-    balance(graph, measured, workers=2)          {"embed": 0, "recurrent": 1, ...}
+measured = measure(graph, instances)         seconds per instance and node, messages per instance and pair of nodes
+balance(graph, measured, workers=2)          {"embed": 0, "recurrent": 1, ...}
 
-    load of a worker    its nodes' costs + CROSSING seconds for every message or answer that leaves or reaches it
-    balanced            no move of one or two nodes makes the busiest worker less busy (as busy: fewer messages cross)
+load of a worker    its nodes' costs + CROSSING seconds for every message or answer that leaves or reaches it
+balanced            no move of one or two nodes makes the busiest worker less busy (as busy: fewer messages cross)
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ class GraphTrainer:
         self._observers, self._on_retire = observers, on_retire
         how = self.asynchrony
         for node in graph.of(PPT):
-            node.prepare(optimizer, how.frequency(graph, node), how.combine == "mean", how.backward, scheduler)
+            muf, batch = how.frequency(graph, node), how.batch(graph, node)
+            node.prepare(optimizer, muf, how.combine == "mean", how.backward, batch, scheduler)
         self._optimizer, self._scheduler = optimizer, scheduler
         count = workers if isinstance(workers, int) else max(workers.values(), default=0) + 1
         positive("graph", workers=count)

@@ -64,7 +64,7 @@ class GraphWorker(Actor):
         self._backward: deque[Item] = deque() if backward_first else self._forward
         self._back_port = "backward" if backward_first else "forward"
         self._idle = self._ahead = self._own = (Want(),)
-        self._ended = False
+        self._ended = self._gathers = False
         self.bytes_forward = self.bytes_backward = 0
 
     def begin(self, training: bool, limit: int, ports: Collection[str]) -> None:
@@ -75,7 +75,10 @@ class GraphWorker(Actor):
             ports: those that other actors send to.
         """
         mail = tuple(Want((port,)) for port in ("backward", "forward") if port in ports)
-        self._idle, self._ahead = mail, (*mail[: len(mail) - 1], Want())
+        self._idle, self._ahead, self._own = mail, (*mail[: len(mail) - 1], Want()), (Want(),)
+        self._gathers = any(node.batch > 1 for node in self.nodes.values())
+        if self._gathers:  # then mail is put to what waits here already
+            self._ahead = self._own = (*mail, Want())
         self._forward.clear()
         self._backward.clear()
         self._ended = False
@@ -99,15 +102,34 @@ class GraphWorker(Actor):
                 assert isinstance(message, End)
                 return self._end()
             item = message.back, self.nodes[message.node], message.port, message.state, message.payload
+            if item[1].batch > 1:
+                (self._backward if item[0] else self._forward).append(item)
+                return Outcome()
         leaving: list[tuple[str, Message]] = []
         brought = [item]
         for one in brought:  # grows: nodes here that only steer have their turn at once
             self._route(one[1], self._visit(one), brought, leaving)
         return Outcome(_label(item), leaving)
 
+    def _gather(self, item: Item) -> list[tuple[State, Tensor | None]]:
+        """`item` and what waits for the same, as many as its node takes together."""
+        back, node, _, state, payload = item
+        queue = self._backward if back else self._forward
+        alike, others = [(state, payload)], []
+        for one in queue:
+            if one[1] is node and one[0] == back and len(alike) < node.batch:
+                alike.append(one[3:])
+            else:
+                others.append(one)
+        queue.clear()
+        queue.extend(others)
+        return alike
+
     def _visit(self, item: Item) -> Sends:
         back, node, port, state, payload = item
         try:
+            if node.batch > 1 and isinstance(node, PPT):
+                return node.take_many(back, self._gather(item))
             if back:
                 return node.take_backward(port, state, payload)
             assert payload is not None
