@@ -8,8 +8,8 @@
     grid         min_update_frequency x max_active_keys: throughput, epochs, staleness, cache
 
 Contestants of a timed part run one at a time in turned order, round by round, and ratios are taken within a round.
-Every part is a section of ``benchmarks/results/ampnet.md`` with its command; the parts may be run separately, and
-`python -m decoupled.benchmarks.publish` carries the page into the card.
+Every part is a section of ``benchmarks/results/ampnet_figures.md`` with its command; the parts may be run separately,
+and `python -m decoupled.benchmarks.publish` carries the page into the card.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from decoupled.tasks.tree import ListOps
 
 Say = Callable[[str], None]
 TITLE = "# AMPNet: graphs of nodes on two workers"
+PAGE = "ampnet_figures.md"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
     add("--runtime", choices=("threads", "processes"), default=Options.runtime, help="of the graphs")
-    add("--out", type=Path, default=RESULTS, help="folder of ampnet.md")
+    add("--out", type=Path, default=RESULTS, help="folder of the page")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown part {wrong[0]!r}; choose from {', '.join(PARTS)}")
@@ -333,7 +334,7 @@ PARTS: dict[str, Callable[[Options, Say], str]] = {
 
 def run(options: Options, words: Sequence[str], say: Say) -> dict[str, str]:
     """Run the parts and put them into the page in place of what it said before."""
-    path = options.out / "ampnet.md"
+    path = options.out / PAGE
     sections = read(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in options.parts:
         say(part)
@@ -344,7 +345,7 @@ def run(options: Options, words: Sequence[str], say: Say) -> dict[str, str]:
         facts = environment(machine(started), " ".join(["ampnet", part, *others]), time.monotonic() - clock)
         sections[part] = f"{text}\n\n{facts}"
     body = [f"## {part}\n\n{sections[part].strip()}\n" for part in PARTS if part in sections]
-    return {"ampnet.md": "\n".join([f"{TITLE}\n", *body])}
+    return {PAGE: "\n".join([f"{TITLE}\n", *body])}
 
 
 def read(page: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 
 from decoupled import registry
 from decoupled.build import make_runtime
-from decoupled.errors import StallError, UserError
+from decoupled.errors import StallError, UserError, unknown
 from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.controller import Controller
@@ -52,7 +52,7 @@ class GraphTrainer:
         workers: how many, nodes balanced by measured cost; or node -> number of its worker.
         runtime: "threads", "simulated", "processes", a mapping with name and options, or a Runtime, which stays open.
         costs: on the simulated runtime, node -> seconds of a forward (a backward takes twice as long); default: 1 for
-            parameterised nodes, 0 for others.
+            parameterised nodes, 0 for others. Nodes that only steer take no time.
         observers: look on at operations and messages (traces).
         on_retire: called with the size of every instance that has come back.
 
@@ -253,8 +253,16 @@ def wiring(
 
 
 def costs_of(graph: NodeGraph, costs: Mapping[str, float] | None) -> Cost:
-    """The virtual duration of an operation: that of its node, twice that on the way back."""
+    """The virtual duration of an operation: that of its node, twice that on the way back.
+
+    Raises:
+        UserError: a node that is not there, or one that only steers and so takes no time.
+    """
     seconds = costs if costs is not None else {node.name: 1.0 for node in graph.of(PPT)}
+    working = [name for name, node in graph.nodes.items() if not node.steers]
+    for name in seconds:
+        if name not in working:
+            raise unknown("node in costs:", name, working)
 
     def cost(actor: str, operation: str) -> float:
         kind, node, _ = operation.split(" ", 2)
