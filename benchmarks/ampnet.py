@@ -2,12 +2,14 @@
 
     throughput   list reduction: instances in flight against one at a time, and the synchronous model in one thread
     trees        ListOps: the Tree-LSTM against a loop over nodes and trees, and against minibatches by height
-    epochs       list reduction: epochs until 97 % of the held-out sequences are right, graph against synchronous
+    reduction    list reduction: epochs until 97 % of the held-out sequences are right, graph against synchronous,
+                 each with the best of as many settings
     deduction    bAbI task 15: held-out graphs
     grid         min_update_frequency x max_active_keys: throughput, epochs, staleness, cache
 
 Contestants of a timed part run one at a time in turned order, round by round, and ratios are taken within a round.
-Every part is a section of ``benchmarks/results/ampnet.md`` with its command; the parts may be run separately.
+Every part is a section of ``benchmarks/results/ampnet_figures.md`` with its command; the parts may be run separately,
+and `python -m decoupled.benchmarks.publish` carries the page into the card.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import math
 import re
 import sys
 import time
@@ -29,12 +32,14 @@ from decoupled.benchmarks.page import environment, produce, table, verdict
 from decoupled.benchmarks.peers.dynamic import Minibatch, Nodes, OneByOne, Reached, epochs_to
 from decoupled.benchmarks.speed import RESULTS, Spread, machine
 from decoupled.graph import Task
+from decoupled.steps import MakeScheduler
 from decoupled.tasks.gated_graph import Babi15
 from decoupled.tasks.recurrent import ListReduction
 from decoupled.tasks.tree import ListOps
 
 Say = Callable[[str], None]
 TITLE = "# AMPNet: graphs of nodes on two workers"
+PAGE = "ampnet_figures.md"
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Options:
     rounds: int = 5
     instances: int = 100
     hidden: int = 128
-    epochs: int = 25
-    seeds: int = 1
+    epochs: int = 15
+    seeds: int = 3
     train: int = 100_000
     runtime: str = "threads"
     out: Path = RESULTS
@@ -66,13 +71,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "rounds": "of the timed parts",
         "instances": "per contestant and round",
         "hidden": "width of all models but bAbI's",
-        "epochs": "at most, where a target is waited for",
+        "epochs": "at most, where a target is waited for; in `reduction` the learning rate falls to zero over them",
         "seeds": "of the parts that learn",
-        "train": "training sequences of list reduction in `epochs`",
+        "train": "training sequences of list reduction in `reduction`",
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
     add("--runtime", choices=("threads", "processes"), default=Options.runtime, help="of the graphs")
-    add("--out", type=Path, default=RESULTS, help="folder of ampnet.md")
+    add("--out", type=Path, default=RESULTS, help="folder of the page")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown part {wrong[0]!r}; choose from {', '.join(PARTS)}")
@@ -83,16 +88,19 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def interleaved(
     contestants: Mapping[str, Callable[[], Minibatch | Nodes]], rounds: int, say: Say
 ) -> dict[str, list[float]]:
-    """Samples per second of every contestant in every round; each starts anew, and its first epoch is not measured."""
+    """Samples per second of every contestant in every round; the first epoch of each is not measured."""
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            made = contestants[name]()
-            with made if isinstance(made, Nodes) else contextlib.nullcontext():
-                made.fit("validation")
-                speeds[name].append(made.fit("train").speed)
-        say(f"round {number + 1}: " + ", ".join(f"{name} {speeds[name][-1]:.0f}/s" for name in names))
+    with contextlib.ExitStack() as open_:
+        made: dict[str, Minibatch | Nodes] = {}
+        for name in names:
+            one = contestants[name]()
+            made[name] = open_.enter_context(one) if isinstance(one, Nodes) else one
+            one.fit("validation")
+        for number in range(rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                speeds[name].append(made[name].fit("train").speed)
+            say(f"round {number + 1}: " + ", ".join(f"{name} {speeds[name][-1]:.0f}/s" for name in names))
     return speeds
 
 
@@ -101,109 +109,165 @@ def ratio(speeds: Mapping[str, Sequence[float]], ours: str, theirs: str) -> Spre
     return Spread.of([a / b for a, b in zip(speeds[ours], speeds[theirs], strict=True)])
 
 
+KEYS = (1, 2, 4, 8, 16)
+
+
 def throughput(options: Options, say: Say) -> str:
     sizes = {"train": 100 * options.instances, "validation": 1000, "test": 10}
     task = ListReduction(hidden=options.hidden, data=sizes)
-    workers = {"workers": 2, "runtime": options.runtime, "min_update_frequency": 10}
-    contestants: dict[str, Callable[[], Minibatch | Nodes]] = {
-        f"max_active_keys={keys}": lambda keys=keys: Nodes(task, adam(), max_active_keys=keys, **workers)
-        for keys in (1, 2, 4, 8)
-    }
-    first, *others = contestants
-    contestants["max_active_keys=4, two of the recurrent node"] = lambda: Nodes(
-        task, adam(), max_active_keys=4, replicas={"recurrent": 2}, **workers
-    )
+    how: dict[str, Any] = {"workers": 2, "runtime": options.runtime, "min_update_frequency": 10}
+    contestants: dict[str, Callable[[], Minibatch | Nodes]] = {}
+    for copies in (1, 2):
+        for keys in KEYS:
+            more = how | {"max_active_keys": keys, "replicas": {"recurrent": copies}}
+            contestants[_named(keys, copies)] = lambda more=more: Nodes(task, adam(), **more)
     contestants["synchronous, one thread"] = lambda: Minibatch(task, adam(), 1)
     speeds = interleaved(contestants, options.rounds, say)
-    best = max(others, key=lambda name: Spread.of(speeds[name]).median)
-    found = ratio(speeds, best, first)
+    figures, best = [], {copies: max(KEYS, key=lambda k: median(speeds[_named(k, copies)])) for copies in (1, 2)}
+    for copies, keys in best.items():
+        found = ratio(speeds, _named(keys, copies), _named(1, copies))
+        figures.append((f"{_named(keys, copies)} / {_named(1, copies)}", found, 1.6))
+    rows = [[name, Spread.of(v).text(".0f"), ratio(speeds, name, _named(1, 1)).text()] for name, v in speeds.items()]
     return "\n\n".join(
         [
             f"List reduction, hidden {options.hidden}, instances of at most 100 sequences; {task.description}. Two "
-            f"workers ({options.runtime}), nodes placed by measured cost, min_update_frequency 10.",
-            figure(f"best max_active_keys ({best.split('=')[1]}) / max_active_keys=1", found, 1.6),
+            f"workers ({options.runtime}), nodes placed by measured cost, min_update_frequency 10. The figure is the "
+            "best max_active_keys over 1, with one recurrent node and with two (replicas, averaged after an epoch).",
+            figure(*figures),
+            table(["contestant", "sequences/s", f"over {_named(1, 1)}"], rows),
+        ]
+    )
+
+
+def _named(keys: int, copies: int) -> str:
+    return f"{keys} key{'s' * (keys > 1)}" + (f", {copies} recurrent nodes" if copies > 1 else "")
+
+
+def median(speeds: Sequence[float]) -> float:
+    return Spread.of(speeds).median
+
+
+def figure(*rows: tuple[str, Spread, float | None]) -> str:
+    """A table of figures: title, what was found, what must be reached."""
+    cells = []
+    for title, found, must in rows:
+        reached = None if must is None else found.median >= must
+        cells.append([title, "" if must is None else f">= {must}", found.text(), verdict(reached)])
+    return table(["figure", "must reach", "measured", "reached"], cells)
+
+
+STEP = 16  # trees per step
+
+
+def trees(options: Options, say: Say) -> str:
+    task = ListOps(hidden=options.hidden, data={"train": options.instances, "validation": 20, "test": 1})
+    nodes = sum(len(tree) for tree in task.data.train) / options.instances
+    inner = {"branch": round(STEP * (nodes - 1) / 2)}  # gradients of as many trees
+    alone: dict[str, Any] = {"max_active_keys": 8, "min_update_frequency": STEP, "frequencies": inner}
+    alone["replicas"] = {"branch": 2}
+    together = {
+        "max_active_keys": 16, "min_update_frequency": STEP, "frequencies": inner, "backward_first": False,
+        "batches": dict.fromkeys(("leaf", "branch", "out"), 16),
+    }  # fmt: skip
+
+    def graph(how: dict[str, Any], workers: int, runtime: str) -> Callable[[], Nodes]:
+        return lambda: Nodes(task, adam(), workers=workers, runtime=runtime, **how)
+
+    contestants: dict[str, Callable[[], Minibatch | Nodes]] = {
+        "batches, two threads": graph(together, 2, "threads"),
+        "batches, two processes": graph(together, 2, "processes"),
+        "singly, two threads": graph(alone, 2, "threads"),
+        "singly, two processes": graph(alone, 2, "processes"),
+        "batches, one worker": graph(together, 1, "threads"),
+        "singly, one worker": graph(alone, 1, "threads"),
+        "loop": lambda: OneByOne(task, adam(), STEP),
+        "by height": lambda: Minibatch(task, adam(), STEP),
+    }
+    speeds = interleaved(contestants, options.rounds, say)
+    batches, singly = (
+        max((f"{how}, two {kind}" for kind in ("threads", "processes")), key=lambda name: median(speeds[name]))
+        for how in ("batches", "singly")
+    )
+    pairs = [(batches, "loop", 1.5), (batches, "by height", None), (singly, "loop", None), (singly, "by height", None)]
+    return "\n\n".join(
+        [
+            f"Tree-LSTM, hidden {options.hidden}; {task.description}; {nodes:.0f} nodes per tree. `loop`: plain "
+            "PyTorch, node after node and tree after tree, one thread; `by height`: 16 trees at a time, all nodes of "
+            "one height in one call, one thread. All step after the gradients of 16 trees. `singly`: every message by "
+            "itself, as in the paper: max_active_keys 8, answers first, two of the branch node. `batches`: the option "
+            "of this library to handle up to 16 messages that wait at a node in one call: max_active_keys 16, messages "
+            "as they come.",
+            figure(*[(f"{a} / {b}", ratio(speeds, a, b), must) for a, b, must in pairs]),
             table(
-                ["contestant", "sequences/s", "over max_active_keys=1"],
-                [
-                    [name, Spread.of(values).text(".0f"), ratio(speeds, name, first).text()]
-                    for name, values in speeds.items()
-                ],
+                ["contestant", "trees/s", "over the loop"],
+                [[name, Spread.of(v).text(".0f"), ratio(speeds, name, "loop").text()] for name, v in speeds.items()],
             ),
         ]
     )
 
 
-def figure(title: str, found: Spread, must: float | None) -> str:
-    """A table of one figure."""
-    reached = None if must is None else found.median >= must
-    row = [title, "" if must is None else f">= {must}", found.text(), verdict(reached)]
-    return table(["figure", "must reach", "measured", "reached"], [row])
-
-
-def trees(options: Options, say: Say) -> str:
-    task = ListOps(hidden=options.hidden, data={"train": options.instances, "validation": 20, "test": 1})
-    how: dict[str, Any] = {"max_active_keys": 8, "min_update_frequency": 16}
-    two: dict[str, Any] = how | {"replicas": {"branch": 2}}
-    contestants: dict[str, Callable[[], Minibatch | Nodes]] = {
-        "graph, two threads": lambda: Nodes(task, adam(), workers=2, runtime="threads", **two),
-        "graph, two processes": lambda: Nodes(task, adam(), workers=2, runtime="processes", **two),
-        "graph, one worker": lambda: Nodes(task, adam(), workers=1, runtime="threads", **how),
-        "loop": lambda: OneByOne(task, adam(), 16),
-        "by height": lambda: Minibatch(task, adam(), 16),
-    }
-    speeds = interleaved(contestants, options.rounds, say)
-    ours = max(list(contestants)[:2], key=lambda name: Spread.of(speeds[name]).median)
-    nodes = sum(len(tree) for tree in task.data.train) / options.instances
-    rows = [(ours, "loop", 1.5), (ours, "by height", None), ("graph, one worker", "loop", None)]
-    lines = [(f"{a} / {b}", ratio(speeds, a, b), must) for a, b, must in rows]
-    return "\n\n".join(
-        [
-            f"Tree-LSTM, hidden {options.hidden}; {task.description}; {nodes:.0f} nodes per tree. `loop`: plain "
-            "PyTorch, node after node and tree after tree, one thread; `by height`: 16 trees at a time, all nodes of "
-            "one height in one call, one thread; both step after 16 trees. The graph has max_active_keys 8, "
-            "min_update_frequency 16 (gradients of a node), and on two workers two of the branch node.",
-            "\n".join([figure(*lines[0]), *(figure(*line).splitlines()[-1] for line in lines[1:])]),
-            table(["contestant", "trees/s"], [[name, Spread.of(v).text(".0f")] for name, v in speeds.items()]),
-        ]
-    )
-
-
-def epochs(options: Options, say: Say) -> str:
-    task = ListReduction(hidden=options.hidden, data={"train": options.train})
-    rows, ratios = [], []
-    for seed in range(options.seeds):
-        say(f"synchronous, seed {seed}")
-        plain = epochs_to(Minibatch(task, adam(RATE), 1, seed), 0.97, options.epochs, say)
-        say(f"graph, seed {seed}")
-        with Nodes(task, adam(RATE), seed, **LEARNING, runtime=options.runtime) as nodes:
-            graph = epochs_to(nodes, 0.97, options.epochs, say)
-        relative = graph.epochs / plain.epochs if graph.epochs and plain.epochs else None
-        ratios.append(relative)
-        shown = [plain.text(), graph.text(), "" if relative is None else f"{relative:.2f}"]
-        rows.append([str(seed), *shown, f"{plain.seconds:.0f}", f"{graph.seconds:.0f}"])
-    reached = all(relative is not None and relative <= 1.2 for relative in ratios)
-    header = ["seed", "epochs, synchronous", "epochs, graph", "ratio", "s, synchronous", "s, graph"]
-    settings = ", ".join(f"{key}={value}" for key, value in LEARNING.items())
-    return "\n\n".join(
-        [
-            f"List reduction until 97 % of the validation sequences are right, hidden {options.hidden}; "
-            f"{task.description}. Adam with learning rate {RATE:g}; synchronous: a step after every instance of at "
-            f"most 100 sequences; graph: {settings}, {options.runtime}.",
-            f"Epochs within 1.2x of synchronous: {verdict(reached)}. The seconds were not taken on a quiet machine.",
-            table(header, rows),
-        ]
-    )
-
-
-RATE = 5e-4
+GOAL = 0.97
+RATES = (2e-3, 1e-3)
 LEARNING: dict[str, Any] = {
     "workers": 2, "max_active_keys": 2, "min_update_frequency": 6, "frequencies": {"out": 1},
 }  # fmt: skip
 
 
+def reduction(options: Options, say: Say) -> str:
+    task = ListReduction(hidden=options.hidden, data={"train": options.train})
+    falling = cosine(options.epochs)
+
+    def run(kind: str, rate: float, seed: int) -> Reached:
+        say(f"{kind}, learning rate {rate:g}, seed {seed}")
+        if kind == "synchronous":
+            return epochs_to(Minibatch(task, adam(rate), 1, seed, falling), GOAL, options.epochs, say)
+        how = LEARNING | {"runtime": options.runtime, "scheduler": falling}
+        with Nodes(task, adam(rate), seed, **how) as nodes:
+            return epochs_to(nodes, GOAL, options.epochs, say)
+
+    kinds = ("synchronous", "graph")
+    tried = {(kind, rate): run(kind, rate, 0) for rate in RATES for kind in kinds}
+    best = {kind: min(RATES, key=lambda r: tried[kind, r].epochs or 1 << 30) for kind in kinds}
+    found = {(kind, 0): tried[kind, best[kind]] for kind in kinds}
+    found |= {(kind, seed): run(kind, best[kind], seed) for seed in range(1, options.seeds) for kind in kinds}
+    rows, ratios = [], []
+    for seed in range(options.seeds):
+        plain, graph = (found[kind, seed] for kind in kinds)
+        relative = graph.epochs / plain.epochs if graph.epochs and plain.epochs else None
+        ratios.append(relative)
+        shown = [one.text() for one in (plain, graph)] + ["" if relative is None else f"{relative:.2f}"]
+        rows.append([str(seed), *shown, *(f"{100 * max(one.scores):.2f} %" for one in (plain, graph))])
+    reached = all(relative is not None and relative <= 1.2 for relative in ratios)
+    settings = ", ".join(f"{key}={value}" for key, value in LEARNING.items())
+    return "\n\n".join(
+        [
+            f"List reduction until 97 % of the validation sequences are right, hidden {options.hidden}; "
+            f"{task.description}. Adam, the learning rate falls to zero over {options.epochs} epochs as a cosine, from "
+            "epoch to epoch; synchronous: a step after every instance of at most 100 sequences; graph: "
+            f"{settings}, {options.runtime}.",
+            "Settings tried on seed 0, as many for both; the best of each was taken for the other seeds:",
+            table(
+                ["learning rate", *(f"epochs, {kind}" for kind in kinds)],
+                [[f"{rate:g}", *(tried[kind, rate].text() for kind in kinds)] for rate in RATES],
+            ),
+            f"Validation of 97 %, in at most 1.2x the epochs of synchronous: {verdict(reached)}.",
+            table(["seed", *(f"epochs, {kind}" for kind in kinds), "ratio", *(f"best, {k}" for k in kinds)], rows),
+        ]
+    )
+
+
+def cosine(epochs: int) -> MakeScheduler:
+    """The learning rate falls to zero over so many epochs."""
+
+    def factor(epoch: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(epoch, epochs) / epochs))
+
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def deduction(options: Options, say: Say) -> str:
     rows, task = [], Babi15()
-    for seed in range(max(3, options.seeds)):
+    for seed in range(options.seeds):
         task = Babi15(data={"seed": seed})
         with Nodes(task, adam(0.01), seed, workers=2, max_active_keys=4, runtime=options.runtime) as nodes:
             found = epochs_to(nodes, 1.0, options.epochs, say)
@@ -218,7 +282,7 @@ def deduction(options: Options, say: Say) -> str:
 
 
 def grid(options: Options, say: Say) -> str:
-    target = 0.9
+    target = 0.8
     task = ListReduction(hidden=options.hidden, data={"train": 20_000, "validation": 2_000, "test": 10})
     rows = []
     for muf in (1, 10, 50):
@@ -264,13 +328,13 @@ def _statistics(nodes: Nodes, found: Reached) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Options, Say], str]] = {
-    "throughput": throughput, "trees": trees, "epochs": epochs, "deduction": deduction, "grid": grid,
+    "throughput": throughput, "trees": trees, "reduction": reduction, "deduction": deduction, "grid": grid,
 }  # fmt: skip
 
 
 def run(options: Options, words: Sequence[str], say: Say) -> dict[str, str]:
     """Run the parts and put them into the page in place of what it said before."""
-    path = options.out / "ampnet.md"
+    path = options.out / PAGE
     sections = read(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in options.parts:
         say(part)
@@ -281,7 +345,7 @@ def run(options: Options, words: Sequence[str], say: Say) -> dict[str, str]:
         facts = environment(machine(started), " ".join(["ampnet", part, *others]), time.monotonic() - clock)
         sections[part] = f"{text}\n\n{facts}"
     body = [f"## {part}\n\n{sections[part].strip()}\n" for part in PARTS if part in sections]
-    return {"ampnet.md": "\n".join([f"{TITLE}\n", *body])}
+    return {PAGE: "\n".join([f"{TITLE}\n", *body])}
 
 
 def read(page: str) -> dict[str, str]:

@@ -4,7 +4,9 @@
     README.md                         the same table between the marks <!-- quick --> and <!-- /quick -->
     methods/<family>/<method>.md      its own rows (--only some methods) between <!-- results --> and <!-- /results -->
 
-`speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README.
+`speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README, and
+a page of figures of one method, benchmarks/results/<method>_figures.md, between <!-- figures --> and <!-- /figures -->
+of its card. Without DIR only such pages are carried over.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,12 +27,19 @@ HEADER = (
 
 
 def main() -> None:
-    """Publish one comparison, and speed.md if it is there."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="written by `decoupled compare`")
+    parser.add_argument("directory", type=Path, nargs="?", help="written by `decoupled compare`")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="fill the cards of these methods only")
     given = parser.parse_args()
-    results = json.loads((given.directory / "results.json").read_text(encoding="utf-8"))
+    if given.directory is not None:
+        publish(given.directory, given.only)
+    carry_pages(ROOT)
+
+
+def publish(directory: Path, only: Sequence[str] | None = None) -> None:
+    """Publish one comparison; `only`: into the cards of these methods."""
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     rows = {name: row(records) for name, records in by_label(results).items()}
     own: dict[str, list[str]] = {}
     for name, records in by_label(results).items():
@@ -40,15 +50,25 @@ def main() -> None:
     path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
     fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
     for card in (ROOT / "methods").glob("*/*.md"):
-        if card.stem in own and (given.only is None or card.stem in given.only):
+        if card.stem in own and (only is None or card.stem in only):
             lines = "\n".join(own[card.stem])
             text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
             fill(card, "results", f"{text}{HEADER}\n{lines}\n\n{where}")
-    speed = ROOT / "benchmarks" / "results" / "speed.md"
+
+
+def carry_pages(root: Path) -> None:
+    """Carry the pages of benchmarks into the documents that have room for them."""
+    pages = root / "benchmarks" / "results"
+    speed = pages / "speed.md"
     if speed.is_file():
         figures = speed.read_text(encoding="utf-8").split("\n## ")[0]
         text = re.sub(r"\A# .*\n+", "", figures).strip()
-        fill(ROOT / "README.md", "speed", f"{text}\n\nMore in [speed.md](benchmarks/results/speed.md).")
+        fill(root / "README.md", "speed", f"{text}\n\nMore in [speed.md](benchmarks/results/speed.md).")
+    for card in (root / "methods").glob("*/*.md"):
+        page = pages / f"{card.stem}_figures.md"
+        if page.is_file():  # its sections are parts of the card's section
+            text = re.sub(r"\A# .*\n+", "", page.read_text(encoding="utf-8")).strip()
+            fill(card, "figures", re.sub("^## ", "### ", text, flags=re.MULTILINE))
 
 
 def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -223,6 +223,7 @@ OPTIONS = {
         "backward_first": True,
         "frequencies": None,
         "messages_per_instance": 10_000,
+        "batches": None,
     },
 }
 KEYS = {

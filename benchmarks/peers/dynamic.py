@@ -24,10 +24,9 @@ from torch import Tensor
 from decoupled.graph import Task
 from decoupled.graph.statistics import NodeStatistics, merged
 from decoupled.graph.trainer import Asynchrony, GraphTrainer
+from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.tasks.base import Synchronous
 from decoupled.tasks.tree import Trees
-
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 class Measured(NamedTuple):
@@ -45,11 +44,14 @@ class Measured(NamedTuple):
 class Minibatch:
     """The synchronous model in minibatches of `size` instances, in one thread."""
 
-    def __init__(self, task: Task, optimizer: MakeOptimizer, size: int, seed: int = 0) -> None:
+    def __init__(
+        self, task: Task, optimizer: MakeOptimizer, size: int, seed: int = 0, scheduler: MakeScheduler | None = None
+    ) -> None:
         torch.manual_seed(seed)
         self.task, self.size, self._draw = task, size, random.Random(seed)
         self.model = task.synchronous()
-        self._optimizer = optimizer(self.model.parameters())
+        self._optimizer = optimizer(list(self.model.parameters()))
+        self._scheduler = scheduler(self._optimizer) if scheduler else None
 
     def fit(self, split: str = "train") -> Measured:
         order = list(range(len(self.task.instances(split))))
@@ -59,6 +61,8 @@ class Minibatch:
             self._optimizer.step()
             self._optimizer.zero_grad()
             samples, total = samples + count, total + loss * count
+        if self._scheduler:
+            self._scheduler.step()
         return Measured(samples, time.perf_counter() - start, total / samples)
 
     def _steps(self, split: str, order: Sequence[int]) -> Iterator[tuple[float, int]]:
@@ -101,12 +105,15 @@ class Nodes:
         seed: int = 0,
         workers: int | Mapping[str, int] = 2,
         runtime: str = "threads",
+        scheduler: MakeScheduler | None = None,
         **asynchrony: Any,
     ) -> None:
         torch.manual_seed(seed)
         self.task, self._seed = task, seed
         how = Asynchrony(**asynchrony)
-        self.trainer = GraphTrainer(task.graph(), how, optimizer=optimizer, workers=workers, runtime=runtime)
+        self.trainer = GraphTrainer(
+            task.graph(), how, optimizer=optimizer, scheduler=scheduler, workers=workers, runtime=runtime
+        )
 
     def __enter__(self) -> Nodes:
         return self

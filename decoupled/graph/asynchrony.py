@@ -25,6 +25,8 @@ class Asynchrony:
         replicas: node -> how many of it.
         backward_first: answers are handled before new work.
         frequencies: node -> its own min_update_frequency, before all others.
+        batches: node -> how many waiting messages it handles in one call, at most (they come from any instances); its
+            module must treat rows alone, and its way back recomputes.
         messages_per_instance: more unanswered ones on one output are taken for a loop that does not end.
     """
 
@@ -36,6 +38,7 @@ class Asynchrony:
     backward_first: bool = True
     frequencies: Mapping[str, int] = field(default_factory=dict)
     messages_per_instance: int = 10_000
+    batches: Mapping[str, int] = field(default_factory=dict)
     name: str = ""
 
     trains: ClassVar[str] = "graphs of nodes (task=NAME, no data and model)"
@@ -47,6 +50,7 @@ class Asynchrony:
         )  # fmt: skip
         positive("frequencies", **self.frequencies)
         positive("replicas", **self.replicas)
+        positive("batches", **self.batches)
         if self.backward not in MODES:
             raise unknown("backward mode", self.backward, MODES)
         if self.combine not in ("mean", "sum"):
@@ -71,12 +75,21 @@ class Asynchrony:
             UserError: names the node and the nearest one.
         """
         known = [node.name for node in graph.of(PPT)]
-        for option, given in (("frequencies", self.frequencies), ("replicas", self.replicas)):
+        for option, given in (
+            ("frequencies", self.frequencies), ("replicas", self.replicas), ("batches", self.batches)
+        ):  # fmt: skip
             for name in given:
                 if name not in known:
                     raise unknown(f"node in {option}:", name, known)
 
     def frequency(self, graph: NodeGraph, node: PPT) -> int:
         """Gradients that `node` adds up; a replica does as the node it stands for."""
-        name = next((name for name, copies in graph.replicas.items() if node.name in copies), node.name)
-        return self.frequencies.get(name, node.own_muf or self.min_update_frequency)
+        return self.frequencies.get(_original(graph, node), node.own_muf or self.min_update_frequency)
+
+    def batch(self, graph: NodeGraph, node: PPT) -> int:
+        """Waiting messages that `node` handles in one call; a replica does as the node it stands for."""
+        return self.batches.get(_original(graph, node), 1)
+
+
+def _original(graph: NodeGraph, node: PPT) -> str:
+    return next((name for name, copies in graph.replicas.items() if node.name in copies), node.name)

@@ -6,7 +6,7 @@ total = execute(graph, instances)        every message is handled; gradients are
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,10 +18,11 @@ from decoupled.graph.node import Backward, Forward, Key, Node, Result, Sends, St
 
 @dataclass
 class Executed:
-    """What an execution found: the results of the losses, and seconds per node."""
+    """What an execution found: the results of the losses, seconds per node, messages and answers per pair of nodes."""
 
     results: list[Result] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 def execute(
@@ -50,10 +51,12 @@ def execute(
         for one in sends:
             if type(one) is Forward:
                 name, port = successors[node.name][one.port]
+                found.traffic[node.name, name] += 1
                 forward.append((False, graph.nodes[name], port, one.state, one.payload))
             elif type(one) is Backward:
                 if node.inputs:
                     name, port = predecessors[node.name][one.port]
+                    found.traffic[name, node.name] += 1
                     backward.append((True, graph.nodes[name], port, one.state, one.gradient))
             else:
                 assert isinstance(one, Result)

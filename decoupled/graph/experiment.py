@@ -1,6 +1,7 @@
 """One training run of a task as a record: the graph with a method, or the same model in plain PyTorch (the control).
 
-Both get the same initial weights, instances, optimizer and number of epochs for a seed, and a constant learning rate.
+Both get the same initial weights, instances, optimizer and number of epochs for a seed, and a learning rate that
+follows the recipe's schedule from epoch to epoch.
 The control trains on minibatches of `batch_size` instances; time is training only.
 """
 
@@ -17,7 +18,7 @@ import torch
 from decoupled import costs, registry, tasks
 from decoupled.config import Task as Configured
 from decoupled.errors import UserError
-from decoupled.experiment import label, optimizer_for
+from decoupled.experiment import label, optimizer_for, scheduler_for
 from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.instance import Instance, Task
 from decoupled.graph.trainer import GraphTrainer
@@ -76,7 +77,7 @@ class GraphSetting:
         torch.manual_seed(seed)
         return GraphTrainer(
             self.work.graph(), spec, optimizer=optimizer_for(self.task.recipe), workers=self.task.blocks,
-            runtime=self.task.runtime, **more,
+            scheduler=scheduler_for(self.task.recipe, self.task.recipe.epochs), runtime=self.task.runtime, **more,
         )  # fmt: skip
 
     def named(self, scores: Mapping[str, float]) -> Scores:
@@ -119,6 +120,8 @@ class GraphSetting:
         model = self.work.synchronous()
         model.load_state_dict(weights)
         optimizer = optimizer_for(recipe)([p for p in model.parameters() if p.requires_grad])
+        schedule = scheduler_for(recipe, recipe.epochs)
+        scheduler = schedule(optimizer) if schedule else None
         train, orders = self.splits["train"], torch.Generator().manual_seed(seed)
         updates = 0
 
@@ -134,6 +137,8 @@ class GraphSetting:
                 optimizer.step()
                 total, rows, updates = total + loss.item() * samples, rows + samples, updates + 1
                 advance(samples)
+            if scheduler:
+                scheduler.step()
             seconds = time.perf_counter() - start
             return seconds, sum(instance.size for instance in train), total / max(1, rows)
 

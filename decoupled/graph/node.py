@@ -85,7 +85,9 @@ class Node(ABC):
 
     kind = "node"
     changes_state = False  # what leaves has another state than what came in
+    steers = True  # does no work worth queueing for: handles a message in the operation that brings it
     inputs = outputs = 1
+    batch = 1  # waiting messages that it may be given together, see `PPT.take_many`
     graph: NodeGraph | None = None  # once connected
 
     def __init__(self, name: str | None = None) -> None:
@@ -145,6 +147,16 @@ class Node(ABC):
     def take_backward(self, port: int, state: State, gradient: Tensor | None) -> Sends:
         """`backward`, with what came in and what leaves checked."""
         self.visits += self.training
+        self.check_answer(port, state)
+        return self.check_sends(self.backward(port, state, gradient))
+
+    def open(self) -> list[str]:
+        """What keeps this node from having finished, in words; empty between epochs."""
+        sent = [f"output {port} waits for the answer to {s}" for port, all in enumerate(self._unanswered) for s in all]
+        return sent + [f"input {port} holds {state}" for port, state in self.remembered()]
+
+    def check_answer(self, port: int, state: State) -> None:
+        """An answer came back: somebody must have waited for it."""
         try:
             self._unanswered[port].remove(state)
         except KeyError:
@@ -152,12 +164,6 @@ class Node(ABC):
                 f"node {self.name!r}, output {port}: an answer with state {state} came back, but no message with that "
                 "state is unanswered there; every message is answered once, with the state it was sent with"
             ) from None
-        return self.check_sends(self.backward(port, state, gradient))
-
-    def open(self) -> list[str]:
-        """What keeps this node from having finished, in words; empty between epochs."""
-        sent = [f"output {port} waits for the answer to {s}" for port, all in enumerate(self._unanswered) for s in all]
-        return sent + [f"input {port} holds {state}" for port, state in self.remembered()]
 
     def check_sends(self, sends: Sends) -> Sends:
         """`sends`, once it is known that they keep to the protocol."""

@@ -1,62 +1,93 @@
 """Placement: which worker hosts which node; by hand, or balanced by measured cost.
 
-    costs = measure(graph, instances)            seconds per instance and node, forward and backward
-    balance(graph, costs, workers=2)             {"embed": 0, "recurrent": 1, ...}
+measured = measure(graph, instances)         seconds per instance and node, messages per instance and pair of nodes
+balance(graph, measured, workers=2)          {"embed": 0, "recurrent": 1, ...}
 
-Heavy nodes are dealt out first, each to the worker with the least to do; light ones go where their neighbours are, so
-that their messages need not leave a worker, unless that one has its fair share already.
+load of a worker    its nodes' costs + CROSSING seconds for every message or answer that leaves or reaches it
+balanced            no move of one or two nodes makes the busiest worker less busy (as busy: fewer messages cross)
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from decoupled.errors import UserError, nearest
 from decoupled.graph.build import Input, NodeGraph
-from decoupled.graph.execute import execute
+from decoupled.graph.execute import Executed, execute
 from decoupled.graph.instance import Instance
 from decoupled.runtime.contract import intra_op_threads
 
-LIGHT = 0.1  # of a worker's fair share: what costs less follows its neighbours
+CROSSING = 40e-6  # seconds of each of both workers, for a message between two threads
+
+Places = dict[str, int]
 
 
-def measure(graph: NodeGraph, instances: Sequence[Instance], rounds: int = 3) -> dict[str, float]:
-    """Seconds per instance at every node but the inputs, on one thread: the least of some rounds.
+@dataclass(frozen=True)
+class Measured:
+    """What an instance costs: seconds by node, and messages with their answers by pair of nodes."""
+
+    seconds: Mapping[str, float]
+    traffic: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+
+def measure(graph: NodeGraph, instances: Sequence[Instance], rounds: int = 3) -> Measured:
+    """Per instance, for every node but the inputs, on one thread: the least of some rounds.
 
     The graph itself is not touched.
     """
     trial = copy.deepcopy(graph)
     with intra_op_threads(1):
-        found: list[dict[str, float]] = [execute(trial, instances).seconds for _ in range(rounds + 1)][1:]
-    names = [name for name, node in graph.nodes.items() if not isinstance(node, Input)]
-    return {name: min(one.get(name, 0.0) for one in found) / max(1, len(instances)) for name in names}
+        found: list[Executed] = [execute(trial, instances) for _ in range(rounds + 1)][1:]
+    count = max(1, len(instances))
+    seconds = {n: min(one.seconds.get(n, 0.0) for one in found) / count for n in placed(graph)}
+    traffic = {pair: number / count for pair, number in found[0].traffic.items() if set(pair) <= set(seconds)}
+    return Measured(seconds, traffic)
 
 
-def balance(graph: NodeGraph, costs: Mapping[str, float], workers: int) -> dict[str, int]:
-    """Node -> number of its worker; node -> cost in any unit."""
-    share = sum(costs.values()) / workers
-    heavy = sorted((n for n in costs if costs[n] > LIGHT * share), key=lambda n: -costs[n])
-    load, places = [0.0] * workers, dict[str, int]()
+def placed(graph: NodeGraph) -> list[str]:
+    """The nodes that have a worker: all but the inputs."""
+    return [name for name, node in graph.nodes.items() if not isinstance(node, Input)]
 
-    def put(name: str, worker: int) -> None:
-        places[name] = worker
-        load[worker] += costs[name]
 
-    neighbours: dict[str, list[str]] = {name: [] for name in graph.nodes}
-    for source, _, target, _ in graph.edges():
-        neighbours[source].append(target)
-        neighbours[target].append(source)
-    for name in heavy:
-        put(name, load.index(min(load)))
-    waiting = [name for name in costs if name not in places]
-    while waiting:  # those with a placed neighbour first
-        name = next((n for n in waiting if any(m in places for m in neighbours[n])), waiting[0])
-        waiting.remove(name)
-        near = Counter(places[m] for m in neighbours[name] if m in places)
-        put(name, max(range(workers), key=lambda w: (load[w] < share, near[w], -load[w])))
+def balance(graph: NodeGraph, measured: Measured, workers: int) -> Places:
+    """Node -> number of its worker."""
+    costs = measured.seconds
+    pairs = [(a, b, measured.traffic.get((a, b), 0.0)) for a, _, b, _ in graph.edges() if a in costs and b in costs]
+
+    def busiest(places: Places) -> tuple[float, float]:
+        load = [0.0] * workers
+        for name, worker in places.items():
+            load[worker] += costs[name]
+        cut = [(a, b, messages) for a, b, messages in pairs if places[a] != places[b]]
+        for a, b, messages in cut:
+            load[places[a]] += CROSSING * messages
+            load[places[b]] += CROSSING * messages
+        return max(load), len(cut) + sum(messages for _, _, messages in cut)
+
+    places, load = Places(), [0.0] * workers
+    for name in sorted(costs, key=lambda n: -costs[n]):  # the heaviest first, to whoever has least to do
+        places[name] = load.index(min(load))
+        load[places[name]] += costs[name]
+    best = busiest(places)
+    better = True
+    while better:
+        better = False
+        for change in _changes(list(costs), workers):
+            trial = places | change
+            if (found := busiest(trial)) < best:
+                places, best, better = trial, found, True
     return places
+
+
+def _changes(names: Sequence[str], workers: int) -> Iterator[Places]:
+    """Every new place for one node, and for two."""
+    for count in (1, 2):
+        for some in itertools.combinations(names, count):
+            for where in itertools.product(range(workers), repeat=count):
+                yield dict(zip(some, where, strict=True))
 
 
 def by_hand(graph: NodeGraph, given: Mapping[str, int]) -> dict[str, int]:
@@ -65,7 +96,7 @@ def by_hand(graph: NodeGraph, given: Mapping[str, int]) -> dict[str, int]:
     Raises:
         UserError: an unknown node, or numbers of workers with gaps.
     """
-    names = [name for name, node in graph.nodes.items() if not isinstance(node, Input)]
+    names = placed(graph)
     for name in given:
         if name not in names:
             raise UserError(f"workers places node {name!r}, which the graph has not.{nearest(name, names)}")

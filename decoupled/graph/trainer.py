@@ -22,7 +22,7 @@ import torch
 
 from decoupled import registry
 from decoupled.build import make_runtime
-from decoupled.errors import StallError, UserError
+from decoupled.errors import StallError, UserError, unknown
 from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.controller import Controller
@@ -35,7 +35,7 @@ from decoupled.graph.worker import CONTROLLER, GraphWorker
 from decoupled.runtime.contract import Cost, Edge, Graph, Observer, Runtime, Timings
 from decoupled.runtime.simulated import Simulated
 from decoupled.specs import parse, positive
-from decoupled.steps import MakeOptimizer
+from decoupled.steps import MakeOptimizer, MakeScheduler
 
 SAMPLE = 4  # instances that costs are measured on
 
@@ -48,10 +48,11 @@ class GraphTrainer:
         method: how far it runs ahead, and what updates are made of: a name, a mapping with name and options, or an
             `Asynchrony`.
         optimizer: parameters -> Optimizer, called once per parameterised node.
+        scheduler: optimizer -> LRScheduler, ticks at the end of every epoch; or None.
         workers: how many, nodes balanced by measured cost; or node -> number of its worker.
         runtime: "threads", "simulated", "processes", a mapping with name and options, or a Runtime, which stays open.
         costs: on the simulated runtime, node -> seconds of a forward (a backward takes twice as long); default: 1 for
-            parameterised nodes, 0 for others.
+            parameterised nodes, 0 for others. Nodes that only steer take no time.
         observers: look on at operations and messages (traces).
         on_retire: called with the size of every instance that has come back.
 
@@ -65,6 +66,7 @@ class GraphTrainer:
         method: str | Mapping[str, Any] | Asynchrony | None = None,
         *,
         optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
         workers: int | Mapping[str, int] = 2,
         runtime: str | Mapping[str, Any] | Runtime = "threads",
         costs: Mapping[str, float] | None = None,
@@ -79,8 +81,9 @@ class GraphTrainer:
         self._observers, self._on_retire = observers, on_retire
         how = self.asynchrony
         for node in graph.of(PPT):
-            node.prepare(optimizer, how.frequency(graph, node), how.combine == "mean", how.backward)
-        self._optimizer = optimizer
+            muf, batch = how.frequency(graph, node), how.batch(graph, node)
+            node.prepare(optimizer, muf, how.combine == "mean", how.backward, batch, scheduler)
+        self._optimizer, self._scheduler = optimizer, scheduler
         count = workers if isinstance(workers, int) else max(workers.values(), default=0) + 1
         positive("graph", workers=count)
         self.places = {} if isinstance(workers, int) else by_hand(graph, workers)
@@ -220,10 +223,9 @@ class GraphTrainer:
             self.places = balance(self.graph, measure(self.graph, sample), len(self._names))
         if not self._hosted:
             self._hosted = True
-            graph, how, optimizer, places = self.graph, self.asynchrony, self._optimizer, self.places
-            self.runtime.host(
-                self, lambda runtime: GraphTrainer(graph, how, optimizer=optimizer, workers=places, runtime=runtime)
-            )
+            graph, how, places = self.graph, self.asynchrony, self.places
+            steps: dict[str, Any] = {"optimizer": self._optimizer, "scheduler": self._scheduler}
+            self.runtime.host(self, lambda runtime: GraphTrainer(graph, how, **steps, workers=places, runtime=runtime))
 
     def _build(self) -> None:
         if self._workers:
@@ -251,8 +253,16 @@ def wiring(
 
 
 def costs_of(graph: NodeGraph, costs: Mapping[str, float] | None) -> Cost:
-    """The virtual duration of an operation: that of its node, twice that on the way back."""
+    """The virtual duration of an operation: that of its node, twice that on the way back.
+
+    Raises:
+        UserError: a node that is not there, or one that only steers and so takes no time.
+    """
     seconds = costs if costs is not None else {node.name: 1.0 for node in graph.of(PPT)}
+    working = [name for name, node in graph.nodes.items() if not node.steers]
+    for name in seconds:
+        if name not in working:
+            raise unknown("node in costs:", name, working)
 
     def cost(actor: str, operation: str) -> float:
         kind, node, _ = operation.split(" ", 2)

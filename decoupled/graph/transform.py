@@ -15,15 +15,17 @@ After `muf` gradients (min_update_frequency) the PPT updates its own weights, wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from decoupled.errors import UserError
 from decoupled.graph.matching import Matching
 from decoupled.graph.node import Backward, Forward, Node, Result, Sends, State, twice
+from decoupled.steps import MakeOptimizer, MakeScheduler
 
 MODES = ("activation", "recompute")
 Score = Callable[[Tensor, Tensor], float]
@@ -36,7 +38,7 @@ class NPT(Node):
         function: payload -> payload; with `with_state`, (payload, *state) -> payload.
     """
 
-    kind = "npt"
+    kind, steers = "npt", False
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None, with_state: bool = False) -> None:
         super().__init__(name or _name_of(function))
@@ -76,8 +78,8 @@ class NPT(Node):
     def _run(self, x: Tensor, state: State) -> Tensor:
         return self.function(x, *state) if self.with_state else self.function(x)
 
-    def _learn(self, version: int) -> None:
-        """A gradient for the weights has been added up; the forward saw the weights of `version`."""
+    def _learn(self, *versions: int) -> None:
+        """Gradients for the weights have been added up; their forwards saw the weights of these versions."""
 
     def remembered(self) -> list[tuple[int, State]]:
         return [(0, state) for state in self._kept]
@@ -116,15 +118,21 @@ class PPT(NPT):
         self.staleness: Counter[int] = Counter()
         self.updates = self.gradients = 0  # gradients since the last update
         self._optimizer: torch.optim.Optimizer | None = None
+        self._scheduler: LRScheduler | None = None
         self._twins: list[tuple[nn.Parameter, nn.Parameter]] = []  # weight, the same memory for the optimizer
 
-    def prepare(self, optimizer: Callable[..., torch.optim.Optimizer], muf: float, mean: bool, mode: str) -> None:
+    def prepare(
+        self, optimizer: MakeOptimizer, muf: float, mean: bool, mode: str, batch: int = 1,
+        scheduler: MakeScheduler | None = None,
+    ) -> None:  # fmt: skip
         """Give it an optimizer, made for its own weights; see `Asynchrony` for the options."""
-        self.recompute, self.mean, self.muf = mode == "recompute", mean, muf
+        self.recompute, self.mean, self.muf = mode == "recompute" or batch > 1, mean, muf
+        self.batch = 1 if self.with_state else batch
         # The optimizer writes into the same memory through tensors with another version counter: autograd then uses
         # today's weights with the saved activations, instead of refusing to.
         self._twins = [(p, nn.Parameter(p.data)) for p in self.module.parameters() if p.requires_grad]
         self._optimizer = optimizer([twin for _, twin in self._twins]) if self._twins else None
+        self._scheduler = scheduler(self._optimizer) if scheduler and self._optimizer else None
 
     def begin(self, training: bool) -> None:
         super().begin(training)
@@ -141,9 +149,51 @@ class PPT(NPT):
         self.module.load_state_dict(rest.pop("weights"))
         super().restore(rest)
 
-    def _learn(self, version: int) -> None:
-        self.staleness[self.version - version] += 1
-        self.gradients += 1
+    def take_many(self, back: bool, messages: Sequence[tuple[State, Tensor | None]]) -> Sends:
+        """Handle messages, or answers, that wait together: in one call of the module, on all their rows.
+
+        What waits together is by chance, so nothing of the joint forward is kept: the way back recomputes.
+        """
+        self.visits += len(messages) * self.training
+        if back:
+            for state, _ in messages:
+                self.check_answer(0, state)
+        return self.check_sends(self._backward_many(messages) if back else self._forward_many(messages))
+
+    def _forward_many(self, messages: Sequence[tuple[State, Any]]) -> Sends:
+        if self.training:
+            for state, x in messages:
+                if state in self._kept:
+                    raise twice(self, "input 0", state)
+                self._kept[state] = x, None, self.version
+                self._bytes += x.nbytes
+            self.peak, self.peak_bytes = max(self.peak, len(self._kept)), max(self.peak_bytes, self._bytes)
+        with torch.no_grad():
+            parts = self.module(torch.cat([x for _, x in messages])).split([len(x) for _, x in messages])
+        return [Forward(0, state, y) for (state, _), y in zip(messages, parts, strict=True)]
+
+    def _backward_many(self, messages: Sequence[tuple[State, Tensor | None]]) -> Sends:
+        kept = [self._kept.pop(state) for state, _ in messages]
+        self._bytes -= sum(x.nbytes for x, _, _ in kept)
+        given = [
+            (state, x, g, version) for (state, g), (x, _, version) in zip(messages, kept, strict=True) if g is not None
+        ]
+        answers: dict[State, Tensor | None] = dict.fromkeys(state for state, _ in messages)
+        if given:
+            joint = torch.cat([x for _, x, _, _ in given]).requires_grad_(given[0][1].is_floating_point())
+            with torch.enable_grad():
+                y = self.module(joint)
+            if y.requires_grad:
+                y.backward(torch.cat([g for _, _, g, _ in given]))
+            if joint.grad is not None:
+                parts = joint.grad.split([len(x) for _, x, _, _ in given])
+                answers |= {state: part for (state, *_), part in zip(given, parts, strict=True)}
+            self._learn(*(version for *_, version in given))
+        return [Backward(0, state, gradient) for state, gradient in answers.items()]
+
+    def _learn(self, *versions: int) -> None:
+        self.staleness.update(self.version - version for version in versions)
+        self.gradients += len(versions)
         if self.gradients >= self.muf:
             self.update()
 
@@ -160,6 +210,12 @@ class PPT(NPT):
         self.version += 1
         self.updates += 1
 
+    def end_epoch(self) -> None:
+        """What is left of gradients becomes an update; the schedule of the learning rate moves on."""
+        self.update()
+        if self._scheduler is not None and self.updates:
+            self._scheduler.step()
+
 
 class Loss(Node):
     """Where the way back begins: waits for a prediction and its target, with equal states.
@@ -169,7 +225,7 @@ class Loss(Node):
         score: (prediction, target) -> number, a sum over rows (how many are right); or None.
     """
 
-    kind, inputs, outputs = "loss", 2, 0
+    kind, inputs, outputs, steers = "loss", 2, 0, False
 
     def __init__(
         self, function: Callable[[Tensor, Tensor], Tensor], name: str | None = None, score: Score | None = None

@@ -1,12 +1,14 @@
 """A worker: one actor that hosts nodes of a graph, and hands messages between them and to other workers.
 
-    mailbox "backward"  ----+                            +--> own queues, if the next node lives here
-    own backward queue  ----+--> one node: forward or ---+--> another worker's mailbox
-    mailbox "forward"   ----+    backward of one message +--> the controller: answers of inputs, results of losses
-    own forward queue   ----+
+    own backward queue  ----+                            +--> own queues, if the next node lives here
+    mailbox "backward"  ----+--> one node: forward or ---+--> another worker's mailbox
+    own forward queue   ----+    backward of one message +--> the controller: answers of inputs, results of losses
+    mailbox "forward"   ----+
 
 The first line that has a message is served: answers go before new work, because they free what nodes remember and
-keep weights from being updated under a message's feet.
+keep weights from being updated under a message's feet; own queues go before mail, so what has begun here goes on, and
+instances are overtaken less. Nodes that only steer (Phi, Cond, Isu, Concat, ...) wait in no queue: what reaches one is
+handled in the operation that sent it, so a queue holds work and nothing else.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ class GraphWorker(Actor):
         self._forward: deque[Item] = deque()
         self._backward: deque[Item] = deque() if backward_first else self._forward
         self._back_port = "backward" if backward_first else "forward"
-        self._idle = self._ahead = self._answers = (Want(),)
-        self._ended = False
+        self._idle = self._ahead = self._own = (Want(),)
+        self._ended = self._gathers = False
         self.bytes_forward = self.bytes_backward = 0
 
     def begin(self, training: bool, limit: int, ports: Collection[str]) -> None:
@@ -73,7 +75,10 @@ class GraphWorker(Actor):
             ports: those that other actors send to.
         """
         mail = tuple(Want((port,)) for port in ("backward", "forward") if port in ports)
-        self._idle, self._ahead, self._answers = mail, (*mail, Want()), (*mail[: len(mail) - 1], Want())
+        self._idle, self._ahead, self._own = mail, (*mail[: len(mail) - 1], Want()), (Want(),)
+        self._gathers = any(node.batch > 1 for node in self.nodes.values())
+        if self._gathers:  # then mail is put to what waits here already
+            self._ahead = self._own = (*mail, Want())
         self._forward.clear()
         self._backward.clear()
         self._ended = False
@@ -83,39 +88,62 @@ class GraphWorker(Actor):
 
     def wants(self) -> Sequence[Want]:
         if self._backward:
-            return self._answers
+            return self._own
         if self._forward:
             return self._ahead
         return () if self._ended else self._idle
 
     def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
         if not messages:
-            back, node, port, state, payload = (self._backward or self._forward).popleft()
+            item = (self._backward or self._forward).popleft()
         else:
             message = messages[0]
             if not isinstance(message, Signal):
                 assert isinstance(message, End)
                 return self._end()
-            back, node, port = message.back, self.nodes[message.node], message.port
-            state, payload = message.state, message.payload
-        label = f"{'B' if back else 'F'} {node.name} {state}"
-        try:
-            if back:
-                sends = node.take_backward(port, state, payload)
-            else:
-                assert payload is not None
-                sends = node.take_forward(port, state, payload)
-        except Exception as error:
-            raise OperationError(self.name, label, error, self._method) from error
-        return Outcome(label, self._route(node, sends))
-
-    def _route(self, node: Node, sends: Sends) -> Sequence[tuple[str, Message]]:
+            item = message.back, self.nodes[message.node], message.port, message.state, message.payload
+            if item[1].batch > 1:
+                (self._backward if item[0] else self._forward).append(item)
+                return Outcome()
         leaving: list[tuple[str, Message]] = []
+        brought = [item]
+        for one in brought:  # grows: nodes here that only steer have their turn at once
+            self._route(one[1], self._visit(one), brought, leaving)
+        return Outcome(_label(item), leaving)
+
+    def _gather(self, item: Item) -> list[tuple[State, Tensor | None]]:
+        """`item` and what waits for the same, as many as its node takes together."""
+        back, node, _, state, payload = item
+        queue = self._backward if back else self._forward
+        alike, others = [(state, payload)], []
+        for one in queue:
+            if one[1] is node and one[0] == back and len(alike) < node.batch:
+                alike.append(one[3:])
+            else:
+                others.append(one)
+        queue.clear()
+        queue.extend(others)
+        return alike
+
+    def _visit(self, item: Item) -> Sends:
+        back, node, port, state, payload = item
+        try:
+            if node.batch > 1 and isinstance(node, PPT):
+                return node.take_many(back, self._gather(item))
+            if back:
+                return node.take_backward(port, state, payload)
+            assert payload is not None
+            return node.take_forward(port, state, payload)
+        except Exception as error:
+            raise OperationError(self.name, _label(item), error, self._method) from error
+
+    def _route(self, node: Node, sends: Sends, brought: list[Item], leaving: list[tuple[str, Message]]) -> None:
         for send in sends:
             if type(send) is Forward:
                 target, port, place = self._successors[node.name][send.port]
                 if place == self.name:
-                    self._forward.append((False, target, port, send.state, send.payload))
+                    queue = brought if target.steers else self._forward
+                    queue.append((False, target, port, send.state, send.payload))
                     continue
                 about = send.state[0].about
                 signal = Signal(send.state, False, target.name, port, send.payload, about, node.version)
@@ -124,7 +152,8 @@ class GraphWorker(Actor):
             elif type(send) is Backward:
                 target, port, place = self._predecessors[node.name][send.port]
                 if place == self.name:
-                    self._backward.append((True, target, port, send.state, send.gradient))
+                    queue = brought if target.steers else self._backward
+                    queue.append((True, target, port, send.state, send.gradient))
                     continue
                 about = send.state[0].about
                 signal = Signal(send.state, True, target.name, port, send.gradient, about, node.version)
@@ -134,7 +163,6 @@ class GraphWorker(Actor):
                 assert isinstance(send, Result)
                 found = Found(send.state, send.loss, send.score, send.samples)
                 leaving.append((f"{CONTROLLER}.{self._back_port}", found))
-        return leaving
 
     def _end(self) -> Outcome:
         """Every instance has come back: nothing may be left, and what gradients there are become an update."""
@@ -145,7 +173,7 @@ class GraphWorker(Actor):
             )
         for node in self.nodes.values():
             if isinstance(node, PPT):
-                node.update()
+                node.end_epoch()
         return Outcome()
 
     def snapshot(self) -> dict[str, Any]:
@@ -158,3 +186,9 @@ class GraphWorker(Actor):
         for name, found in state["nodes"].items():
             self.nodes[name].restore(found)
         self.bytes_forward, self.bytes_backward = state["bytes"]
+
+
+def _label(item: Item) -> str:
+    """An operation in words: F or B, node, state."""
+    back, node, _, state, _ = item
+    return f"{'B' if back else 'F'} {node.name} {state}"

@@ -30,12 +30,13 @@ def ampnet(
     backward_first: bool = True,
     frequencies: dict | None = None,
     messages_per_instance: int = 10_000,
+    batches: dict | None = None,
 ) -> Asynchrony:
     """Up to `max_active_keys` instances in the graph; nodes update after `min_update_frequency` gradients of their own.
 
-    See `decoupled.graph.asynchrony.Asynchrony` for every option; `frequencies` and `replicas` are by node.
+    See `decoupled.graph.asynchrony.Asynchrony` for every option; `frequencies`, `replicas` and `batches` are by node.
     """
     return Asynchrony(
         max_active_keys, min_update_frequency, combine, backward, replicas or {}, backward_first, frequencies or {},
-        messages_per_instance,
+        messages_per_instance, batches or {},
     )  # fmt: skip

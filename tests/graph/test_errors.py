@@ -176,11 +176,19 @@ def test_payloads_that_do_not_fit() -> None:
         ({"replicas": {"tanh": 2}}, "unknown node in replicas: 'tanh'"),
         ({"frequencies": {"recurent": 2}}, "Did you mean 'recurrent'"),
         ({"frequencies": {"out": 0}}, "out must be an integer of at least 1"),
+        ({"batches": {"recurent": 2}}, "unknown node in batches: 'recurent'. Did you mean 'recurrent'"),
+        ({"batches": {"out": 0}}, "out must be an integer of at least 1"),
     ],
 )
 def test_impossible_options(option: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
         trained(rnn(5, 4, 3), *sequences([1], 5, 4, 3), how=Asynchrony(**option))
+
+
+def test_costs_of_nodes_that_are_not_there_or_only_steer() -> None:
+    for name in ("recurent", "more"):
+        with pytest.raises(UserError, match=f"unknown node in costs: '{name}'"):
+            trained(rnn(5, 4, 3), *sequences([1], 5, 4, 3), costs={name: 1.0})
 
 
 def test_no_instances() -> None:

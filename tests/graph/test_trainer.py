@@ -11,7 +11,7 @@ from torch import nn
 from decoupled.errors import UserError
 from decoupled.graph import PPT, Asynchrony, GraphTrainer, NodeGraph
 from decoupled.graph.node import Backward, Forward
-from decoupled.graph.placement import balance, measure
+from decoupled.graph.placement import Measured, balance, measure
 from decoupled.graph.testing import rnn, sequences
 
 
@@ -155,12 +155,17 @@ def test_placement_is_balanced_by_cost_and_keeps_light_nodes_with_their_neighbou
     graph = rnn(5, 4, 3).check()
     costs = {name: 0.0 for name, node in graph.nodes.items() if node.kind != "input"}
     costs |= {"recurrent": 5.0, "out": 3.0, "embed": 2.0}
-    places = balance(graph, costs, 2)
+    places = balance(graph, Measured(costs), 2)
     assert places["recurrent"] != places["out"] == places["embed"]
     assert places["tanh"] == places["step"] == places["state"] == places["recurrent"]
-    alone = balance(graph, costs | {"loss": 1000.0}, 2)  # who has too much already gets nothing more
+    alone = balance(graph, Measured(costs | {"loss": 1000.0}), 2)  # who has too much already gets nothing more
     assert [name for name, worker in alone.items() if worker == alone["loss"]] == ["loss"]
-    assert set(measure(graph, sequences([3], 5, 4, 3), rounds=1)) == set(costs)
+    found = measure(graph, sequences([3], 5, 4, 3), rounds=1)
+    assert set(found.seconds) == set(costs)
+    assert found.traffic["recurrent", "tanh"] == 6 and found.traffic["out", "loss"] == 2  # with the answers
+    assert not any("token" in pair for pair in found.traffic)
+    dear = {("recurrent", "tanh"): 1e6, ("tanh", "step"): 1e6, ("step", "more"): 1e6, ("more", "out"): 1e6}
+    assert len({balance(graph, Measured(costs, dear), 2)[n] for n in ("recurrent", "tanh", "step", "more", "out")}) == 1
     assert all(p.grad is None for p in graph.module.parameters())
     with pytest.raises(UserError, match=r"places node 'recurent'.*Did you mean 'recurrent'"):
         GraphTrainer(graph, optimizer=sgd(0.1), workers={"recurent": 0})
