@@ -10,6 +10,7 @@ A batch is made of n-step transitions:  y = reward + discount V(next_obs),  disc
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -82,12 +83,13 @@ class Agent(ABC):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks, optimizers and the state of the noise."""
-        return {
+        """Networks, optimizers and the state of the noise; what is learned later does not change it."""
+        state = {
             "networks": self.networks.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "random": self.random.get_state(),
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned."""
