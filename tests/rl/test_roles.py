@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,9 @@ from decoupled import registry
 from decoupled.errors import OperationError, UserError
 from decoupled.rl import Roles, RLTrainer
 from decoupled.rl.environments import Environments, spaces
-from decoupled.rl.memory import Memory
 from decoupled.rl.pace import Pace
-from decoupled.rl.replay import Replay
 from decoupled.rl.srank import srank
+from decoupled.rl.steps import batch_of
 from decoupled.rl.testing import Line
 from decoupled.runtime.contract import Edge, Observer
 
@@ -112,8 +110,10 @@ def test_actors_apart_are_deterministic_on_the_simulator_and_learn_from_others_t
     assert not torch.equal(states[0], states[2])
 
 
-@pytest.mark.parametrize("runtime", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize(
+    ("runtime", "n_step"),
+    [("threads", 1), ("threads", 3), pytest.param("processes", 3, marks=pytest.mark.slow)],
+)
 def test_actors_apart_run_and_stop(runtime: str, n_step: int) -> None:
     seen: set[str] = set()
 
@@ -214,9 +214,18 @@ def test_a_time_limit_is_not_a_terminal_state() -> None:
         stepped = envs.step(np.ones((1, 1), np.float32))
         seen.add((bool(stepped.over[0]), bool(stepped.cut[0])))
     assert seen == {(False, False), (True, False), (False, True)}
-    roles = Roles(partial(RLTrainer._make_agent, None), n_step=1, warmup=9)  # type: ignore[arg-type]
-    memory = Memory(roles, Replay(10, 8), 2, False)
-    assert memory.pace.lead >= 1
+
+
+def test_only_a_terminal_state_has_no_future() -> None:
+    discounts = {}
+    for edge in (0.9, 10.0):
+        with make(0, name=plain(), env=Line(limit=3, edge=edge)) as trainer:
+            trainer.fit(40)
+            rows = trainer._memory.replay.latest(40)
+            discounts[edge] = set(batch_of(rows, trainer.spaces, 1).discount.flatten().tolist())
+    assert {edge: sorted(round(x, 6) for x in found) for edge, found in discounts.items()} == {
+        0.9: [0.0, 0.99], 10.0: [0.99]
+    }  # fmt: skip
 
 
 def test_contact_forces_are_not_to_be_predicted() -> None:
