@@ -10,6 +10,7 @@ making them again. That is exact wherever an environment draws from its own gene
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -76,7 +77,10 @@ def spaces(spec: Spec) -> Spaces:
     Raises:
         UserError: it cannot be made, or its spaces are not flat boxes.
     """
-    gym, env = gymnasium(), maker(spec)()
+    gym = gymnasium()
+    with warnings.catch_warnings():  # that an old version is out of date; what is wrong with it is an error
+        warnings.simplefilter("ignore")
+        env = maker(spec)()
     try:
         label = env.spec.id if env.spec else type(env.unwrapped).__name__
         action, observation = env.action_space, env.observation_space
