@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="no progress")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
 
+    sub.add_argument("--rollout", action="store_true", help="with env=NAME and --out: an episode as DIR/rollout.gif")
+
     sub = command("simulate", _simulate, "utilisation, staleness and timeline of a method at given speeds, no training")
     configured(sub, "method=pipedream blocks=64 latency=0.5 backward=2 slow={3: 2.0}")
     sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory: simulation.html, simulation.json")
@@ -151,10 +153,11 @@ def _compare(options: argparse.Namespace) -> None:
 def _print_results(results: dict[str, Any]) -> None:
     table = Table(title=f"suite {results['suite']}: {results['data']}, {results['model']}, {results['blocks']} blocks")
     swept = any(record["point"] for record in results["records"])
+    metric = next((record["metric"] for record in results["records"] if "metric" in record), "accuracy")
     columns = (
         "method",
         *(["best point"] if swept else []),
-        "test accuracy",
+        f"test {metric}",
         f"speed-up over {results['baseline']}",
         "samples/s",
         "utilisation",
@@ -170,7 +173,7 @@ def _print_results(results: dict[str, Any]) -> None:
         if not good:
             table.add_row(name, "failed")
             continue
-        accuracy = _mean([r["test_accuracy"] for r in good])
+        accuracy = _mean([r.get("test_score", r["test_accuracy"]) for r in good])
         speedups = [r["speedup_over_backprop"] for r in good if r["speedup_over_backprop"]]
         busy = [_mean(r["utilisation"]) for r in good if r["utilisation"]]
         table.add_row(
@@ -190,7 +193,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _train(options: argparse.Namespace) -> None:
     config = read(TrainConfig, options.words, options.config)
-    found = train(config, options.out, options.events, options.quiet or options.json)
+    found = train(config, options.out, options.events, options.quiet or options.json, options.rollout)
     if found is None:  # another rank than the first
         return
     if options.json:
@@ -198,7 +201,8 @@ def _train(options: argparse.Namespace) -> None:
         return
     test, metric = found["test"], found.get("metric", "accuracy")
     print(f"data: {found['dataset']}")
-    print(f"test {metric} {test.get('score', test['accuracy']):.4f}, test loss {test['loss']:.4f}")
+    loss = f", test loss {test['loss']:.4f}" if "loss" in test else ""
+    print(f"test {metric} {test['score'] if 'score' in test else test['accuracy']:.4f}{loss}")
     if line := costs.heads(found, sum(block.get("auxiliary_parameters", 0) for block in found["blocks"])):
         print(line)
     if options.out is not None:

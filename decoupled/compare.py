@@ -20,7 +20,6 @@ from decoupled import costs, registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
 from decoupled.experiment import Setting, label
-from decoupled.graph.experiment import GraphSetting
 from decoupled.observe.claims import check
 from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
@@ -92,7 +91,7 @@ def fresh_directory(out: Path) -> None:
 
 
 def _one(
-    setting: Setting | GraphSetting,
+    setting: sweep.AnySetting,
     point: sweep.Point,
     spec: Spec,
     seed: int,
@@ -112,8 +111,9 @@ def _one(
     except (OperationError, UserError) as error:  # a method may refuse the optimizer of a point
         reporter.line(f"{what}  failed: {error}")
         return _failed(spec, seed, error) | where
+    score = record.get("test_score", record["test_accuracy"])
     reporter.line(
-        f"{what}  test accuracy {record['test_accuracy']:.3f}  "
+        f"{what}  test {record.get('metric', 'accuracy')} {score:.3f}  "
         f"{record['samples_per_second']:8.0f} samples/s  {time.perf_counter() - began:5.1f} s"
     )
     return record | where
@@ -134,7 +134,7 @@ def _failed(spec: Spec, seed: int, error: Exception) -> dict[str, Any]:
 
 
 def _results(
-    config: CompareConfig, setting: Setting | GraphSetting, records: list[dict[str, Any]], command: str
+    config: CompareConfig, setting: sweep.AnySetting, records: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     baseline = setting.baseline or config.baseline
     base = [r for r in records if r["label"] == baseline and r["status"] == "ok"]
@@ -145,7 +145,7 @@ def _results(
         reference, own = pace.get((record["seed"], describe(record["point"]))), record["samples_per_second"]
         record["speedup_over_backprop"] = own / reference if reference and own else None
     data, model = (
-        spec if isinstance(spec, str) else label(spec) for spec in (config.task or config.data, config.model)
+        spec if isinstance(spec, str) else label(spec) for spec in (config.env or config.task or config.data, config.model)
     )
     return {
         "suite": config.suite,
@@ -154,7 +154,7 @@ def _results(
         "environment": environment(),
         "data": data,
         "dataset": setting.summary,
-        "model": "its graph" if config.task else model,
+        "model": "its own networks" if config.env else "its graph" if config.task else model,
         "blocks": len(setting.cuts) + 1,
         "cuts": setting.cuts,
         "runtime": config.runtime,

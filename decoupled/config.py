@@ -17,6 +17,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from decoupled.errors import UserError, nearest
 
 T = TypeVar("T")
+# What `Recipe` says of images does not suit policies: with env=, these are the defaults.
+ENV_RECIPE = {"optimizer": "adam", "lr": 3e-4, "batch_size": 256, "schedule": "constant"}
 SUITES = Path(__file__).resolve().parent / "benchmarks" / "suites"
 
 
@@ -43,6 +45,9 @@ class Task:
     blocks: Any = 2  # a number (balanced by measured time), or a list of cut indices
     runtime: Any = "threads"  # threads | simulated | processes, or {name: processes, processes: 2, heartbeat: 30}
     task: Any = None  # instead of data and model: a graph's task, by name, or {name: list_reduction, hidden: 64}
+    env: Any = None  # instead of data and model: an environment of gymnasium, or {name: HalfCheetah-v5, ...}
+    steps: int = 10_000  # with env: environment steps; evaluated after each of `epochs` parts of them
+    actors: int | None = None  # with env: that act beside the learner; 0: one loop; default: the method's
     precision: Any = "float32"  # float32 | bf16 | fp16 (autocast), or {name: fp16, scale: 1024}, or one per block
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -126,8 +131,11 @@ def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
     if file is not None:
         parts.insert(0, _file(Path(file)))
     if kind is CompareConfig:
-        suite = next((part["suite"] for part in reversed(parts) if "suite" in part), "quick")
+        usual = "rl_small" if any("env" in part for part in parts) else "quick"
+        suite = next((part["suite"] for part in reversed(parts) if "suite" in part), usual)
         parts.insert(0, _file(_suite(str(suite))) | {"suite": str(suite)})
+    if any("env" in part for part in parts):
+        parts.insert(0, dict(ENV_RECIPE))
     with _explained(kind):
         for part in parts:
             base = OmegaConf.merge(base, OmegaConf.create(_nested(kind, part)))

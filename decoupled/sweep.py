@@ -21,8 +21,10 @@ from decoupled.config import CompareConfig, Recipe, Task, changed
 from decoupled.errors import UserError
 from decoupled.experiment import Setting
 from decoupled.graph.experiment import GraphSetting
+from decoupled.rl.experiment import RLSetting
 
 Point = dict[str, Any]
+AnySetting = Setting | GraphSetting | RLSetting
 
 
 def points(config: CompareConfig) -> list[Point]:
@@ -43,17 +45,19 @@ def points(config: CompareConfig) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def kind(config: Task) -> type[Setting] | type[GraphSetting]:
-    """What a configuration trains: a graph if it names a task, else a network cut into blocks."""
+def kind(config: Task) -> type[AnySetting]:
+    """What a configuration trains: a policy if it names an environment, a graph if a task, else a network in blocks."""
+    if config.env is not None:
+        return RLSetting
     return Setting if config.task is None else GraphSetting
 
 
-def settings(config: CompareConfig) -> list[tuple[Point, Setting | GraphSetting]]:
+def settings(config: CompareConfig) -> list[tuple[Point, AnySetting]]:
     """One setting per point. Data are loaded and the network is cut once for all points that agree on both."""
     found, known = [], {}
     for point in points(config):
         task = changed(config, point)
-        same = json.dumps([task.data, task.model, task.task, task.blocks], sort_keys=True)
+        same = json.dumps([task.data, task.model, task.task, task.env, task.blocks], sort_keys=True)
         if same not in known:
             known[same] = kind(task).prepare(task)
         found.append((point, replace(known[same], task=task)))

@@ -24,18 +24,22 @@ from decoupled.experiment import Setting, label, make_trainer
 from decoupled.graph.train import train_graph
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
+from decoupled.rl.train import train_rl
 from decoupled.runtime.launch import launched_rank, under_torchrun
 from decoupled.specs import parse
 from decoupled.trainer import Trainer
 
 
-def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False) -> dict[str, Any] | None:
+def train(
+    config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False, rollout: bool = False
+) -> dict[str, Any] | None:
     """Train, evaluate after every epoch, and write a directory.
 
     Args:
         config: what to train.
         out: a directory that does not exist yet, or is empty; None: write nothing.
         events: operations per block to record. quiet: say nothing.
+        rollout: with an environment, draw an episode of the trained policy.
 
     Returns:
         config, dataset, history, test, blocks, startup_seconds, and FLOPs (`costs.per_sample`); None on other ranks
@@ -44,6 +48,10 @@ def train(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = 
     Raises:
         UserError: an unknown name, an impossible value, `out` holds files, or torchrun without runtime=processes.
     """
+    if config.env is not None:
+        return train_rl(config, out, events, quiet, rollout)
+    if rollout:
+        raise UserError("only a policy has a rollout; leave out --rollout, or train with env=NAME")
     if config.task is not None:
         return train_graph(config, out, events, quiet)
     registry.make(config.method)

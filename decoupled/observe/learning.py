@@ -1,4 +1,7 @@
-"""The report's curves: accuracy and loss of the forward network on validation data, against time and samples."""
+"""The report's curves: accuracy and loss of the forward network on validation data, against time and samples.
+
+Where runs have another metric (`metric`, and `validation_score` in their curves), that one, against updates, too.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,12 @@ class Runs(Protocol):
     def runs(self) -> Sequence[Mapping[str, Any]]: ...
 
 
+SCORED = (("samples", 1000, "thousand samples"), ("updates", 1000, "thousand updates"), ("seconds", 1, "seconds"))
 Points = list[tuple[float, float, float, float]]
 
 
 def figures(summaries: Sequence[Runs]) -> dict[str, Markup]:
-    """The charts that have anything to show: time and samples (accuracy), loss (against time)."""
+    """The charts that have anything to show: time and samples (accuracy), loss (against time), and other metrics."""
     name, found = "Validation accuracy against", {}
     if time := _series(summaries, "seconds"):
         found["time"] = charts.line_chart(time, f"{name} training time", "seconds", "accuracy, %")
@@ -38,13 +42,19 @@ def figures(summaries: Sequence[Runs]) -> dict[str, Markup]:
     if losses := [curve for m in summaries if (curve := _loss(m)).points]:
         title = "Validation loss against training time"
         found["loss"] = plane(losses, title, Scale("seconds", log=True), Scale("loss", log=True))
+    metric = next((run["metric"] for m in summaries for run in m.runs if run.get("metric")), None)
+    for key, scale, text in SCORED if metric else ():
+        if scores := _series(summaries, key, scale, "validation_score"):
+            found[f"score_{key}"] = charts.line_chart(scores, f"Validation {metric} against {text}", text, str(metric))
     return found
 
 
-def _series(summaries: Sequence[Runs], key: str, scale: float = 1.0) -> list[charts.Series]:
-    series = []
+def _series(
+    summaries: Sequence[Runs], key: str, scale: float = 1.0, value: str = "validation_accuracy"
+) -> list[charts.Series]:
+    series, factor = [], 100 if value == "validation_accuracy" else 1
     for m in summaries:
-        if points := _mean(m, key, "validation_accuracy", scale, 100):
+        if points := _mean(m, key, value, scale, factor):
             series.append(charts.Series(m.label, m.style, points, fixed(1)(points[-1][1])))
     return series
 

@@ -143,7 +143,8 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
     auxiliary = _of("auxiliary_parameters", lambda count: count or None)
     work, heads = (_of(f"{part}flops_per_sample", lambda x: sum(x) / 1e6 or None) for part in ("", "head_"))
     up, down = (_of(f"bytes_{way}_per_sample", lambda x: sum(x) / KIB) for way in ("up", "down"))
-    return [
+    own = list(dict.fromkeys(name for m in summaries for r in m.runs for name in r.get("measures") or {}))
+    columns = [
         Column("Test accuracy", "%", _of("test_accuracy"), percent, max),
         Column("Test loss", "", _of("test_loss"), fixed(3), min),
         Column("Speed-up", "× baseline", _of("speedup_over_backprop"), fixed(2), max),
@@ -156,6 +157,11 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
         Column("Work", "MFLOP/sample, counted", work, significant, min, ("heads", heads, significant)),
         Column("Parameters", "of the network", _of("parameters"), fixed(0), None, ("+", auxiliary, fixed(0))),
     ]
+    if not own:
+        return columns
+    # What else these runs measure of themselves; a column that none of them fills is left out then.
+    more = [Column(name, "", _of("measures", lambda found, name=name: found.get(name)), significant) for name in own]
+    return more + [c for c in columns if any(m.stat(c.measure) for m in summaries)]
 
 
 def table(summaries: Sequence[Summary]) -> tuple[list[Column], list[dict[str, Any]]]:

@@ -56,4 +56,6 @@ def _light(message: Message) -> Message:
         return replace(message, payload=(), indices=None)
     if isinstance(message, Data):
         return replace(message, inputs=None, targets=None, indices=None)
+    if isinstance(getattr(message, "payload", None), tuple):
+        return replace(message, payload=())  # type: ignore[call-arg]
     return message

@@ -1,0 +1,175 @@
+"""Figures of reinforcement learning on the runtime; `python -m` this module.
+
+    pendulum     SAC on Pendulum-v1: mean return of 10 evaluation episodes, every 1,000 of 10,000 steps
+    auxiliary    OFENet's loss on HalfCheetah-v5 after 10,000 random steps and 10,000 updates, with each norm
+    asynchrony   an actor and the learner on two workers against one loop, at the same ratio; two loops as the limit
+    paper        updates per second of the paper's sizes on this machine, and what a run would take (extrapolated)
+
+Every part is a section of ``benchmarks/results/rl.md`` with its command, written anew after every run that ends: what
+is cut off leaves what it has. The suite of short comparisons is `decoupled compare suite=rl_small`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoupled import registry
+from decoupled.benchmarks.page import environment, table, verdict
+from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.rl import Roles, RLTrainer
+from decoupled.rl.agent import Batch, Spaces
+from decoupled.rl.steps import batch_of
+from decoupled.rl.trainer import adam
+
+Keep = Callable[[str], None]  # what the section says so far
+TITLE = "# Reinforcement learning: roles apart on two workers"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; see `--help`."""
+
+    parts: tuple[str, ...] = ()
+    seeds: int = 3
+    steps: int = 10_000
+    rounds: int = 5
+    out: Path = RESULTS
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m decoupled.benchmarks.rl", description=__doc__)
+    add = parser.add_argument
+    add("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    for name, text in {
+        "seeds": "runs of the parts that learn",
+        "steps": "environment steps (pendulum), random steps and updates (auxiliary), steps per round (asynchrony)",
+        "rounds": "of the timed part",
+    }.items():
+        add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
+    add("--out", type=Path, default=RESULTS, help="folder of rl.md")
+    given = parser.parse_args(arguments)
+    if wrong := [part for part in given.parts if part not in PARTS]:
+        parser.error(f"unknown part {wrong[0]!r}; choose from {', '.join(PARTS)}")
+    given.parts = tuple(given.parts or PARTS)
+    return Options(**vars(given))
+
+
+def pendulum(options: Options, keep: Keep) -> None:
+    method = {"name": "sac", "units": 64, "warmup": 1000}
+    rows: list[list[str]] = []
+    for seed in range(options.seeds):
+        found: list[float] = []
+        with RLTrainer("Pendulum-v1", method, seed=seed, optimizer=fast_adam) as trainer:
+            for _ in range(max(1, options.steps // 1000)):
+                trainer.fit(min(1000, options.steps))
+                found.append(trainer.evaluate(10)["return"])
+            steps = trainer.steps
+        first = next((f"{1000 * (i + 1):,}" for i, value in enumerate(found) if value >= -200), "never")
+        rows.append([str(seed), f"{found[-1]:.0f}", verdict(found[-1] >= -200), first, " ".join(f"{x:.0f}" for x in found)])
+        mean = statistics.fmean(float(row[1]) for row in rows)
+        keep(
+            f"SAC, 2 x 64 units, automatic temperature, Adam 1e-3, batch 256, one loop, 1,000 random steps first, "
+            f"{steps:,} steps in all; mean return of 10 episodes without exploration, starts of their own each time. "
+            f"Must reach -200 within 10,000 steps; mean of the seeds at the end: {mean:.0f}; {len(rows)} of "
+            f"{options.seeds} seeds.\n\n"
+            + table(["seed", "return at the end", "reached", "first at steps", "return every 1,000 steps"], rows)
+        )
+
+
+def fast_adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam with a rate for small networks."""
+    return torch.optim.Adam(parameters, 1e-3, fused=True)
+
+
+def auxiliary(options: Options, keep: Keep) -> None:
+    rows: list[list[str]] = []
+    for seed in range(options.seeds):
+        for norm in ("batch", "layer", "none"):
+            method = {
+                "name": "larger_rl", "actors": 0, "units": 32, "ofenet": norm, "warmup": options.steps,
+                "pretrain": options.steps,
+            }  # fmt: skip
+            with RLTrainer("HalfCheetah-v5", method, seed=seed) as trainer:
+                trainer.fit(options.steps)
+                losses = trainer._memory.tally.auxiliary
+                held_out = _held_out(trainer, seed)
+            every = max(1, len(losses) // 5)
+            curve = " ".join(f"{statistics.fmean(losses[i : i + every][-100:]):.3f}" for i in range(0, len(losses), every))
+            last = statistics.fmean(losses[-100:])
+            rows.append([norm, str(seed), f"{last:.4f}", verdict(last < 0.02), f"{held_out:.4f}", curve])
+            keep(
+                f"HalfCheetah-v5, {options.steps:,} random steps, then {options.steps:,} updates of OFENet alone (8 "
+                "blocks, 240 units per stack, batch 256, Adam 3e-4): mean squared error of the next observation, not "
+                "normalised, over batch and dimensions. *After*: mean of the last 100 batches; must fall under 0.02. "
+                "*Held out*: 2,000 further random steps, with running statistics.\n\n"
+                + table(["norm", "seed", "after", "reached", "held out", "after each fifth of the updates"], sorted(rows))
+            )
+
+
+def _held_out(trainer: RLTrainer, seed: int) -> float:
+    """The loss on new random transitions, in inference mode."""
+    made = trainer._own_acting()["learner"].make(2000, True)
+    batch = batch_of(torch.from_numpy(made.rows), trainer.spaces, 1)
+    net: Any = trainer.agent.networks.get_submodule("shared.features")
+    with torch.no_grad():
+        predicted = net.head(net.pair(net.state(batch.obs), batch.action))
+        return torch.nn.functional.mse_loss(predicted, batch.after[:, : net.target]).item()
+
+
+def asynchrony(options: Options, keep: Keep) -> None:
+    raise NotImplementedError
+
+
+PARTS: dict[str, Callable[[Options, Keep], None]] = {
+    "pendulum": pendulum, "auxiliary": auxiliary, "asynchrony": asynchrony,
+}  # fmt: skip
+
+
+def run(options: Options, words: Sequence[str]) -> None:
+    """Run the parts; each rewrites its section of the page as it goes."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for part in options.parts:
+        started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        others = [word for word in words if word not in (*PARTS, "--out", str(options.out))]
+
+        def keep(text: str, part: str = part, started: Any = started, clock: float = clock) -> None:
+            facts = environment(machine(started), " ".join(["rl", part, *others]), time.monotonic() - clock)
+            write(options.out / "rl.md", part, f"{text}\n\n{facts}")  # noqa: B023
+            print(f"[{time.monotonic() - clock:5.0f} s] {part}: {text.splitlines()[-1]}", flush=True)
+
+        PARTS[part](options, keep)
+
+
+def write(page: Path, part: str, text: str) -> None:
+    """Put a section into the page in place of what it said before."""
+    sections = {}
+    if page.is_file():
+        _, *pieces = re.split(r"^## (\w+)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        sections = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    sections[part] = text
+    body = [f"## {name}\n\n{sections[name].strip()}\n" for name in PARTS if name in sections]
+    page.write_text("\n".join([f"{TITLE}\n", *body]), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    run(parse(words), words)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""`decoupled train env=...`: one environment, one method; the same files as for a network cut into blocks.
+
+DIR/config.yaml       what was asked
+DIR/metrics.jsonl     one record per epoch (steps / epochs environment steps)
+DIR/checkpoint.pt     everything to go on from, after the latest epoch
+DIR/events.jsonl.gz   what happened in the first operations, for `decoupled trace`
+DIR/rollout.gif       one episode of the trained policy, if it is asked for
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from decoupled import checkpoint, registry
+from decoupled.compare import fresh_directory
+from decoupled.config import TrainConfig, plain
+from decoupled.errors import UserError
+from decoupled.experiment import label
+from decoupled.observe.eventlog import recording
+from decoupled.observe.progress import Reporter
+from decoupled.rl.experiment import EPISODES, RLSetting
+from decoupled.rl.render import write_gif
+from decoupled.rl.roles import Roles
+from decoupled.rl.trainer import RLTrainer
+from decoupled.runtime.launch import under_torchrun
+
+
+def train_rl(
+    config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False, rollout: bool = False
+) -> dict[str, Any]:
+    """Train, evaluate after every epoch, and write a directory; see `decoupled.train.train`.
+
+    Returns:
+        config, history, test, blocks (one entry per role), dataset, startup_seconds, metric.
+
+    Raises:
+        UserError: an unknown name, an impossible value, or `out` holds files.
+    """
+    if under_torchrun():
+        raise UserError("env= starts its own processes (runtime=processes): leave out torchrun")
+    registry.make(config.method, Roles)
+    state = checkpoint.load(config.resume) if config.resume else None
+    setting, name, history = RLSetting.prepare(config), label(config.method), []
+    if out is not None:
+        fresh_directory(out)
+        OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
+    with Reporter(setting.samples, quiet) as reporter, recording(out, name, events) as logs:
+        reporter.start(name)
+        with setting.trainer(config.method, config.seed, on_steps=reporter.advance, observers=logs) as trainer:
+            if state is not None:
+                trainer.load_state_dict(state)
+            while trainer.steps < config.steps:
+                history.append(_epoch(trainer, min(setting.epoch, config.steps - trainer.steps), out, reporter))
+                for log in logs:
+                    log.ranks.update(trainer.runtime.places)
+                    log.end_run()
+            test = trainer.evaluate(2 * EPISODES)
+            if rollout and out is not None:
+                reporter.line(write_gif(config.env, trainer.agent, out / "rollout.gif", config.seed))
+            roles, startup = trainer.statistics(), trainer.runtime.startup_seconds
+    return {
+        "config": plain(config), "history": history, "test": {"score": test["return"], **test},
+        "blocks": [asdict(role) for role in roles], "startup_seconds": startup, "metric": "return",
+        "dataset": setting.summary,
+    }  # fmt: skip
+
+
+def _epoch(trainer: RLTrainer, steps: int, out: Path | None, reporter: Reporter) -> dict[str, Any]:
+    record = trainer.fit(steps)
+    held_out = trainer.evaluate(EPISODES)
+    record |= {f"validation_{key}": value for key, value in held_out.items()}
+    reporter.line(
+        f"{record['steps']:8} steps  {record['updates']:8} updates  return {held_out['return']:9.1f} "
+        f"(+-{held_out['spread']:.1f})  {record['steps_per_second']:.0f} steps/s  "
+        f"{record['updates_per_second']:.0f} updates/s"
+    )
+    if out is not None:
+        checkpoint.save(trainer.state_dict(), out / "checkpoint.pt")
+        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return record

@@ -1,0 +1,132 @@
+"""The commands train and compare policies: same files, same records; what cannot be is one clear line."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from decoupled import cli, registry
+from decoupled.config import CompareConfig, TrainConfig, read
+from decoupled.rl import Roles
+from decoupled.rl.environments import labelled, maker
+from decoupled.rl.render import write_gif
+
+NAME = min(registry.methods(Roles), key=lambda name: len(registry.options(name)))
+SMALL = ["env=Pendulum-v1", "batch_size=16", "epochs=2", "runtime=threads"]
+
+
+def method(**options: Any) -> str:
+    given = {"units": 8, "warmup": 60} | options
+    return f"{{name: {NAME}, {', '.join(f'{key}: {value}' for key, value in given.items())}}}"
+
+
+def test_train_writes_what_other_runs_write_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["train", f"method={method()}", *SMALL, "--quiet"]
+    assert cli.main([*words, "steps=100", "--out", str(first), "--events", "20"]) == 0
+    assert "test return -" in capsys.readouterr().out
+    assert {path.name for path in first.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "checkpoint.pt", "events.jsonl.gz"
+    }  # fmt: skip
+    records = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["steps"], r["updates"]) for r in records] == [(50, 0), (100, 40)]
+    assert records[1]["age"] > 0 and records[1]["srank"] and records[1]["validation_return"] < 0
+    assert cli.main(["trace", str(first)]) == 0
+    assert cli.main([*words, "steps=150", f"resume={first / 'checkpoint.pt'}", "--out", str(second), "--json"]) == 0
+    (record,) = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert (record["steps"], record["epoch"]) == (150, 3)
+
+
+def test_compare_draws_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = f"methods=[{method()},{method(actors=1)}]"
+    words = ["compare", methods, f"baseline={NAME}(units=8, warmup=60)", "seeds=1", "steps=120", *SMALL]
+    assert cli.main([*words, "--quiet", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["suite"] == "rl_small"
+    for record in results["records"]:
+        assert (record["status"], record["samples"], record["metric"]) == ("ok", 120, "return")
+        assert record["test_score"] < 0 and record["test_accuracy"] is None and record["updates"] == [60]
+        assert [p["samples"] for p in record["curve"]] == [60, 120]
+        assert {"Return at the end", "Age, steps", "Effective rank"} <= set(record["measures"])
+    assert results["records"][0]["speedup_over_backprop"] == 1.0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Validation return against thousand samples" in page and "Effective rank" in page
+    assert "Test accuracy" not in page.split("<thead>", 1)[1].split("</thead>")[0]
+    assert "Pendulum-v1" in capsys.readouterr().out
+
+
+def test_with_an_environment_the_recipe_is_one_for_policies() -> None:
+    config = read(TrainConfig, ["method=x", "env=Pendulum-v1"])
+    assert (config.recipe.optimizer, config.recipe.lr, config.recipe.batch_size) == ("adam", 3e-4, 256)
+    assert read(TrainConfig, ["method=x", "env=Pendulum-v1", "lr=0.01"]).recipe.lr == 0.01
+    assert read(TrainConfig, ["method=x"]).recipe.optimizer == "sgd"
+    assert read(CompareConfig, ["env=Hopper-v5"]).suite == "rl_small"
+    assert read(CompareConfig, ["env=Hopper-v5"]).env == "Hopper-v5"
+    assert read(CompareConfig, ["suite=rl_paper"]).recipe.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["env=Pendulum-v0"], "env 'Pendulum-v0' cannot be made"),
+        (["env=Nothing-v1"], "name one of gymnasium, e.g. env=Pendulum-v1"),
+        (["env=HalfCheetah-v2"], "env 'HalfCheetah-v2' cannot be made"),
+        (["env=CartPole-v1"], "has actions Discrete(2); these methods need continuous ones"),
+        (["env=Pendulum-v1", "batch_size=1000"], "may hold fewer transitions than a batch of 1000"),
+        (["env=Pendulum-v1", "steps=5"], "cannot be cut into 10 epochs"),
+        (["env=Pendulum-v1", "task=list_reduction"], "env= and task= are different things"),
+        (["env=Pendulum-v1", "actors=-1"], "actors and pretrain must be 0 or more"),
+        (["env=Pendulum-v1", "lr=0"], "lr must be positive"),
+        (["env={name: Pendulum-v1, gravity: 1}"], "unexpected keyword argument 'gravity'"),
+        ([], "trains policies in environments (env=NAME"),
+        (["--rollout"], "only a policy has a rollout"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", f"method={NAME}", *words, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("decoupled:")]
+    assert len(lines) == 1 and text in lines[0], error
+
+
+def test_methods_for_networks_do_not_train_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", f"method={registry.methods()[0]}", "env=Pendulum-v1"]) == 2
+    assert "trains networks cut into blocks" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **more: Any) -> Any:
+        if name.split(".")[0] == "gymnasium":
+            raise ModuleNotFoundError("No module named 'gymnasium'")
+        return real(name, *args, **more)
+
+    for module in [module for module in sys.modules if module.split(".")[0] == "gymnasium"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert cli.main(["train", f"method={NAME}", "env=Pendulum-v1"]) == 2
+    assert "cannot be imported (No module named 'gymnasium'); install it with: pip install" in capsys.readouterr().err
+
+
+def test_an_environment_with_options_has_a_label() -> None:
+    assert labelled("Pendulum-v1") == "Pendulum-v1"
+    assert labelled({"name": "Pendulum-v1", "g": 5}) == "Pendulum-v1(g=5)"
+    assert maker({"name": "Pendulum-v1", "g": 5})().unwrapped.g == 5
+
+
+def test_a_rollout_is_a_gif_or_a_line_that_says_why(tmp_path: Path) -> None:
+    roles = registry.make({"name": NAME, "units": 8}, Roles)
+    agent = roles.agent((17, 6, 17), lambda p: torch.optim.SGD(p, 0.1), 0)  # type: ignore[arg-type]
+    said = write_gif({"name": "HalfCheetah-v5", "max_episode_steps": 6}, agent, tmp_path / "x.gif", size=48)
+    if (tmp_path / "x.gif").exists():
+        assert (tmp_path / "x.gif").read_bytes()[:4] == b"GIF8" and "(6 frames)" in said
+    else:
+        assert said.startswith("no rollout: this machine cannot draw it (")
+    assert "\n" not in said
