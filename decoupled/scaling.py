@@ -113,6 +113,18 @@ class Scaled:
         return Scaled((change(self.plain()) * self.scale).to(self.tensor.dtype), self.scale)
 
 
+def number(objective: Tensor) -> float:
+    """The value of an objective.
+
+    Raises:
+        UserError: it is not one number that can be differentiated.
+    """
+    if objective.dim() or not objective.requires_grad:
+        shape = tuple(objective.shape)
+        raise UserError(f"the loss must be one number made of the output, got shape {shape}; use a mean")
+    return float(objective.detach())
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -149,6 +161,14 @@ class Scaling:
         self.overflows += 1
         self.hear((scale, blocks + 1.0 if self.linear else 1.0))
         return None
+
+    def differentiate(
+        self, objective: Tensor, share: float, y: Tensor, weights: Sequence[Tensor]
+    ) -> tuple[Scaled | None, Gradients | None]:
+        """The gradient of `share` times the objective for `y`, and those for `weights` (None: one is not finite)."""
+        goal = objective * (share * self.scale) if share * self.scale != 1.0 else objective
+        gradient, *grads = torch.autograd.grad(goal, [y, *weights], allow_unused=True)
+        return None if gradient is None else Scaled(gradient, self.scale), self.gradients(grads, self.scale, 0)
 
     def reply(self, gradient: Tensor | None, scale: float) -> tuple[Tensor | None, float] | None:
         """The gradient for the input as the block below may have it, and its scale; None: it is of no use there."""

@@ -26,7 +26,7 @@ from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
 from decoupled.sample_losses import SampleLosses, asked
-from decoupled.scaling import Scaled, Scaling
+from decoupled.scaling import Scaled, Scaling, number
 from decoupled.statistics import Counters
 from decoupled.steps import Steps
 from decoupled.waits import down_port, needed
@@ -69,8 +69,7 @@ class Worker(Actor):
     ) -> None:
         self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
         self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
-        self.device = block.device
-        self.steps, self.counters, self.scaling = steps, Counters(), scaling or Scaling()
+        self.device, self.steps, self.counters, self.scaling = block.device, steps, Counters(), scaling or Scaling()
         self._on_nonfinite, self._method, self.losses = on_nonfinite, method, losses
         if order.sees is not None and retention.today:
             kept = type(retention).__name__
@@ -162,9 +161,8 @@ class Worker(Actor):
             state.batch, state.round, state.indices = message.batch, message.round, message.indices
             state.void = state.void or message.void
             if isinstance(message, Data):
-                state.data = message
-                if message.targets is not None and message.targets.device != self.device:
-                    state.data = replace(message, targets=message.targets.to(self.device))
+                targets = None if message.targets is None else message.targets.to(self.device)
+                state.data = message if targets is message.targets else replace(message, targets=targets)
             else:
                 self.corrections.hear("up", message.news)
                 self.scaling.hear(message.overflow)
@@ -224,9 +222,8 @@ class Worker(Actor):
                 self.counters.version(n, state.version, self.block.version)
             self.retention.close(n)
             del self._passes[n]
-        sends = self._down(n, state, payload, scale) if answers else []
         told = self.losses.told(n, state) if to_weights and self.losses is not None else None
-        return sends if told is None else [*sends, ("losses", told)]
+        return (self._down(n, state, payload, scale) if answers else []) + ([("losses", told)] if told else [])
 
     def _collect(self, n: int, state: Pass, messages: tuple[Message, ...]) -> None:
         """Add up the gradients for the output that this operation uses: the own objective's, then one from above."""
@@ -253,10 +250,7 @@ class Worker(Actor):
             objective = self.lower.objective(y, state.data)
         if objective is None:
             return None
-        if objective.dim() or not objective.requires_grad:
-            shape = tuple(objective.shape)
-            raise UserError(f"the loss must be one number made of the output, got shape {shape}; use a mean")
-        value = float(objective.detach())
+        value = number(objective)
         if not abs(value) < float("inf"):
             if self._on_nonfinite == "stop":
                 raise NonFiniteError(f"the loss is {value}; {self.lower.remedy}")
@@ -265,14 +259,11 @@ class Worker(Actor):
             return None
         share = 1.0 if state.data is None else state.data.share
         self.counters.loss(value, y.shape[0])
-        scale, lower = self.scaling.scale, self.steps.lower_parameters
-        goal = objective * (share * scale) if share * scale != 1.0 else objective
-        gradient, *grads = torch.autograd.grad(goal, [y, *lower], allow_unused=True)
-        plain = self.scaling.gradients(grads, scale, 0)
+        gradient, plain = self.scaling.differentiate(objective, share, y, self.steps.lower_parameters)
         self._dropped = self._dropped or plain is None
         if plain:
-            self.steps.accumulate(lower, plain)
-        return None if gradient is None else Scaled(gradient, scale)
+            self.steps.accumulate(self.steps.lower_parameters, plain)
+        return gradient
 
     def _step(self) -> Sends:
         if self._dropped:  # a minibatch of several passes is dropped whole
@@ -301,8 +292,8 @@ class Worker(Actor):
     def _down(self, n: int, state: Pass, payload: tuple[Tensor, ...] | None, scale: float) -> Sends:
         message = Down(
             n, batch=state.batch, round=state.round, indices=state.indices, version=self.block.version,
-            payload=payload or (), void=payload is None, hops=state.hops, news=self.corrections.tell("down"),
-            scale=scale,
+            payload=payload or (), void=payload is None, hops=state.hops, scale=scale,
+            news=self.corrections.tell("down"),
         )  # fmt: skip
         self.counters.bytes_down += message.nbytes
         state.sent += 1
