@@ -2,7 +2,10 @@
 
     benchmarks/results/<suite>.md     the table, with command, machine and date
     README.md                         the same table between the marks <!-- quick --> and <!-- /quick -->
-    methods/<family>/<method>.md      its own rows (--only some methods) between <!-- results --> and <!-- /results -->
+    methods/<family>/<method>.md      its own rows under those of the baseline, between <!-- results --> and
+                                      <!-- /results -->; --only some methods, --missing: only where there is no table
+
+All cards: `decoupled compare suite=zoo --out DIR`, then `python -m decoupled.benchmarks.publish DIR --missing`.
 
 `speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README.
 """
@@ -28,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="written by `decoupled compare`")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="fill the cards of these methods only")
+    parser.add_argument("--missing", action="store_true", help="leave cards alone that have a table of results")
     given = parser.parse_args()
     results = json.loads((given.directory / "results.json").read_text(encoding="utf-8"))
     rows = {name: row(records) for name, records in by_label(results).items()}
@@ -40,8 +44,11 @@ def main() -> None:
     path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
     fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
     for card in (ROOT / "methods").glob("*/*.md"):
-        if card.stem in own and (given.only is None or card.stem in given.only):
-            lines = "\n".join(own[card.stem])
+        if card.stem not in own or (given.only is not None and card.stem not in given.only):
+            continue
+        if not (given.missing and measured(card)):
+            base = [rows[results["baseline"]]] if results["baseline"] in rows else []
+            lines = "\n".join(dict.fromkeys([*base, *own[card.stem]]))
             text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
             fill(card, "results", f"{text}{HEADER}\n{lines}\n\n{where}")
     speed = ROOT / "benchmarks" / "results" / "speed.md"
@@ -49,6 +56,11 @@ def main() -> None:
         figures = speed.read_text(encoding="utf-8").split("\n## ")[0]
         text = re.sub(r"\A# .*\n+", "", figures).strip()
         fill(ROOT / "README.md", "speed", f"{text}\n\nMore in [speed.md](benchmarks/results/speed.md).")
+
+
+def measured(card: Path) -> bool:
+    """Whether the results of a card have a table."""
+    return "|" in card.read_text(encoding="utf-8").partition("<!-- results -->")[2]
 
 
 def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
