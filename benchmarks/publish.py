@@ -2,7 +2,10 @@
 
     benchmarks/results/<suite>.md     the table, with command, machine and date
     README.md                         the same table between the marks <!-- quick --> and <!-- /quick -->
-    methods/<family>/<method>.md      its own rows (--only some methods) between <!-- results --> and <!-- /results -->
+    methods/<family>/<method>.md      its own rows under those of the baseline, between <!-- results --> and
+                                      <!-- /results -->; --only some methods, --missing: only where there is no table
+
+All cards: `decoupled compare suite=zoo --out DIR`, then `python -m decoupled.benchmarks.publish DIR --missing`.
 
 `speed.md` (written by `decoupled.benchmarks.speed`) goes between <!-- speed --> and <!-- /speed --> of the README, and
 a page of figures of one method, benchmarks/results/<method>_figures.md, between <!-- figures --> and <!-- /figures -->
@@ -31,14 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", help="written by `decoupled compare`")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="fill the cards of these methods only")
+    parser.add_argument("--missing", action="store_true", help="leave cards alone that have a table of results")
     given = parser.parse_args()
     if given.directory is not None:
-        publish(given.directory, given.only)
+        publish(given.directory, given.only, given.missing)
     carry_pages(ROOT)
 
 
-def publish(directory: Path, only: Sequence[str] | None = None) -> None:
-    """Publish one comparison; `only`: into the cards of these methods."""
+def publish(directory: Path, only: Sequence[str] | None = None, missing: bool = False) -> None:
+    """Publish one comparison; `only`: into the cards of these methods, `missing`: into those without a table."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     rows = {name: row(records) for name, records in by_label(results).items()}
     own: dict[str, list[str]] = {}
@@ -50,8 +54,12 @@ def publish(directory: Path, only: Sequence[str] | None = None) -> None:
     path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
     fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
     for card in (ROOT / "methods").glob("*/*.md"):
-        if card.stem in own and (only is None or card.stem in only):
-            lines = "\n".join(own[card.stem])
+        if card.stem not in own or (only is not None and card.stem not in only):
+            continue
+        if not (missing and measured(card)):
+            base = [rows[results["baseline"]]] if results["baseline"] in rows else []
+            lines = "
+".join(dict.fromkeys([*base, *own[card.stem]]))
             text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
             fill(card, "results", f"{text}{HEADER}\n{lines}\n\n{where}")
 
@@ -69,6 +77,11 @@ def carry_pages(root: Path) -> None:
         if page.is_file():  # its sections are parts of the card's section
             text = re.sub(r"\A# .*\n+", "", page.read_text(encoding="utf-8")).strip()
             fill(card, "figures", re.sub("^## ", "### ", text, flags=re.MULTILINE))
+
+
+def measured(card: Path) -> bool:
+    """Whether the results of a card have a table."""
+    return "|" in card.read_text(encoding="utf-8").partition("<!-- results -->")[2]
 
 
 def by_label(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -152,11 +152,12 @@ tick = Order("tick", _shifted(lambda k, K: 2 * (K - 1 - k)))
 tick_backward_first = Order("tick_backward_first", _shifted(lambda k, K: 2 * (K - 1 - k), backward_first=True))
 
 
-def queues(length: int) -> Order:
-    """A forward and a backward per tick; a pass is `length` ticks on its way up an edge and down it again."""
-    if length < 1:
-        raise UserError(f"queues need a length of at least 1, got {length}: one activation up, one gradient down")
-    return Order(f"queues({length})", _shifted(lambda k, K: length * (K - 1 - k)))
+def queues(*lengths: int) -> Order:
+    """A forward and a backward per tick; a pass spends so many ticks on an edge (from below; the last: all above)."""
+    if not lengths or not all(isinstance(n, int) and n >= 1 for n in lengths):
+        raise UserError(f"queues need lengths of at least 1, got {lengths}: one activation up, one gradient down")
+    late = lambda k, K: sum(lengths[min(edge, len(lengths) - 1)] for edge in range(k, K - 1))  # noqa: E731
+    return Order(f"queues({', '.join(map(str, lengths))})", _shifted(late))
 
 
 def accumulate(order: Order, M: int) -> Order:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -138,12 +139,16 @@ def card(name: str) -> Card:
 def _coerce(name: str, key: str, value: object, wanted: object) -> object:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = list(value)  # also what OmegaConf has for one
     kinds = wanted if isinstance(wanted, type) else typing.get_args(wanted) or object
     if isinstance(kinds, tuple):
         kinds = tuple(kind for kind in kinds if isinstance(kind, type))
     if not isinstance(value, kinds) or (isinstance(value, bool) and wanted in (int, float)):
         text = getattr(wanted, "__name__", str(wanted))
         raise UserError(f"method {name!r}: option {key!r} must be {text}, got {value!r}")
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"method {name!r}: option {key!r} must be a number, got nan")
     return value
 
 

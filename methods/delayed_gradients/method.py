@@ -129,9 +129,16 @@ def features_replay() -> Method:
 
 
 @register("dsp")
-def dsp(queue: int = 2) -> Method:
-    """Diversely stale: replay with today's weights, and a pass spends `queue` ticks in the queues of every edge."""
-    return Method(Gradient(), queues(queue), _late(queue, weights="current"), KeepInput)
+def dsp(queue: int | list = 2) -> Method:
+    """Diversely stale: replay with today's weights; a pass spends `queue` ticks in the queues of an edge, or a list."""
+    lengths = queue if isinstance(queue, list) else [queue]
+
+    def late(k: int, K: int) -> int:
+        return sum(lengths[min(edge, len(lengths) - 1)] for edge in range(k, K - 1))
+
+    order, facts = queues(*lengths), _late(1, weights="current")
+    facts = replace(facts, delay=late, least_delay=None, in_flight=lambda k, K: late(k, K) + 1)
+    return Method(Gradient(), order, facts, KeepInput)
 
 
 @register("pipemare")

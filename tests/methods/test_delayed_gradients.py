@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from decoupled import OperationError, Trainer, UserError
 from decoupled.methods.delayed_gradients.horizon import scaled
 from decoupled.retention import KeepGraph
-from decoupled.testing import OPTIMIZERS, Case, cases, compare, flat, point, train
+from decoupled.testing import OPTIMIZERS, Case, cases, compare, flat, point, reference, train
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (4,))
 K = CASE.K
@@ -253,6 +253,14 @@ def test_queues_and_schedules_are_one_axis():
     compare(train(CASE, {"name": "dsp", "queue": 1}).weights, train(CASE, "features_replay").weights, tolerance=0.0)
     tick = replace(point("dsp"), retention=KeepGraph, facts=point({"name": "adl", "microbatches": 1}).facts)
     compare(train(CASE, tick).weights, train(CASE, {"name": "adl", "microbatches": 1}).weights)
+
+
+def test_a_queue_per_edge_makes_what_lies_below_it_late():
+    spec = {"name": "dsp", "queue": [3, 1]}
+    run = train(CASE, spec)
+    late = [max(block.staleness) for block in run.trainer.statistics()]
+    assert late == [point(spec).facts.delay(k, K) for k in range(K)] == [3 + K - 2, *range(K - 2, -1, -1)]
+    compare(run.weights, reference(CASE, spec))
 
 
 def test_batch_size_scaling_keeps_the_memory_of_samples():

@@ -261,8 +261,16 @@ def test_split_backwards_hold_no_more_than_1f1b_at_the_bottom(K, M):
 def test_what_cannot_be_accumulated_or_queued():
     with pytest.raises(UserError, match="accumulated over at least 1 micro-batch, got 0"):
         accumulate(orders.tick, 0)
-    with pytest.raises(UserError, match="queues need a length of at least 1, got 0"):
-        queues(0)
+    for wrong in ((0,), (), (2, 0), (1.5,)):
+        with pytest.raises(UserError, match="queues need lengths of at least 1, got"):
+            queues(*wrong)
+
+
+def test_every_edge_may_have_a_queue_of_its_own():
+    """From below; the last length is that of all edges above."""
+    assert [queues(3, 1).delay(k, 4) for k in range(4)] == [5, 2, 1, 0]
+    assert [queues(2, 2, 2).text(k, 4, 6) for k in range(4)] == [queues(2).text(k, 4, 6) for k in range(4)]
+    assert str(queues(3, 1)) == "queues(3, 1)"
 
 
 # --- truncated ----------------------------------------------------------------------------------------------------

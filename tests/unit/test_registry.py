@@ -101,6 +101,16 @@ def test_a_value_of_another_type_is_refused(registered, option, value):
         registry.make({"name": "spy", option: value})
 
 
+def test_no_option_is_not_a_number():
+    with pytest.raises(UserError, match="method 'fdg': option 'beta' must be a number, got nan"):
+        registry.make({"name": "fdg", "beta": float("nan")})
+
+
+def test_a_list_may_come_from_omegaconf():
+    made = registry.make(OmegaConf.create({"name": "dsp", "queue": [3, 1]}))
+    assert made.facts.delay(0, 3) == 4
+
+
 def test_options_with_defaults(registered):
     registry.register("mine")(simple)
     assert registry.options("mine") == {"head": "linear", "count": 2, "factor": 0.5, "flag": False}

@@ -1,0 +1,221 @@
+"""Delayed gradients: how fast every method of the registry is on two workers; `python -m` this module.
+
+    keeps graphs     throughput of two threads over the plain loop of torch
+    replays          two threads against the method's own bound: its slower block alone on one core, replay included
+    reverses         two threads against the method's own work in one thread, on a reversible network
+
+Which methods these are follows from what they keep (`Method.retention`) and from gradients being late. Contestants run
+one at a time in turned order, round by round; ratios are taken within a round. Results go to
+``benchmarks/results/delayed_speed.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from decoupled.benchmarks.page import environment, produce, table, verdict
+from decoupled.benchmarks.peers import alone, contest, library, plain
+from decoupled.benchmarks.peers.contest import KEEP, WARMUP, Group, Measurement
+from decoupled.benchmarks.peers.setting import Run, Setting
+from decoupled.benchmarks.speed import RESULTS, Spread, ideal, machine
+from decoupled.method import Method
+from decoupled.testing import label, point, variants
+
+K = 2
+KINDS = ("keeps graphs", "replays", "reverses")
+MUST = {"keeps graphs": 1.80, "replays": 0.95, "reverses": 1.70}
+Round = Mapping[str, Measurement]
+Specs = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; see `--help`."""
+
+    rounds: int = 3
+    batches: int = 24
+    patience: float = 0.0
+    kinds: tuple[str, ...] = KINDS
+    only: tuple[str, ...] = ()
+    out: Path = RESULTS
+    setting: Setting | None = None  # None: resnet20 and revnet, cut by measured time
+    reversible: Setting | None = None
+
+
+def kind(method: Method) -> str | None:
+    """Which of `KINDS` a method belongs to; None: its gradients are not late, or it mutates weights under a graph."""
+    late = method.facts.delay(0, K) > 0 and K - 1 in method.facts.reach(0, K)
+    if not late or method.retention.live:
+        return None
+    if not method.retention.recomputes:
+        return "keeps graphs"
+    return "reverses" if method.retention.keeps == "nothing" else "replays"
+
+
+def contestants(wanted: str, only: Sequence[str] = ()) -> Specs:
+    """label -> spec of every registered method of a kind: as it is by default, else the first variant that is one."""
+    found: Specs = {}
+    for spec in variants():
+        if kind(point(spec)) == wanted and spec["name"] not in {other["name"] for other in found.values()}:
+            found[label(spec)] = spec
+    return {name: spec for name, spec in found.items() if not only or spec["name"] in only}
+
+
+def build(setting: Setting, rank: int, specs: Specs) -> dict[str, Run]:
+    """The library's contestants of one kind, in one process that only one of them uses at a time."""
+    return {name: library.build(setting, rank, spec, K)["run"] for name, spec in specs.items()}  # type: ignore[arg-type]
+
+
+def groups(wanted: str, specs: Specs) -> list[Group]:
+    """The processes of one kind."""
+    ours = Group(build, {name: name for name in specs}, options={"specs": specs})
+    if wanted == "keeps graphs":
+        return [Group(plain.build, {"run": "plain"}), ours]
+    parts = [f"{name} {part}" for name in specs for part in ("serial", "block 0", "block 1")]
+    return [ours, Group(alone.build, {part: part for part in parts}, 1, 0.5, KEEP, {"specs": specs})]
+
+
+def ratio(wanted: str, name: str, round: Round) -> tuple[float, float]:
+    """The figure of one method in one round, and the most that it could be."""
+    ours = round[name].seconds
+    if wanted == "keeps graphs":
+        return round["plain"].seconds / ours, float("nan")
+    slower = max(round[f"{name} block {k}"].seconds for k in range(K))
+    serial = round[f"{name} serial"].seconds
+    return (slower / ours, 1.0) if wanted == "replays" else (serial / ours, serial / slower)
+
+
+def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
+    """Measure; returns the page by its file name."""
+    started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
+    settings = {wanted: _setting(options, wanted) for wanted in options.kinds}
+    parts, limits = [], {}
+    for wanted, setting in settings.items():
+        specs = contestants(wanted, options.only)
+        if not specs:
+            continue
+        say(f"{wanted}: {', '.join(specs)}; {setting.model}, cut before unit {setting.cut}")
+        if wanted == "keeps graphs":
+            limits = contest.weigh_blocks(setting, options.rounds, max(1, options.batches // 8), options.patience)
+        held = contest.hold_rounds(
+            setting, groups(wanted, specs), options.rounds, options.batches, options.patience, say
+        )
+        parts.append(section(wanted, setting, specs, list(held), limits))
+    facts = machine(started)
+    return {"delayed_speed.md": page(parts, options, facts, time.monotonic() - begun)}
+
+
+def _setting(options: Options, wanted: str) -> Setting:
+    given = options.reversible if wanted == "reverses" else options.setting
+    if given is not None:
+        return given
+    setting = Setting(model="revnet") if wanted == "reverses" else Setting()
+    return replace(setting, cut=contest.find_cut(setting))
+
+
+def section(
+    wanted: str, setting: Setting, specs: Specs, rounds: Sequence[Round], limits: Mapping[str, Sequence[float]]
+) -> str:
+    """One kind of method as a part of the page."""
+    titles = {
+        "keeps graphs": ("## Methods that keep graphs", "two threads / plain loop"),
+        "replays": ("## Methods that replay", "own bound / two threads"),
+        "reverses": ("## Methods that reverse", "own work in one thread / two threads"),
+    }
+    title, figure = titles[wanted]
+    rows = []
+    for name in specs:
+        found = [ratio(wanted, name, one) for one in rounds]
+        spread, most = Spread.of([a for a, _ in found]), Spread.of([b for _, b in found])
+        rows.append(
+            [
+                name,
+                f">= {MUST[wanted]:.2f}",
+                spread.text(),
+                "" if most.median != most.median else f"{most.median:.2f}",
+                verdict(spread.median >= MUST[wanted]),
+                *_times(wanted, name, rounds),
+            ]
+        )
+    columns = ["two threads, ms per batch", "others, cores"]
+    columns += [] if wanted == "keeps graphs" else ["alone: block 0, block 1, ms"]
+    header = ["method", "must", figure, "limit", "reached", *columns]
+    return "\n\n".join([title, _task(wanted, setting, limits), table(header, rows)])
+
+
+def _times(wanted: str, name: str, rounds: Sequence[Round]) -> list[str]:
+    def milliseconds(who: str) -> str:
+        return f"{Spread.of([one[who].seconds * 1e3 for one in rounds]).median:.1f}"
+
+    cells = [milliseconds(name), f"{max(abs(one[name].others) for one in rounds):.2f}"]
+    if wanted == "keeps graphs":
+        return cells
+    return [*cells, ", ".join(milliseconds(f"{name} block {k}") for k in range(K))]
+
+
+def _task(wanted: str, setting: Setting, limits: Mapping[str, Sequence[float]]) -> str:
+    image = "x".join(map(str, setting.image))
+    text = f"{setting.model}, inputs {image}, batch {setting.batch_size}, two blocks, cut before unit {setting.cut}."
+    if wanted == "keeps graphs":
+        return f"{text} No pipeline that cuts there can be faster than {ideal(limits, 'gradient'):.2f}."
+    what = "replays what it has not kept" if wanted == "replays" else "makes its input again from its output"
+    return f"{text} Every block {what}; *alone* is one block on one core, given the messages of a run."
+
+
+def page(parts: Sequence[str], options: Options, facts: Mapping[str, Any], seconds: float) -> str:
+    """The results as a page."""
+    how = (
+        "SGD with momentum, cross entropy, synthetic data; one intra-op thread per worker. "
+        f"{options.rounds} rounds of {options.batches} batches (half of it for what runs alone), contestants one at a "
+        f"time in turned order after {WARMUP} batches of warm-up; ratios are taken within a round; shown are median "
+        "(lowest .. highest). Filling and draining are included. *Others*: cores that other programs used in the worst "
+        "round; figures hold for an idle machine. What methods hold per block is tested to equal the formula of their "
+        "cards exactly: `pytest tests/zoo/test_memory.py`."
+    )
+    head = f"{environment(facts, _command(options), seconds)} {how}"
+    return "\n\n".join(["# Speed of methods with late gradients", head, *parts]) + "\n"
+
+
+def _command(options: Options) -> str:
+    words = f"delayed_speed --rounds {options.rounds} --batches {options.batches}"
+    words += f" --patience {options.patience:g}" if options.patience else ""
+    words += f" --kinds '{';'.join(options.kinds)}'" if options.kinds != KINDS else ""
+    return words + (f" --only '{';'.join(options.only)}'" if options.only else "")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m decoupled.benchmarks.delayed_speed", description=__doc__)
+    add = parser.add_argument
+    add("--rounds", type=int, default=Options.rounds, help="default 3")
+    add("--batches", type=int, default=Options.batches, help="per contestant and round (default 24)")
+    add("--patience", type=float, default=0.0, help="seconds to wait, before each run, for others to leave the cores")
+    add("--kinds", default=";".join(KINDS), help=f"which, separated by ';' (default all): {'; '.join(KINDS)}")
+    add("--only", default="", help="methods, separated by ';' (default all)")
+    add("--out", type=Path, default=RESULTS, help="folder of delayed_speed.md")
+    given = vars(parser.parse_args(arguments))
+    for name in ("kinds", "only"):
+        given[name] = tuple(word.strip() for word in given[name].split(";") if word.strip())
+    known = {spec["name"] for wanted in KINDS for spec in contestants(wanted).values()}
+    if wrong := [word for word in given["kinds"] if word not in KINDS] + [w for w in given["only"] if w not in known]:
+        parser.error(f"unknown {wrong[0]!r}; kinds: {'; '.join(KINDS)}; methods: {'; '.join(sorted(known))}")
+    if given["rounds"] < 1 or given["batches"] < 1 or given["batches"] % (2 * alone.CHUNK):
+        parser.error(f"--rounds must be at least 1, and --batches a multiple of {2 * alone.CHUNK}")
+    return Options(**given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write."""
+    options = parse(arguments)
+    return produce(lambda say: run(options, say), options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The benchmark of methods with late gradients: who takes part, what is divided by what, and what blocks do alone."""
+
+import pytest
+
+from decoupled import registry
+from decoupled.benchmarks import delayed_speed
+from decoupled.benchmarks.peers import alone
+from decoupled.benchmarks.peers.contest import Measurement
+from decoupled.benchmarks.peers.setting import Setting
+
+SMALL = Setting("resnet8", (1, 8, 8), 4, 2)
+
+
+def test_every_method_with_late_gradients_takes_part_by_what_it_keeps():
+    found = {kind: delayed_speed.contestants(kind) for kind in delayed_speed.KINDS}
+    names = {kind: {spec["name"] for spec in specs.values()} for kind, specs in found.items()}
+    assert {"pipedream", "ddg", "fdg", "adl", "dfa"} <= names["keeps graphs"]
+    assert {"features_replay", "pipemare", "dsp"} <= names["replays"] - names["keeps graphs"]
+    assert names["reverses"] == {"petra"}
+    assert not {"backprop", "gpipe", "greedy_local", "zero_bubble"} & set().union(*names.values())
+    late = {n for n in registry.methods() if registry.family(n) == "delayed_gradients"}
+    assert late <= set().union(*names.values())
+
+
+def measured(**seconds):
+    return {name.replace("_", " "): Measurement(value, value, 0, 0.0) for name, value in seconds.items()}
+
+
+def test_what_is_divided_by_what():
+    one = measured(plain=6.0, m=4.0, m_serial=7.0, m_block_0=3.0, m_block_1=3.6)
+    assert delayed_speed.ratio("keeps graphs", "m", one)[0] == 1.5
+    assert delayed_speed.ratio("replays", "m", one) == (0.9, 1.0)
+    assert delayed_speed.ratio("reverses", "m", one) == (1.75, pytest.approx(7 / 3.6))
+
+
+@pytest.mark.parametrize("spec", [{"name": "features_replay"}, {"name": "petra"}, {"name": "pipemare"}], ids=str)
+def test_blocks_work_alone_as_long_as_they_are_asked(spec):
+    runs = alone.build(SMALL, 0, {"m": spec})
+    assert list(runs) == ["m serial", "m block 0", "m block 1"]
+    for run in runs.values():
+        for batches in (2, 4, 2):
+            run(batches)
+
+
+def test_the_page_says_what_was_missed():
+    rounds = [measured(m=4.0, m_serial=6.0, m_block_0=3.0, m_block_1=3.9)] * 3
+    text = delayed_speed.section("replays", SMALL, {"m": {"name": "m"}}, rounds, {})
+    assert "| m | >= 0.95 | 0.97 (0.97 .. 0.97) | 1.00 | yes | 4000.0 | 0.00 | 3000.0, 3900.0 |" in text
+    assert "**no**" in delayed_speed.section("reverses", SMALL, {"m": {"name": "m"}}, rounds, {})
+
+
+@pytest.mark.parametrize("words", [["--batches", "6"], ["--kinds", "x"], ["--only", "backprop"]])
+def test_wrong_words_are_refused(words):
+    with pytest.raises(SystemExit) as caught:
+        delayed_speed.parse(words)
+    assert caught.value.code == 2
