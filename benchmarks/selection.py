@@ -32,6 +32,7 @@ from decoupled.observe.points import best, describe
 Record = Mapping[str, Any]
 CLAIM = (0.3, 0.4)  # of the operations are saved, says the paper
 ASSISTANT = "autoassist"
+COUNTS = ("updates", "trained", "samples", "scored")
 AXES = {"trained": "samples trained", "updates": "updates of the boss", "flops": "FLOPs, the selector's included"}
 STYLES = ("kb", "kc", "k0", "k1", "k2", "k3", "k4", "k5", "kc", "k2", "k3")
 
@@ -88,7 +89,7 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
         row = [
             label, describe(runs[0]["point"]) or "-", _spread([100 * r["test_accuracy"] for r in runs], 1),
             _spread([r["test_loss"] for r in runs], 3),
-            *(f"{fmean(end.get(key) or 0 for end in ends):,.0f}" for key in ("updates", "trained", "samples", "scored")),
+            *(f"{fmean(end.get(key) or 0 for end in ends):,.0f}" for key in COUNTS),
             f"{fmean(end.get('flops') or 0 for end in ends) / 1e9:,.1f}",
             _reached(reached(runs, goal, "trained")), _reached(reached(runs, goal, "flops")),
         ]  # fmt: skip
@@ -96,8 +97,8 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
             share = fmean(run["selection"]["busy_seconds"] / run["wall_seconds"] for run in runs)
             row += [f"{100 * share:.1f}", _spread([run["wall_seconds"] for run in runs], 1)]
         rows.append(row)
-    header = ["method", "best point", "test accuracy, %", "test loss", "updates", "trained", "scanned", "looked at", "GFLOP",
-              "samples to the target", "FLOPs to the target"]  # fmt: skip
+    header = ["method", "best point", "test accuracy, %", "test loss", "updates", "trained", "scanned", "looked at",
+              "GFLOP", "samples to the target", "FLOPs to the target"]  # fmt: skip
     header += ["selector's time, %", "seconds"] if times else []
     parts = [f"## {suite}", provenance(dict(results)), table(header, rows)]
     for label, runs in groups.items():
@@ -109,9 +110,8 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
             Curve(label, STYLES[i % len(STYLES)], _mean(runs, key)) for i, (label, runs) in enumerate(groups.items())
         ]
         name = f"{suite}_{key}.svg"
-        pictures[name] = alone(
-            str(plane(curves, f"{suite}: accuracy against {what}", Scale(what), Scale("accuracy, %")))
-        )
+        chart = plane(curves, f"{suite}: accuracy against {what}", Scale(what), Scale("accuracy, %"))
+        pictures[name] = alone(str(chart))
         parts.append(f"![{what}]({name})")
     return "\n\n".join(parts), pictures
 
@@ -139,8 +139,8 @@ def page(comparisons: Sequence[Mapping[str, Any]], times: bool) -> dict[str, str
         "Columns: *updates* of the boss, samples it *trained* on, that were *scanned* (the same for all), and *looked "
         "at* (a forward only, before choosing), all at the end; *GFLOP*: forward, backward, updates, looks and the "
         "selector's own models. *To the target*: share of what training on everything takes for all epochs, until the "
-        "validation accuracy it has at the end is reached; mean (min..max) over seeds. Short training of small networks: "
-        "no statement about convergence."
+        "validation accuracy it has at the end is reached; mean (min..max) over seeds. Short training of small "
+        "networks: no statement about convergence."
     )
     if not times:
         intro += " Times are left out: the machine was busy with other work."
