@@ -168,7 +168,8 @@ def selecting(boss: Method, selection: Selection) -> Method:
     """
     if boss.selection is not None:
         raise UserError(f"boss {boss.name!r} selects samples itself; name a method that takes all of them")
-    return replace(boss, selection=selection, facts=replace(boss.facts, exact=False, reads_indices=True))
+    facts = replace(boss.facts, exact=False, reads_indices=True, bubble=None)  # selecting takes time, too
+    return replace(boss, selection=selection, facts=facts)
 
 
 def own(k: int, K: int) -> Collection[int]:

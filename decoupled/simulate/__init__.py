@@ -95,7 +95,7 @@ def simulate(
     observers: Sequence[Observer] = (),
     load: Load | None = None,
 ) -> Simulation:
-    """Run the order of a method on a virtual clock.
+    """Run the order of a method on a virtual clock; what selects samples is not modelled, only its boss.
 
     Args:
         method: a name, or a mapping with name and options.
@@ -126,7 +126,7 @@ def simulate(
     places = [Place(k, blocks, lambda y, t: y.sum(), shapes, (1,)) for k in range(blocks)]
     sizes = sizes_of(point, load, blocks)
     actors = [Planned(place, point, size) for place, size in zip(places, sizes, strict=True)]
-    readers, intakes, edges = wiring(actors, point)
+    readers, intakes, edges = wiring(actors, replace(point, selection=None))
     ticker = Ticker([reader.name for reader in readers], batches * point.feed.count)
     cost, delay, share = timing.cost(), timing.delay(), point.feed.share
     idle = {actor.name for actor in actors if not actor.learns}

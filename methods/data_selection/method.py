@@ -1,14 +1,14 @@
 """Data selection: a boss, which is any method, trains on the samples that something smaller lets through.
 
-    name                    keeps sample i with                        weight      what it looks at            file
-    uniform                 fraction                                   1           nothing                     plain
-    autoassist              gamma + (1 - gamma) p_i                    1           a linear assistant          assistant
-    selective_backprop      CDF(l_i)^beta of the latest 1024 losses    1           losses of a probe           scored
-    online_batch_selection  probability falling with the loss's rank   1           losses of a probe           scored
-    rho_loss                the largest l_i - irreducible_i            1           losses of a probe           scored
-    self_paced              all                                        v(l_i)      losses when last trained    weighted
-    screener_net            all                                        s(x_i)      a small network             weighted
-    infobatch               1 - ratio if l_i < mean, else 1            1 / P(keep) losses when last trained    weighted
+    name                    keeps sample i with                       weight       what it looks at          file
+    uniform                 fraction                                  1            nothing                   plain
+    autoassist              gamma + (1 - gamma) p_i                   1            a linear assistant        assistant
+    selective_backprop      CDF(l_i)^beta of the latest 1024 losses   1            losses of a probe         scored
+    online_batch_selection  probability falling with the loss's rank  1            losses of a probe         scored
+    rho_loss                the largest l_i - irreducible_i           1            losses of a probe         irreducible
+    self_paced              all                                       v(l_i)       losses when last trained  weighted
+    screener_net            all                                       s(x_i)       a small network           weighted
+    infobatch               1 - ratio if l_i < mean, else 1           1 / P(keep)  losses when last trained  weighted
 
     l_i   loss of sample i       p_i, s_i   what the assistant or screener makes of it, in (0, 1)
 
@@ -30,8 +30,9 @@ from decoupled import registry
 from decoupled.errors import UserError
 from decoupled.method import Method, selecting
 from decoupled.methods.data_selection.assistant import Assisted
+from decoupled.methods.data_selection.irreducible import Irreducible
 from decoupled.methods.data_selection.plain import Uniform
-from decoupled.methods.data_selection.scored import Irreducible, Ranked, Selective
+from decoupled.methods.data_selection.scored import Ranked, Selective
 from decoupled.methods.data_selection.weighted import Pruned, Screened, SelfPaced
 from decoupled.registry import register
 from decoupled.selection import Selection

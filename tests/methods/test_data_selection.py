@@ -18,7 +18,8 @@ from decoupled.errors import OperationError, ProtocolError, UserError
 from decoupled.messages import Data, Losses
 from decoupled.method import Method, selecting
 from decoupled.methods.data_selection.assistant import Assistant, Features, Tokens, Values
-from decoupled.methods.data_selection.scored import Ranks, Rho, Selector
+from decoupled.methods.data_selection.irreducible import Rho
+from decoupled.methods.data_selection.scored import Ranks, Selector
 from decoupled.methods.data_selection.weighted import Paced, Pruning
 from decoupled.runtime.contract import Observer
 from decoupled.runtime.simulated import Simulated

@@ -88,5 +88,5 @@ def test_dropout_is_drawn_from_the_seed_alone(spec):
         torch.manual_seed(noise)
         runs.append(fit(spec, network(), seed=seed).weights)
     compare(runs[0], runs[1], tolerance=0.0)
-    with pytest.raises(AssertionError, match="differs by"):
+    with pytest.raises(AssertionError, match=r"differs by|updates instead of"):  # a selection draws from the seed, too
         compare(runs[0], runs[2])
