@@ -29,8 +29,9 @@ PLACES = {"embed": 1, "out": 1, "loss": 1}
 
 def train(graph: NodeGraph, how: Asynchrony, lengths: list[int], **more: object) -> GraphTrainer:
     options: dict = {"optimizer": sgd(0.01), "workers": PLACES, "runtime": "simulated"} | more
+    epochs = options.pop("epochs", 1)
     with GraphTrainer(graph, how, **options) as trainer:
-        trainer.fit(sequences(lengths, 5, 4, 3))
+        trainer.fit(sequences(lengths, 5, 4, 3), epochs=epochs)
     return trainer
 
 
@@ -117,6 +118,47 @@ def test_replicas_share_the_work_and_end_an_epoch_with_equal_weights() -> None:
     assert {w.worker for w in trainer.statistics()} == {"worker0", "worker1"}
 
 
+def test_waiting_messages_are_handled_in_one_call() -> None:
+    calls: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    updates = {}
+    for batches in ({}, {"out": 8, "recurrent": 8}):
+        torch.manual_seed(0)
+        graph = rnn(5, 4, 3)
+        graph.nodes["out"].module = graph.nodes["out"].function = Counted(4, 3)  # pyright: ignore[reportAttributeAccessIssue]
+        calls.clear()
+        how = Asynchrony(8, 4, backward_first=False, batches=batches, replicas={"recurrent": 2})
+        trainer = train(graph, how, [3] * 24, costs={"recurrent": 0.1, "recurrent_2": 0.1, "out": 1.0})
+        assert sum(calls) == 24 * (2 if batches else 1)  # the way back runs it again
+        assert max(calls) > 1 if batches else set(calls) == {1}
+        out = next(node for node in trainer.nodes() if node.node == "out")
+        assert out.visits == 48 and sum(out.staleness.values()) == 24
+        updates[bool(batches)] = out.updates
+    assert updates[False] == 6 and 2 <= updates[True] <= 6  # after 4 gradients, or as many more as came together
+    assert [graph.nodes[name].batch for name in graph.replicas["recurrent"]] == [8, 8]
+
+
+def test_learning_rates_follow_their_schedule_from_epoch_to_epoch() -> None:
+    torch.manual_seed(0)
+    graph, instances = rnn(5, 4, 3), sequences([3, 1, 4], 5, 4, 3)
+    weight = dict(graph.module.named_parameters())["out.bias"]
+    only_one = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)  # noqa: E731
+    moved = []
+    with GraphTrainer(
+        graph, Asynchrony(1, 100), optimizer=sgd(0.1), scheduler=only_one, runtime="simulated"
+    ) as trainer:
+        for _ in range(2):
+            before = weight.detach().clone()
+            trainer.fit(instances)
+            moved.append(float((weight.detach() - before).abs().sum()))
+    assert moved[0] > 0 and moved[1] == 0
+
+
 def test_evaluation_changes_nothing_and_needs_no_way_back() -> None:
     graph, instances = rnn(5, 4, 3), sequences([3, 1, 2], 5, 4, 3, rows=2)
     before = {n: p.clone() for n, p in graph.module.named_parameters()}
@@ -144,7 +186,8 @@ def test_processes_agree_with_the_simulator_where_the_order_is_fixed() -> None:
         torch.manual_seed(0)
         graph = rnn(5, 4, 3)
         how = Asynchrony(1, 2, replicas={"recurrent": 2})
-        trainer = train(graph, how, [3, 1, 4] * 3, runtime=runtime)
+        halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+        trainer = train(graph, how, [3, 1, 4] * 3, runtime=runtime, scheduler=halving, epochs=2)
         ends.append(graph.module.state_dict())
         updates.append([(node.node, node.updates, node.visits, node.staleness) for node in trainer.nodes()])
     assert updates[0] == updates[1]
