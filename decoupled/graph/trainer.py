@@ -37,7 +37,7 @@ from decoupled.runtime.simulated import Simulated
 from decoupled.specs import parse, positive
 from decoupled.steps import MakeOptimizer, MakeScheduler
 
-SAMPLE = 4  # instances that costs are measured on
+SAMPLE = 8  # instances that costs are measured on
 
 
 class GraphTrainer:

@@ -12,6 +12,7 @@ from decoupled.errors import UserError
 from decoupled.graph import PPT, Asynchrony, GraphTrainer, NodeGraph
 from decoupled.graph.node import Backward, Forward
 from decoupled.graph.placement import Measured, balance, measure
+from decoupled.graph.replicas import replicate
 from decoupled.graph.testing import rnn, sequences
 
 
@@ -207,6 +208,12 @@ def test_placement_is_balanced_by_cost_and_keeps_light_nodes_with_their_neighbou
     assert set(found.seconds) == set(costs)
     assert found.traffic["recurrent", "tanh"] == 6 and found.traffic["out", "loss"] == 2  # with the answers
     assert not any("token" in pair for pair in found.traffic)
+    replicate(graph, {"recurrent": 2})
+    shared = measure(
+        graph, sequences([3, 1], 5, 4, 3), rounds=1
+    ).seconds  # one copy has the long one, the other the short
+    assert shared["recurrent"] == shared["recurrent_2"] > 0
+    graph = rnn(5, 4, 3).check()
     dear = {("recurrent", "tanh"): 1e6, ("tanh", "step"): 1e6, ("step", "more"): 1e6, ("more", "out"): 1e6}
     assert len({balance(graph, Measured(costs, dear), 2)[n] for n in ("recurrent", "tanh", "step", "more", "out")}) == 1
     assert all(p.grad is None for p in graph.module.parameters())
