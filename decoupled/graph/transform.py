@@ -211,10 +211,11 @@ class PPT(NPT):
         self.updates += 1
 
     def end_epoch(self) -> None:
-        """What is left of gradients becomes an update; the schedule of the learning rate moves on."""
-        self.update()
-        if self._scheduler is not None and self.updates:
-            self._scheduler.step()
+        """After training: what is left of gradients becomes an update, and the learning rate's schedule moves on."""
+        if self.training:
+            self.update()
+            if self._scheduler is not None and self.updates:
+                self._scheduler.step()
 
 
 class Loss(Node):

@@ -120,6 +120,20 @@ def test_a_loop_that_never_ends(runtime: str) -> None:
         trained(graph, walk(), runtime=runtime, how=how)
 
 
+@pytest.mark.parametrize("work", [True, False])
+def test_a_loop_that_never_ends_ends_while_costs_are_measured(work: bool) -> None:
+    """Nodes are placed by what a few instances cost, before anything else runs: it hung there."""
+    graph, how = loop(step(), Cond(lambda i, t: True, name="more")), Asynchrony(messages_per_instance=50)
+    if not work:
+        graph = NodeGraph("spin")
+        h = Phi("h")
+        again, last = Cond(lambda i, t: True, name="more")(step()(h(graph.input("x"))))
+        h.join(again)
+        Loss(F.mse_loss)(PPT(nn.Linear(2, 2))(last), graph.input("target"))
+    with pytest.raises(StallError, match=r"messages are unanswered.*a loop does not end"):
+        trained(graph, walk(), workers=2, how=how)
+
+
 def test_an_answer_that_nobody_waits_for() -> None:
     graph = rnn(5, 4, 3).check()
     node = graph.nodes["recurrent"]

@@ -144,20 +144,19 @@ def test_waiting_messages_are_handled_in_one_call() -> None:
     assert [graph.nodes[name].batch for name in graph.replicas["recurrent"]] == [8, 8]
 
 
-def test_learning_rates_follow_their_schedule_from_epoch_to_epoch() -> None:
+def test_learning_rates_follow_their_schedule_from_epoch_to_epoch_of_training() -> None:
     torch.manual_seed(0)
     graph, instances = rnn(5, 4, 3), sequences([3, 1, 4], 5, 4, 3)
     weight = dict(graph.module.named_parameters())["out.bias"]
-    only_one = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)  # noqa: E731
+    two = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch < 2))  # noqa: E731
     moved = []
-    with GraphTrainer(
-        graph, Asynchrony(1, 100), optimizer=sgd(0.1), scheduler=only_one, runtime="simulated"
-    ) as trainer:
-        for _ in range(2):
+    with GraphTrainer(graph, Asynchrony(1, 100), optimizer=sgd(0.1), scheduler=two, runtime="simulated") as trainer:
+        for _ in range(3):
             before = weight.detach().clone()
             trainer.fit(instances)
+            trainer.evaluate(instances)  # is no epoch
             moved.append(float((weight.detach() - before).abs().sum()))
-    assert moved[0] > 0 and moved[1] == 0
+    assert moved[0] > 0 and moved[1] > 0 and moved[2] == 0
 
 
 def test_evaluation_changes_nothing_and_needs_no_way_back() -> None:
