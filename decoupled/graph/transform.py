@@ -168,8 +168,15 @@ class PPT(NPT):
                 self._kept[state] = x, None, self.version
                 self._bytes += x.nbytes
             self.peak, self.peak_bytes = max(self.peak, len(self._kept)), max(self.peak_bytes, self._bytes)
+        rows = [len(x) for _, x in messages]
         with torch.no_grad():
-            parts = self.module(torch.cat([x for _, x in messages])).split([len(x) for _, x in messages])
+            y = self.module(torch.cat([x for _, x in messages]))
+        if len(y) != sum(rows):
+            raise UserError(
+                f"node {self.name!r}: {len(messages)} messages of {sum(rows)} rows were handled together and {len(y)} "
+                "rows came out; its module does not treat rows alone, leave it out of batches"
+            )
+        parts = y.split(rows)
         return [Forward(0, state, y) for (state, _), y in zip(messages, parts, strict=True)]
 
     def _backward_many(self, messages: Sequence[tuple[State, Tensor | None]]) -> Sends:

@@ -199,6 +199,21 @@ def test_impossible_options(option: dict, match: str) -> None:
         trained(rnn(5, 4, 3), *sequences([1], 5, 4, 3), how=Asynchrony(**option))
 
 
+def test_a_module_that_does_not_treat_rows_alone_cannot_handle_messages_together() -> None:
+    graph = NodeGraph("mean")
+    Loss(F.mse_loss)(PPT(nn.Sequential(nn.Linear(2, 2), Mean()), "mean")(graph.input("x")), graph.input("target"))
+    x = torch.ones(3, 2)
+    instances = [one(("x", (0,), x), ("target", (0,), x[:1])) for _ in range(4)]
+    trained(graph, *instances)
+    with pytest.raises(OperationError, match=r"node 'mean': \d messages of \d+ rows were handled together and 1 rows"):
+        trained(graph, *instances, how=Asynchrony(batches={"mean": 4}))
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(0, keepdim=True)
+
+
 def test_costs_of_nodes_that_are_not_there_or_only_steer() -> None:
     for name in ("recurent", "more"):
         with pytest.raises(UserError, match=f"unknown node in costs: '{name}'"):

@@ -123,9 +123,9 @@ def test_waiting_messages_are_handled_in_one_call() -> None:
     calls: list[int] = []
 
     class Counted(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            calls.append(len(x))
-            return super().forward(x)
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in the base class
+            calls.append(len(input))
+            return super().forward(input)
 
     updates = {}
     for batches in ({}, {"out": 8, "recurrent": 8}):
