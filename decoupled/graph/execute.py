@@ -30,6 +30,7 @@ def execute(
     instances: Iterable[Instance],
     training: bool = True,
     choose: Callable[[int], int] | None = None,
+    limit: float = float("inf"),
 ) -> Executed:
     """Run all instances at once through the graph, and back.
 
@@ -37,6 +38,7 @@ def execute(
         graph: is checked first. instances: numbered from 0.
         training: with the way back, or without.
         choose: number of waiting messages -> which is next (any interleaving); default: backward first, in order.
+        limit: unanswered messages on one output that are taken for a loop that never ends.
 
     Raises:
         ProtocolError, UserError: as the nodes raise them. StallError: an instance did not come back.
@@ -63,6 +65,7 @@ def execute(
                 found.results.append(one)
 
     for node in graph.nodes.values():
+        node.limit = limit
         node.begin(training)
     for number, instance in enumerate(instances):
         for name, position, payload in instance.messages:

@@ -33,16 +33,18 @@ class Measured:
     traffic: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
-def measure(graph: NodeGraph, instances: Sequence[Instance], rounds: int = 3) -> Measured:
-    """Per instance, for every node but the inputs, on one thread: the least of some rounds.
+def measure(graph: NodeGraph, instances: Sequence[Instance], rounds: int = 3, limit: float = float("inf")) -> Measured:
+    """Per instance, for every node but the inputs, on one thread: the least of some rounds; `limit` as in `execute`.
 
     The graph itself is not touched.
     """
     trial = copy.deepcopy(graph)
     with intra_op_threads(1):
-        found: list[Executed] = [execute(trial, instances) for _ in range(rounds + 1)][1:]
+        found: list[Executed] = [execute(trial, instances, limit=limit) for _ in range(rounds + 1)][1:]
     count = max(1, len(instances))
     seconds = {n: min(one.seconds.get(n, 0.0) for one in found) / count for n in placed(graph)}
+    for copies in graph.replicas.values():  # which of them a few instances met is chance
+        seconds |= dict.fromkeys(copies, sum(seconds[name] for name in copies) / len(copies))
     traffic = {pair: number / count for pair, number in found[0].traffic.items() if set(pair) <= set(seconds)}
     return Measured(seconds, traffic)
 

@@ -37,7 +37,7 @@ from decoupled.runtime.simulated import Simulated
 from decoupled.specs import parse, positive
 from decoupled.steps import MakeOptimizer, MakeScheduler
 
-SAMPLE = 4  # instances that costs are measured on
+SAMPLE = 8  # instances that costs are measured on
 
 
 class GraphTrainer:
@@ -220,7 +220,8 @@ class GraphTrainer:
         """The leader's part before a call: place the nodes, and let other processes have a trainer like this one."""
         if self.runtime.rank == 0 and not self.places:
             sample = list(itertools.islice(instances, SAMPLE))
-            self.places = balance(self.graph, measure(self.graph, sample), len(self._names))
+            measured = measure(self.graph, sample, limit=SAMPLE * self.asynchrony.messages_per_instance)
+            self.places = balance(self.graph, measured, len(self._names))
         if not self._hosted:
             self._hosted = True
             graph, how, places = self.graph, self.asynchrony, self.places

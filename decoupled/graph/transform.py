@@ -168,8 +168,15 @@ class PPT(NPT):
                 self._kept[state] = x, None, self.version
                 self._bytes += x.nbytes
             self.peak, self.peak_bytes = max(self.peak, len(self._kept)), max(self.peak_bytes, self._bytes)
+        rows = [len(x) for _, x in messages]
         with torch.no_grad():
-            parts = self.module(torch.cat([x for _, x in messages])).split([len(x) for _, x in messages])
+            y = self.module(torch.cat([x for _, x in messages]))
+        if len(y) != sum(rows):
+            raise UserError(
+                f"node {self.name!r}: {len(messages)} messages of {sum(rows)} rows were handled together and {len(y)} "
+                "rows came out; its module does not treat rows alone, leave it out of batches"
+            )
+        parts = y.split(rows)
         return [Forward(0, state, y) for (state, _), y in zip(messages, parts, strict=True)]
 
     def _backward_many(self, messages: Sequence[tuple[State, Tensor | None]]) -> Sends:
@@ -211,10 +218,11 @@ class PPT(NPT):
         self.updates += 1
 
     def end_epoch(self) -> None:
-        """What is left of gradients becomes an update; the schedule of the learning rate moves on."""
-        self.update()
-        if self._scheduler is not None and self.updates:
-            self._scheduler.step()
+        """After training: what is left of gradients becomes an update, and the learning rate's schedule moves on."""
+        if self.training:
+            self.update()
+            if self._scheduler is not None and self.updates:
+                self._scheduler.step()
 
 
 class Loss(Node):

@@ -120,6 +120,20 @@ def test_a_loop_that_never_ends(runtime: str) -> None:
         trained(graph, walk(), runtime=runtime, how=how)
 
 
+@pytest.mark.parametrize("work", [True, False])
+def test_a_loop_that_never_ends_ends_while_costs_are_measured(work: bool) -> None:
+    """Nodes are placed by what a few instances cost, before anything else runs: it hung there."""
+    graph, how = loop(step(), Cond(lambda i, t: True, name="more")), Asynchrony(messages_per_instance=50)
+    if not work:
+        graph = NodeGraph("spin")
+        h = Phi("h")
+        again, last = Cond(lambda i, t: True, name="more")(step()(h(graph.input("x"))))
+        h.join(again)
+        Loss(F.mse_loss)(PPT(nn.Linear(2, 2))(last), graph.input("target"))
+    with pytest.raises(StallError, match=r"messages are unanswered.*a loop does not end"):
+        trained(graph, walk(), workers=2, how=how)
+
+
 def test_an_answer_that_nobody_waits_for() -> None:
     graph = rnn(5, 4, 3).check()
     node = graph.nodes["recurrent"]
@@ -183,6 +197,21 @@ def test_payloads_that_do_not_fit() -> None:
 def test_impossible_options(option: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
         trained(rnn(5, 4, 3), *sequences([1], 5, 4, 3), how=Asynchrony(**option))
+
+
+def test_a_module_that_does_not_treat_rows_alone_cannot_handle_messages_together() -> None:
+    graph = NodeGraph("mean")
+    Loss(F.mse_loss)(PPT(nn.Sequential(nn.Linear(2, 2), Mean()), "mean")(graph.input("x")), graph.input("target"))
+    x = torch.ones(3, 2)
+    instances = [one(("x", (0,), x), ("target", (0,), x[:1])) for _ in range(4)]
+    trained(graph, *instances)
+    with pytest.raises(OperationError, match=r"node 'mean': \d messages of \d+ rows were handled together and 1 rows"):
+        trained(graph, *instances, how=Asynchrony(batches={"mean": 4}))
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(0, keepdim=True)
 
 
 def test_costs_of_nodes_that_are_not_there_or_only_steer() -> None:

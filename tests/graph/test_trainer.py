@@ -12,6 +12,7 @@ from decoupled.errors import UserError
 from decoupled.graph import PPT, Asynchrony, GraphTrainer, NodeGraph
 from decoupled.graph.node import Backward, Forward
 from decoupled.graph.placement import Measured, balance, measure
+from decoupled.graph.replicas import replicate
 from decoupled.graph.testing import rnn, sequences
 
 
@@ -29,8 +30,9 @@ PLACES = {"embed": 1, "out": 1, "loss": 1}
 
 def train(graph: NodeGraph, how: Asynchrony, lengths: list[int], **more: object) -> GraphTrainer:
     options: dict = {"optimizer": sgd(0.01), "workers": PLACES, "runtime": "simulated"} | more
+    epochs = options.pop("epochs", 1)
     with GraphTrainer(graph, how, **options) as trainer:
-        trainer.fit(sequences(lengths, 5, 4, 3))
+        trainer.fit(sequences(lengths, 5, 4, 3), epochs=epochs)
     return trainer
 
 
@@ -117,6 +119,46 @@ def test_replicas_share_the_work_and_end_an_epoch_with_equal_weights() -> None:
     assert {w.worker for w in trainer.statistics()} == {"worker0", "worker1"}
 
 
+def test_waiting_messages_are_handled_in_one_call() -> None:
+    calls: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in the base class
+            calls.append(len(input))
+            return super().forward(input)
+
+    updates = {}
+    for batches in ({}, {"out": 8, "recurrent": 8}):
+        torch.manual_seed(0)
+        graph = rnn(5, 4, 3)
+        graph.nodes["out"].module = graph.nodes["out"].function = Counted(4, 3)  # pyright: ignore[reportAttributeAccessIssue]
+        calls.clear()
+        how = Asynchrony(8, 4, backward_first=False, batches=batches, replicas={"recurrent": 2})
+        trainer = train(graph, how, [3] * 24, costs={"recurrent": 0.1, "recurrent_2": 0.1, "out": 1.0})
+        assert sum(calls) == 24 * (2 if batches else 1)  # the way back runs it again
+        assert max(calls) > 1 if batches else set(calls) == {1}
+        out = next(node for node in trainer.nodes() if node.node == "out")
+        assert out.visits == 48 and sum(out.staleness.values()) == 24
+        updates[bool(batches)] = out.updates
+    assert updates[False] == 6 and 2 <= updates[True] <= 6  # after 4 gradients, or as many more as came together
+    assert [graph.nodes[name].batch for name in graph.replicas["recurrent"]] == [8, 8]
+
+
+def test_learning_rates_follow_their_schedule_from_epoch_to_epoch_of_training() -> None:
+    torch.manual_seed(0)
+    graph, instances = rnn(5, 4, 3), sequences([3, 1, 4], 5, 4, 3)
+    weight = dict(graph.module.named_parameters())["out.bias"]
+    two = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch < 2))  # noqa: E731
+    moved = []
+    with GraphTrainer(graph, Asynchrony(1, 100), optimizer=sgd(0.1), scheduler=two, runtime="simulated") as trainer:
+        for _ in range(3):
+            before = weight.detach().clone()
+            trainer.fit(instances)
+            trainer.evaluate(instances)  # is no epoch
+            moved.append(float((weight.detach() - before).abs().sum()))
+    assert moved[0] > 0 and moved[1] > 0 and moved[2] == 0
+
+
 def test_evaluation_changes_nothing_and_needs_no_way_back() -> None:
     graph, instances = rnn(5, 4, 3), sequences([3, 1, 2], 5, 4, 3, rows=2)
     before = {n: p.clone() for n, p in graph.module.named_parameters()}
@@ -144,7 +186,8 @@ def test_processes_agree_with_the_simulator_where_the_order_is_fixed() -> None:
         torch.manual_seed(0)
         graph = rnn(5, 4, 3)
         how = Asynchrony(1, 2, replicas={"recurrent": 2})
-        trainer = train(graph, how, [3, 1, 4] * 3, runtime=runtime)
+        halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+        trainer = train(graph, how, [3, 1, 4] * 3, runtime=runtime, scheduler=halving, epochs=2)
         ends.append(graph.module.state_dict())
         updates.append([(node.node, node.updates, node.visits, node.staleness) for node in trainer.nodes()])
     assert updates[0] == updates[1]
@@ -164,6 +207,12 @@ def test_placement_is_balanced_by_cost_and_keeps_light_nodes_with_their_neighbou
     assert set(found.seconds) == set(costs)
     assert found.traffic["recurrent", "tanh"] == 6 and found.traffic["out", "loss"] == 2  # with the answers
     assert not any("token" in pair for pair in found.traffic)
+    replicate(graph, {"recurrent": 2})
+    shared = measure(
+        graph, sequences([3, 1], 5, 4, 3), rounds=1
+    ).seconds  # one copy has the long one, the other the short
+    assert shared["recurrent"] == shared["recurrent_2"] > 0
+    graph = rnn(5, 4, 3).check()
     dear = {("recurrent", "tanh"): 1e6, ("tanh", "step"): 1e6, ("step", "more"): 1e6, ("more", "out"): 1e6}
     assert len({balance(graph, Measured(costs, dear), 2)[n] for n in ("recurrent", "tanh", "step", "more", "out")}) == 1
     assert all(p.grad is None for p in graph.module.parameters())

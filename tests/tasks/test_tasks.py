@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import types
 from collections.abc import Iterator
@@ -96,6 +97,27 @@ def test_the_graph_has_losses_scores_and_gradients_of_the_synchronous_model(task
         sum(int(result.state[0]) == i for result in results) for i in range(len(instances))
     ]
     assert sum(instance.size for instance in instances) == sum(map(len, task.batches("train", 1)))
+
+
+def test_finite_differences_through_the_whole_graph(task: Grouped[Any]) -> None:
+    """RNN, Tree-LSTM and gated graph network: what comes back along the messages is the slope of the loss."""
+    graph, instances, draw = task.graph(), task.instances("train")[:3], random.Random(0)
+    execute(graph, instances)
+    found = gradients(graph.module)
+
+    def loss() -> float:
+        return sum(result.loss for result in execute(graph, instances, training=False).results)
+
+    for name, weight in graph.module.named_parameters():
+        flat, step = weight.detach().view(-1), 1e-6
+        gradient = found.get(name, torch.zeros_like(weight)).reshape(-1)
+        for i in draw.sample(range(len(flat)), min(4, len(flat))):
+            flat[i] += step
+            above = loss()
+            flat[i] -= 2 * step
+            below = loss()
+            flat[i] += step
+            assert float(gradient[i]) == pytest.approx((above - below) / (2 * step), abs=1e-7), f"{name}[{i}]"
 
 
 def test_a_batch_of_the_synchronous_model_is_the_mean_over_its_groups(task: Grouped[Any]) -> None:
