@@ -155,5 +155,3 @@ def fused(recipe: Recipe) -> MakeOptimizer:
         return plain
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return lambda parameters: kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-
-
