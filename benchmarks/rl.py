@@ -153,7 +153,7 @@ class Shares(Observer):
 
 def asynchrony(options: Options, keep: Keep) -> None:
     rows: list[list[str]] = []
-    for per_update in (4, 16, 64):
+    for per_update in (4, 32, 64, 128):
         rates: dict[str, list[float]] = {"loop": [], "apart": []}
         shares, steps = Shares(), max(1024, min(options.steps, 256 * per_update))
         common = {"name": "sac", "envs": 8, "ratio": 1 / per_update, "warmup": 512}
@@ -190,13 +190,7 @@ def asynchrony(options: Options, keep: Keep) -> None:
 
 def paper(options: Options, keep: Keep) -> None:
     rows: list[list[str]] = []
-    sizes = {
-        "SAC, MLP 2 x 256": ("sac", {}),
-        "SAC, OFENet 240, DenseNet 2 x 256": ("larger_rl", {}),
-        "SAC, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048}),
-        "TD3, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048, "algorithm": "td3"}),
-    }
-    for title, (name, more) in sizes.items():
+    for title, (name, more) in PAPER.items():
         agent = registry.make({"name": name, **more}, Roles).agent(ANT, adam, 0)
         count, seconds = sum(p.numel() for p in agent.networks["shared"].parameters()), []  # type: ignore[index]
         for _ in range(4):
@@ -216,6 +210,12 @@ def paper(options: Options, keep: Keep) -> None:
 
 
 ANT = Spaces(105, 8, 27)
+PAPER: dict[str, tuple[str, dict[str, Any]]] = {
+    "SAC, MLP 2 x 256": ("sac", {}),
+    "SAC, OFENet 240, DenseNet 2 x 256": ("larger_rl", {}),
+    "SAC, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048}),
+    "TD3, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048, "algorithm": "td3"}),
+}
 
 
 def _random_batch(size: int) -> Batch:
