@@ -58,8 +58,7 @@ def publish(directory: Path, only: Sequence[str] | None = None, missing: bool = 
             continue
         if not (missing and measured(card)):
             base = [rows[results["baseline"]]] if results["baseline"] in rows else []
-            lines = "
-".join(dict.fromkeys([*base, *own[card.stem]]))
+            lines = "\n".join(dict.fromkeys([*base, *own[card.stem]]))
             text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
             fill(card, "results", f"{text}{HEADER}\n{lines}\n\n{where}")
 

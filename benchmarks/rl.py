@@ -3,6 +3,7 @@
     pendulum     SAC on Pendulum-v1: mean return of 10 evaluation episodes, every 1,000 of 10,000 steps
     auxiliary    OFENet's loss on HalfCheetah-v5 after 10,000 random steps and 10,000 updates, with each norm
     asynchrony   an actor and the learner on two workers against one loop, at the same ratio; two loops as the limit
+    suite        the methods of suite=rl_small, one run after the other: return, effective rank, seconds
     paper        updates per second of the paper's sizes on this machine, and what a run would take (extrapolated)
 
 Every part is a section of ``benchmarks/results/rl.md`` with its command, written anew after every run that ends: what
@@ -17,8 +18,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,13 @@ import torch
 from decoupled import registry
 from decoupled.benchmarks.page import environment, table, verdict
 from decoupled.benchmarks.speed import RESULTS, Spread, machine
-from decoupled.rl import Roles, RLTrainer
+from decoupled.config import CompareConfig, changed, read
+from decoupled.rl import RLTrainer, Roles
 from decoupled.rl.agent import Batch, Spaces
+from decoupled.rl.experiment import RLSetting
+from decoupled.rl.statistics import adam
 from decoupled.rl.steps import batch_of
-from decoupled.rl.trainer import adam
+from decoupled.runtime.contract import Observer
 
 Keep = Callable[[str], None]  # what the section says so far
 TITLE = "# Reinforcement learning: roles apart on two workers"
@@ -44,6 +49,7 @@ class Options:
     seeds: int = 3
     steps: int = 10_000
     rounds: int = 5
+    envs: tuple[str, ...] = ("HalfCheetah-v5",)
     out: Path = RESULTS
 
 
@@ -58,11 +64,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "rounds": "of the timed part",
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
+    add("--envs", nargs="+", default=list(Options.envs), help="of the suite (default HalfCheetah-v5)")
     add("--out", type=Path, default=RESULTS, help="folder of rl.md")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown part {wrong[0]!r}; choose from {', '.join(PARTS)}")
-    given.parts = tuple(given.parts or PARTS)
+    given.parts, given.envs = tuple(given.parts or PARTS), tuple(given.envs)
     return Options(**vars(given))
 
 
@@ -77,7 +84,9 @@ def pendulum(options: Options, keep: Keep) -> None:
                 found.append(trainer.evaluate(10)["return"])
             steps = trainer.steps
         first = next((f"{1000 * (i + 1):,}" for i, value in enumerate(found) if value >= -200), "never")
-        rows.append([str(seed), f"{found[-1]:.0f}", verdict(found[-1] >= -200), first, " ".join(f"{x:.0f}" for x in found)])
+        rows.append(
+            [str(seed), f"{found[-1]:.0f}", verdict(found[-1] >= -200), first, " ".join(f"{x:.0f}" for x in found)]
+        )
         mean = statistics.fmean(float(row[1]) for row in rows)
         keep(
             f"SAC, 2 x 64 units, automatic temperature, Adam 1e-3, batch 256, one loop, 1,000 random steps first, "
@@ -103,10 +112,12 @@ def auxiliary(options: Options, keep: Keep) -> None:
             }  # fmt: skip
             with RLTrainer("HalfCheetah-v5", method, seed=seed) as trainer:
                 trainer.fit(options.steps)
-                losses = trainer._memory.tally.auxiliary
+                losses = trainer.memory.tally.auxiliary
                 held_out = _held_out(trainer, seed)
             every = max(1, len(losses) // 5)
-            curve = " ".join(f"{statistics.fmean(losses[i : i + every][-100:]):.3f}" for i in range(0, len(losses), every))
+            curve = " ".join(
+                f"{statistics.fmean(losses[i : i + every][-100:]):.3f}" for i in range(0, len(losses), every)
+            )
             last = statistics.fmean(losses[-100:])
             rows.append([norm, str(seed), f"{last:.4f}", verdict(last < 0.02), f"{held_out:.4f}", curve])
             keep(
@@ -114,7 +125,9 @@ def auxiliary(options: Options, keep: Keep) -> None:
                 "blocks, 240 units per stack, batch 256, Adam 3e-4): mean squared error of the next observation, not "
                 "normalised, over batch and dimensions. *After*: mean of the last 100 batches; must fall under 0.02. "
                 "*Held out*: 2,000 further random steps, with running statistics.\n\n"
-                + table(["norm", "seed", "after", "reached", "held out", "after each fifth of the updates"], sorted(rows))
+                + table(
+                    ["norm", "seed", "after", "reached", "held out", "after each fifth of the updates"], sorted(rows)
+                )
             )
 
 
@@ -128,12 +141,134 @@ def _held_out(trainer: RLTrainer, seed: int) -> float:
         return torch.nn.functional.mse_loss(predicted, batch.after[:, : net.target]).item()
 
 
+class Shares(Observer):
+    """Seconds per kind of operation: the first letter of its label."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def operation(self, actor: str, operation: str, start: float, end: float) -> None:
+        self.seconds[operation[0]] += end - start
+
+
 def asynchrony(options: Options, keep: Keep) -> None:
-    raise NotImplementedError
+    rows: list[list[str]] = []
+    for per_update in (4, 32, 64, 128):
+        rates: dict[str, list[float]] = {"loop": [], "apart": []}
+        shares, steps = Shares(), max(1024, min(options.steps, 256 * per_update))
+        common = {"name": "sac", "envs": 8, "ratio": 1 / per_update, "warmup": 512}
+        loop = RLTrainer("HalfCheetah-v5", common, observers=[shares])
+        apart = RLTrainer("HalfCheetah-v5", common | {"actors": 1}, runtime="processes")
+        with loop, apart:
+            for trainer in (loop, apart):
+                trainer.fit(1024)  # random steps, first updates, processes come up
+            shares.seconds.clear()
+            for number in range(options.rounds):
+                pair = [("loop", loop), ("apart", apart)]
+                for name, trainer in pair[:: 1 if number % 2 else -1]:
+                    found = trainer.fit(steps)
+                    rates[name].append((found["steps_done"] + found["updates_done"]) / found["seconds"])
+            waits = {r.role: r.busy_seconds / (r.busy_seconds + r.wait_seconds) for r in apart.statistics()}
+        acting, learning = shares.seconds["E"], shares.seconds["S"]
+        ratios = Spread.of([a / b for a, b in zip(rates["apart"], rates["loop"], strict=True)])
+        limit = (acting + learning) / max(acting, learning)
+        rows.append([
+            f"1 / {per_update}", f"{256 / per_update:.0f}", Spread.of(rates["loop"]).text(".0f"),
+            Spread.of(rates["apart"]).text(".0f"), ratios.text(), f"{limit:.2f}", f"{waits['learner']:.2f}",
+            f"{waits['actor0']:.2f}", verdict(ratios.median >= 1.5),
+        ])  # fmt: skip
+        header = ["updates per step", "uses of a step", "one loop", "apart", "apart / one loop", "limit",
+                  "learner busy", "actor busy", ">= 1.5"]  # fmt: skip
+        keep(
+            "SAC, 2 x 256 units, batch 256, HalfCheetah-v5, 8 environments: environment steps and updates per second "
+            "of one actor and the learner in two processes against one loop in one process, one intra-op thread each, "
+            f"at the same number of updates per step. {options.rounds} interleaved rounds, ratios within a round. "
+            "*Limit*: what the loop's own seconds of acting and learning allow if nothing else cost time; where one of "
+            "the two is most of the work, running them apart cannot gain much.\n\n" + table(header, rows)
+        )
+
+
+def paper(options: Options, keep: Keep) -> None:
+    rows: list[list[str]] = []
+    for title, (name, more) in PAPER.items():
+        agent = registry.make({"name": name, **more}, Roles).agent(ANT, adam, 0)
+        count, seconds = sum(p.numel() for p in agent.networks["shared"].parameters()), []  # type: ignore[index]
+        for _ in range(4):
+            start = time.process_time()
+            one = _random_batch(256)
+            agent.auxiliary(one)
+            agent.learn(one, None)
+            seconds.append(time.process_time() - start)
+        each = statistics.median(seconds[1:])
+        rows.append([title, f"{count / 1e6:.1f}", f"{1 / each:.2f}", f"{3e6 * each / 86400:.1f}"])
+        keep(
+            "Ant-v5 (105 observations, 8 actions), batch 256: one update of features, actor and critics, processor "
+            "time of one thread, and the days that the paper's 3 million updates would take the learner: extrapolated, "
+            "nothing of the kind was run. `decoupled compare suite=rl_paper` is that setting.\n\n"
+            + table(["size", "weights, millions", "updates/s", "days, extrapolated"], rows)
+        )
+
+
+ANT = Spaces(105, 8, 27)
+PAPER: dict[str, tuple[str, dict[str, Any]]] = {
+    "SAC, MLP 2 x 256": ("sac", {}),
+    "SAC, OFENet 240, DenseNet 2 x 256": ("larger_rl", {}),
+    "SAC, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048}),
+    "TD3, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048, "algorithm": "td3"}),
+}
+
+
+def _random_batch(size: int) -> Batch:
+    s, a, _ = ANT
+    obs, after, action = torch.randn(size, s), torch.randn(size, s), torch.rand(size, a) * 2 - 1
+    return Batch(obs, action, torch.randn(size, 1), torch.full((size, 1), 0.99), after, after)
+
+
+def suite(options: Options, keep: Keep) -> None:
+    """One run after the other, seed by seed; what is cut off leaves the runs that ended."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    config = read(CompareConfig, ["suite=rl_small"])
+    for seed in range(options.seeds):
+        for env in options.envs:
+            setting = RLSetting.prepare(changed(config, {"env": env, "steps": options.steps}))
+            for spec in config.methods:
+                record, _ = setting.run_method(spec, seed, lambda steps: None)
+                runs.setdefault((env, record["label"]), []).append(record)
+                keep(_suite(runs, options))
+
+
+def _suite(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], options: Options) -> str:
+    rows = []
+    for (env, label), records in runs.items():
+        ends, best = ([r["measures"][name] for r in records] for name in ("Return at the end", "Best return"))
+        curve = [
+            statistics.fmean(p["validation_score"] for p in points)
+            for points in zip(*(r["curve"] for r in records), strict=True)
+        ]
+        ranks = [r["measures"].get("Effective rank", float("nan")) for r in records]
+        rows.append([
+            f"{env}, {label}", str(len(records)), Spread.of(ends).text(".0f"), f"{statistics.fmean(best):.0f}",
+            f"{statistics.fmean(ranks):.0f}", f"{statistics.fmean(r['wall_seconds'] for r in records):.0f}",
+            " ".join(f"{x:.0f}" for x in curve),
+        ])  # fmt: skip
+    header = [
+        "environment, method",
+        "seeds",
+        "return at the end",
+        "best",
+        "effective rank",
+        "s",
+        "return after each tenth",
+    ]
+    return (
+        f"Suite rl_small at {options.steps:,} steps, {options.seeds} seed(s) asked for, *seeds* is how many have "
+        "ended; median (least .. most) of 20 episodes at the end, others are means. The seconds were not taken on a "
+        "quiet machine.\n\n" + table(header, rows)
+    )
 
 
 PARTS: dict[str, Callable[[Options, Keep], None]] = {
-    "pendulum": pendulum, "auxiliary": auxiliary, "asynchrony": asynchrony,
+    "pendulum": pendulum, "auxiliary": auxiliary, "asynchrony": asynchrony, "suite": suite, "paper": paper,
 }  # fmt: skip
 
 
@@ -145,9 +280,9 @@ def run(options: Options, words: Sequence[str]) -> None:
         started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
         others = [word for word in words if word not in (*PARTS, "--out", str(options.out))]
 
-        def keep(text: str, part: str = part, started: Any = started, clock: float = clock) -> None:
+        def keep(text: str, part: Any = part, others: Any = others, started: Any = started, clock: Any = clock) -> None:
             facts = environment(machine(started), " ".join(["rl", part, *others]), time.monotonic() - clock)
-            write(options.out / "rl.md", part, f"{text}\n\n{facts}")  # noqa: B023
+            write(options.out / "rl.md", part, f"{text}\n\n{facts}")
             print(f"[{time.monotonic() - clock:5.0f} s] {part}: {text.splitlines()[-1]}", flush=True)
 
         PARTS[part](options, keep)

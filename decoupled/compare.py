@@ -144,9 +144,8 @@ def _results(
     for record in records:
         reference, own = pace.get((record["seed"], describe(record["point"]))), record["samples_per_second"]
         record["speedup_over_backprop"] = own / reference if reference and own else None
-    data, model = (
-        spec if isinstance(spec, str) else label(spec) for spec in (config.env or config.task or config.data, config.model)
-    )
+    trained = config.env or config.task or config.data
+    data, model = (spec if isinstance(spec, str) else label(spec) for spec in (trained, config.model))
     return {
         "suite": config.suite,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -38,8 +38,7 @@ def train(
     Args:
         config: what to train.
         out: a directory that does not exist yet, or is empty; None: write nothing.
-        events: operations per block to record. quiet: say nothing.
-        rollout: with an environment, draw an episode of the trained policy.
+        events: operations per block to record. quiet: say nothing. rollout: draw an episode of a trained policy.
 
     Returns:
         config, dataset, history, test, blocks, startup_seconds, and FLOPs (`costs.per_sample`); None on other ranks

@@ -1,7 +1,7 @@
 """Acting: environments, a policy, and n-step transitions with their initial priorities; and the actor that does it.
 
-    weights ----> copy of the agent's shared part
-    go ---------> so many steps of every environment ----> experience
+weights ----> copy of the agent's shared part
+go ---------> so many steps of every environment ----> experience
 """
 
 from __future__ import annotations
@@ -134,9 +134,8 @@ class ActingActor(Actor):
         except Exception as error:
             raise OperationError(self.name, label, error, self._method) from error
         payload = tuple(torch.from_numpy(x) for x in (made.rows, made.errors) if x is not None)
-        found = Experience(
-            (self.name, self._number), payload=payload, version=self._version, steps=made.steps, episodes=tuple(made.episodes)
-        )
+        key, episodes = (self.name, self._number), tuple(made.episodes)
+        found = Experience(key, payload=payload, version=self._version, steps=made.steps, episodes=episodes)
         self._number += 1
         self.bytes_sent += found.nbytes
         return Outcome(label, [("experience", found)])

@@ -52,9 +52,9 @@ class Agent(ABC):
         random: draws the noise of learning.
     """
 
-    networks: nn.Module
-    shared: nn.Module
-    optimizers: Mapping[str, torch.optim.Optimizer]
+    networks: nn.ModuleDict
+    shared: nn.ModuleDict
+    optimizers: dict[str, torch.optim.Optimizer]
     random: torch.Generator
 
     @abstractmethod

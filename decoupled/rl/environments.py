@@ -10,6 +10,8 @@ making them again. That is exact wherever an environment draws from its own gene
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -62,6 +64,8 @@ def maker(spec: Spec, **more: Any) -> Callable[[], Any]:
 
     def make() -> Any:
         try:
+            if "mujoco" in str(gym.spec(name).entry_point):
+                _hush()
             return gym.make(name, disable_env_checker=True, **options, **more)
         except (gym.error.Error, ImportError, TypeError) as error:
             gone = isinstance(error, gym.error.DependencyNotInstalled | ModuleNotFoundError)
@@ -69,6 +73,18 @@ def maker(spec: Spec, **more: Any) -> Callable[[], Any]:
             raise UserError(f"env {name!r} cannot be made: {first_line(error)}; {what}") from None
 
     return make
+
+
+def _hush() -> None:
+    """Keep from the terminal, and from a file, what MuJoCo says is out of date in gymnasium's own files."""
+    mujoco: Any = importlib.import_module("mujoco")
+
+    def warned(message: str) -> None:
+        if "deprecated" not in message:
+            print(f"mujoco: {message}", file=sys.stderr)
+
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(warned)
 
 
 def spaces(spec: Spec) -> Spaces:
@@ -201,5 +217,3 @@ def labelled(spec: Spec) -> str:
         return getattr(spec, "__name__", "env")
     name, options = parse("env", spec)
     return name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
-
-

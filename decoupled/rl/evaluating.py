@@ -1,6 +1,6 @@
 """Evaluation apart from training: an actor with environments of its own gets weights, and plays whole episodes.
 
-    learner --Weights--> evaluator: the best known action, no exploration --> returns and lengths
+learner --Weights--> evaluator: the best known action, no exploration --> returns and lengths
 """
 
 from __future__ import annotations

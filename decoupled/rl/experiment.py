@@ -99,7 +99,7 @@ class RLSetting:
                 curve.append(point(found, trainer.evaluate(EPISODES), seconds))
             final, roles = trainer.evaluate(2 * EPISODES), trainer.statistics()
             steps, startup = trainer.steps, trainer.runtime.startup_seconds
-            parameters = sum(p.numel() for p in trainer.agent.networks.parameters())
+            parameters = sum(p.numel() for p in trainer.agent.shared.parameters())  # no slow copies
             updates = trainer.updates
         busy = [role.busy_seconds / max(1e-12, role.busy_seconds + role.wait_seconds) for role in roles]
         sent = {role.role: role.bytes_sent for role in roles}
@@ -155,5 +155,3 @@ def fused(recipe: Recipe) -> MakeOptimizer:
         return plain
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return lambda parameters: kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-
-

@@ -1,14 +1,13 @@
 """Learning: the updates of one agent, in the order they are drawn; the actor that does it, and the one loop.
 
-    drawn --> features: one update of their own loss, then actor and critics: one update --> judged
-    every `push` updates the weights, and the statistics of BatchNorm with them, go to all actors
+drawn --> features: one update of their own loss, then actor and critics: one update --> judged
+every `push` updates the weights, and the statistics of BatchNorm with them, go to all actors
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from decoupled.errors import OperationError

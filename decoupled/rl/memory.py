@@ -1,7 +1,7 @@
 """Memory: the replay together with the pace; it decides who may go on. And the actor that is asked and told.
 
-    experience --> into the replay                     draw --> learner (at most `ahead` unanswered)
-    judged ------> new priorities, one update done     go ----> the actor with the fewest unanswered
+experience --> into the replay                     draw --> learner (at most `ahead` unanswered)
+judged ------> new priorities, one update done     go ----> the actor with the fewest unanswered
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Tally:
 
     def means(self) -> dict[str, float | None]:
         """Means; None where there was nothing."""
-        found = {name: fmean(x) if (x := getattr(self, name)) else None for name in ("age", "lag", "error", "auxiliary")}
+        lists = {"age": self.age, "lag": self.lag, "error": self.error, "auxiliary": self.auxiliary}
+        found = {name: fmean(values) if values else None for name, values in lists.items()}
         return found | {"train_return": fmean([r for r, _ in self.episodes]) if self.episodes else None}
 
 
@@ -149,7 +150,8 @@ class MemoryActor(Actor):
             memory.answer(draw, message.payload[0] if message.payload else None, message.auxiliary)
         else:
             assert isinstance(message, Experience)
-            source, rows, *errors = message.key, *message.payload
+            source: Any = message.key
+            rows, *errors = message.payload
             self._unanswered[source[0]] -= 1
             memory.add(
                 rows.numpy(), errors[0].numpy() if errors else None, message.steps, message.version, message.episodes

@@ -1,6 +1,6 @@
 """What the roles send one another.
 
-    replay --Go--> actor i --Experience--> replay --Drawn--> learner --Judged--> replay      learner --Weights--> actors
+replay --Go--> actor i --Experience--> replay --Drawn--> learner --Judged--> replay      learner --Weights--> actors
 """
 
 from __future__ import annotations

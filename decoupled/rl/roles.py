@@ -1,7 +1,7 @@
 """Roles: who acts, remembers and learns, and how fast; what a method for environments consists of.
 
-    actors = 0      one loop does all in turn: step, then the updates that this allows (synchronous, deterministic)
-    actors = N      N actors beside replay and learner, which only messages join
+actors = 0      one loop does all in turn: step, then the updates that this allows (synchronous, deterministic)
+actors = N      N actors beside replay and learner, which only messages join
 """
 
 from __future__ import annotations

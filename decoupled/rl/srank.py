@@ -1,6 +1,6 @@
 """Effective rank of features (Kumar et al. 2021): how many singular values hold 1 - delta of their sum.
 
-    srank(Phi) = min { k : sum_{i<=k} sigma_i >= (1 - delta) sum_i sigma_i },   sigma in decreasing order
+srank(Phi) = min { k : sum_{i<=k} sigma_i >= (1 - delta) sum_i sigma_i },   sigma in decreasing order
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A sum tree: weights of many items, changed and drawn from in time log(capacity), many at a time.
 
-    tree[1]                 sum of all
-    tree[2], tree[3]        sums of the halves ...
-    tree[size + i]          weight of item i
+tree[1]                 sum of all
+tree[2], tree[3]        sums of the halves ...
+tree[size + i]          weight of item i
 
-    set    leaves, then their parents level by level (a parent is the sum of its two children, whoever changed)
-    find   from the root down: left if the mass lies there, else right with what is left of it
+set    leaves, then their parents level by level (a parent is the sum of its two children, whoever changed)
+find   from the root down: left if the mass lies there, else right with what is left of it
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, pstdev
 from typing import Any
@@ -33,6 +32,7 @@ from decoupled.rl.memory import Memory, MemoryActor
 from decoupled.rl.replay import Replay
 from decoupled.rl.roles import Roles
 from decoupled.rl.srank import srank
+from decoupled.rl.statistics import RoleStatistics, adam, record
 from decoupled.rl.steps import batch_of, width
 from decoupled.rl.wiring import Elsewhere, costs_of, joined
 from decoupled.runtime.contract import Actor, Edge, Graph, Observer, Runtime
@@ -42,31 +42,6 @@ from decoupled.steps import MakeOptimizer
 
 LEARNER = "learner"
 RANK_ROWS = 2048  # transitions that the effective rank is taken over
-
-
-def adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The default: Adam, 3e-4, all parameters in one call."""
-    return torch.optim.Adam(parameters, 3e-4, fused=True)
-
-
-@dataclass(frozen=True)
-class RoleStatistics:
-    """One role since the trainer was made; also readable as a mapping.
-
-    Attributes:
-        role: its name. rank: of its process.
-        busy_seconds, wait_seconds: in operations; waiting for messages or room (virtual in `simulated`).
-        bytes_sent: payload bytes of its messages.
-    """
-
-    role: str
-    rank: int
-    busy_seconds: float
-    wait_seconds: float
-    bytes_sent: int
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
 
 
 class RLTrainer:
@@ -83,6 +58,7 @@ class RLTrainer:
         observers: look on at operations and messages. on_steps: called with environment steps as they come in.
 
     Attributes:
+        agent: the algorithm with its networks. memory: replay, pace and tally of the latest `fit`.
         steps, updates: so far. epoch: runs of `fit` so far.
 
     Raises:
@@ -121,18 +97,18 @@ class RLTrainer:
             replay = Replay(
                 roles.capacity, width(self.spaces, roles.n_step), roles.prioritized, roles.alpha, roles.beta, seed
             )
-            self._memory = Memory(roles, replay, batch_size, self.agent.has_auxiliary, on_steps)
+            self.memory = Memory(roles, replay, batch_size, self.agent.has_auxiliary, on_steps)
             self._learning = Learning(self.agent, self.spaces, roles.n_step)
 
     @property
     def steps(self) -> int:
         """Environment steps so far."""
-        return self._memory.pace.steps
+        return self.memory.pace.steps
 
     @property
     def updates(self) -> int:
         """Updates of actor and critics so far."""
-        return self._memory.pace.updates
+        return self.memory.pace.updates
 
     def fit(self, steps: int) -> dict[str, Any]:
         """Make so many environment steps (rounded up to whole steps of every environment) and the updates they allow.
@@ -170,7 +146,7 @@ class RLTrainer:
             states = dict(self._restored)
         return {
             "format": 1, "method": self.roles.name, "seed": self.seed, "epoch": self.epoch,
-            "agent": self.agent.state_dict(), "memory": self._memory.state_dict(), "acting": states,
+            "agent": self.agent.state_dict(), "memory": self.memory.state_dict(), "acting": states,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,7 +164,7 @@ class RLTrainer:
             self.agent.load_state_dict(state["agent"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"the state does not fit the networks ({str(error).splitlines()[0]})") from error
-        self._memory.load_state_dict(state["memory"])
+        self.memory.load_state_dict(state["memory"])
         self.epoch, self._restored = state["epoch"], state["acting"]
 
     def close(self) -> None:
@@ -229,7 +205,7 @@ class RLTrainer:
             for actor in graph.actors:
                 self._bytes[actor.name] = self.runtime.agree(getattr(actor, "bytes_sent", 0), of=actor.name)
             self.epoch += 1
-            return self.runtime.agree(self._record(before, seconds) if self.runtime.rank == 0 else None)
+            return self.runtime.agree(self._found(before, seconds) if self.runtime.rank == 0 else None)
 
     def _evaluate(self, episodes: int, seed: int) -> dict[str, float]:
         self._host()
@@ -248,26 +224,14 @@ class RLTrainer:
                 "return": fmean(returns), "spread": pstdev(returns), "length": fmean(length for _, length in found)
             }  # fmt: skip
 
-    def _record(self, before: tuple[int, int], seconds: float) -> dict[str, Any]:
-        pace, tally = self._memory.pace, self._memory.tally
-        steps, updates = pace.steps - before[0], pace.updates - before[1]
-        learned = max(1, pace.steps - pace.warmup)
-        return {
-            "epoch": self.epoch, "steps": pace.steps, "updates": pace.updates, "steps_done": steps,
-            "updates_done": updates, "seconds": seconds, "steps_per_second": steps / seconds,
-            "updates_per_second": updates / seconds, "ratio": pace.updates / learned, "drift": tally.drift,
-            **tally.means(), "srank": self._srank(),
-        }  # fmt: skip
-
-    def _srank(self) -> list[int] | None:
-        """Effective rank of the features of each critic."""
-        replay = self._memory.replay
-        if not self._memory.pace.updates:
-            return None
-        rows = replay.latest(min(RANK_ROWS, len(replay)))
-        with torch.no_grad():
-            features = self.agent.features(batch_of(rows, self.spaces, self.roles.n_step))
-        return [srank(one) for one in features]
+    def _found(self, before: tuple[int, int], seconds: float) -> dict[str, Any]:
+        memory, ranks = self.memory, None
+        if memory.pace.updates:
+            rows = memory.replay.latest(min(RANK_ROWS, len(memory.replay)))
+            with torch.no_grad():
+                features = self.agent.features(batch_of(rows, self.spaces, self.roles.n_step))
+            ranks = [srank(one) for one in features]
+        return {"epoch": self.epoch, **record(memory.pace, memory.tally, before, seconds), "srank": ranks}
 
     def _host(self) -> None:
         if not self._hosted:
@@ -287,11 +251,11 @@ class RLTrainer:
         if not self.runtime.owns(LEARNER):
             self._actors += [Elsewhere(LEARNER), Elsewhere("replay", LEARNER)]
         elif roles.actors:
-            memory = MemoryActor(self._memory, self._names[1:], roles, LEARNER, name)
+            memory = MemoryActor(self.memory, self._names[1:], roles, LEARNER, name)
             self._actors += [LearningActor(self._learning, roles, name), memory]
         else:
             acting = Acting(self.env, self.spaces, roles, self.agent, self.seed)
-            self._actors.append(Loop(acting, self._memory, self._learning, name))
+            self._actors.append(Loop(acting, self.memory, self._learning, name))
         for i, actor in enumerate(self._names[1:]):
             self._actors.append(ActingActor(actor, partial(self._make_acting, i), name))
 
@@ -305,7 +269,8 @@ class RLTrainer:
 
     def _own_acting(self) -> dict[str, Acting]:
         """Where this process acts: name of the role -> what it steps."""
-        return {a.name: a.acting for a in self._actors if isinstance(a, Loop | ActingActor) and self.runtime.owns(a.name)}
+        mine = [a for a in self._actors if isinstance(a, Loop | ActingActor) and self.runtime.owns(a.name)]
+        return {actor.name: actor.acting for actor in mine}
 
     def _acting_states(self) -> dict[str, Any]:
         return {name: acting.state_dict() for name, acting in self._own_acting().items()}

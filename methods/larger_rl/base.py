@@ -1,8 +1,8 @@
 """What SAC and TD3 share: features, twin critics with a target copy, and updates that touch nothing else.
 
-    z = phi_s(s),  z_sa = phi_sa(z, a)                  constants, but for dz_sa/da in the actor's loss
-    critic    mean_b w_b (Q_i(z_sa) - y)^2, both
-    target    theta' <- theta' + tau (theta - theta')
+z = phi_s(s),  z_sa = phi_sa(z, a)                  constants, but for dz_sa/da in the actor's loss
+critic    mean_b w_b (Q_i(z_sa) - y)^2, both
+target    theta' <- theta' + tau (theta - theta')
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class ActorCritic(Agent):
     def follow(self, target: nn.Module, source: nn.Module) -> None:
         """Move a target network towards its source."""
         with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), self._tau)
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                list(target.parameters()), list(source.parameters()), self._tau
+            )
 
 
 def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:

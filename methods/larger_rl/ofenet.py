@@ -115,6 +115,7 @@ class OFENet(Features):
 def linear(inputs: int, outputs: int, random: torch.Generator) -> nn.Linear:
     """A linear layer, Glorot uniform with zero bias."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    assert isinstance(layer, nn.Linear)
     glorot_(layer.weight, inputs, outputs, random)
     nn.init.zeros_(layer.bias)
     return layer

@@ -328,8 +328,11 @@ def test_the_best_action_has_no_noise() -> None:
     ],
 )
 def test_impossible_options_are_one_clear_line(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(UserError) as caught:
+    def build() -> None:
         roles = registry.make({"name": "larger_rl", **options}, Roles)
         roles.check(256)
         roles.agent(SPACES, sgd, 0)
+
+    with pytest.raises(UserError) as caught:
+        build()
     assert text in str(caught.value) and "\n" not in str(caught.value)

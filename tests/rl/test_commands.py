@@ -18,7 +18,7 @@ from decoupled.rl.environments import labelled, maker
 from decoupled.rl.render import write_gif
 
 NAME = min(registry.methods(Roles), key=lambda name: len(registry.options(name)))
-SMALL = ["env=Pendulum-v1", "batch_size=16", "epochs=2", "runtime=threads"]
+SMALL = ["env={name: Pendulum-v1, max_episode_steps: 20}", "batch_size=16", "epochs=2", "runtime=threads"]
 
 
 def method(**options: Any) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from decoupled import registry
 from decoupled.errors import OperationError, UserError
-from decoupled.rl import Roles, RLTrainer
+from decoupled.rl import RLTrainer, Roles
 from decoupled.rl.environments import Environments, spaces
 from decoupled.rl.pace import Pace
 from decoupled.rl.srank import srank
@@ -221,7 +221,7 @@ def test_only_a_terminal_state_has_no_future() -> None:
     for edge in (0.9, 10.0):
         with make(0, name=plain(), env=Line(limit=3, edge=edge)) as trainer:
             trainer.fit(40)
-            rows = trainer._memory.replay.latest(40)
+            rows = trainer.memory.replay.latest(40)
             discounts[edge] = set(batch_of(rows, trainer.spaces, 1).discount.flatten().tolist())
     assert {edge: sorted(round(x, 6) for x in found) for edge, found in discounts.items()} == {
         0.9: [0.0, 0.99], 10.0: [0.99]

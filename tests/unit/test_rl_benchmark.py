@@ -1,0 +1,45 @@
+"""The benchmark of policies: its page keeps what earlier runs found, and every part runs at a small size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from decoupled.benchmarks import rl
+
+
+def test_a_section_replaces_itself_only(tmp_path: Path) -> None:
+    page = tmp_path / "rl.md"
+    rl.write(page, "auxiliary", "old")
+    rl.write(page, "pendulum", "one")
+    rl.write(page, "auxiliary", "new\n\n| a |")
+    text = page.read_text()
+    assert text.index("## pendulum\n\none") < text.index("## auxiliary\n\nnew\n\n| a |")
+    assert text.startswith(f"{rl.TITLE}\n") and "old" not in text
+
+
+@pytest.mark.slow
+def test_parts_keep_a_page_at_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rl, "PAPER", {"small": ("larger_rl", {"units": 8})})
+    assert rl.main(["paper", "--out", str(tmp_path)]) == 0
+    assert rl.main(["auxiliary", "--seeds", "1", "--steps", "300", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "rl.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| batch |", "| layer |", "| none |", "| small |"))]
+    assert len(rows) == 4
+    assert "`python -m decoupled.benchmarks.rl auxiliary --seeds 1 --steps 300`" in text
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        rl.parse(["pendulumm"])
+    assert "unknown part 'pendulumm'" in capsys.readouterr().err
+
+
+def test_of_a_suite_what_has_ended_is_shown() -> None:
+    record = {
+        "measures": {"Return at the end": -5.0, "Best return": -3.0}, "wall_seconds": 7.0,
+        "curve": [{"validation_score": -9.0}, {"validation_score": -4.0}],
+    }  # fmt: skip
+    text = rl._suite({("Hopper-v5", "x"): [record, record]}, rl.Options())
+    assert "| Hopper-v5, x | 2 | -5 (-5 .. -5) | -3 | nan | 7 | -9 -4 |" in text
