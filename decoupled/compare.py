@@ -19,7 +19,7 @@ from typing import Any
 from decoupled import costs, registry, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
-from decoupled.experiment import Setting, label
+from decoupled.experiment import label
 from decoupled.observe.claims import check
 from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
