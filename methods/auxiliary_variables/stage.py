@@ -85,6 +85,7 @@ class Below(Lower):
         visit = self._visit(data)
         visit.x = self._filter.down(y.detach()) if self._records or not self._serial else None
         if self._serial:
+            self._visits = {data.key: visit}  # one pass at a time: an earlier one that is still here was dropped above
             return (y.detach(),)
         assert visit.x is not None
         if visit.lam is None and self._stored:  # rows met for the first time start at X

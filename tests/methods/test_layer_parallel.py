@@ -385,6 +385,22 @@ def test_a_sample_looks_the_same_while_something_is_kept_for_it(spec, draws):
         assert torch.equal(found, images(plain))
 
 
+def test_a_pass_that_is_dropped_leaves_the_records_of_others_alone():
+    """What came down for the pass behind a dropped one was once recorded for the rows of the dropped one."""
+    blocks = [nn.Linear(3, 4), nn.Linear(4, 2)]
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,)), torch.arange(4 * i, 4 * i + 4)) for i in range(3)]
+    batches[1][0].fill_(float("nan"))
+    with decoupled.Trainer(
+        blocks, {"name": "hybrid", "beta": 1.0, "eta": 0.1, "sigma": 0.1}, loss=F.cross_entropy, runtime="simulated",
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0), on_nonfinite="skip",
+    ) as trainer:  # fmt: skip
+        trainer.fit(batches)
+        lower: Any = trainer.workers[0].lower
+    assert [lower._lam.know(indices) for _, _, indices in batches] == [True, False, True]
+    for x, _, indices in (batches[0], batches[2]):
+        assert torch.equal(lower._lam.get(indices), blocks[0](x))
+
+
 def test_serial_epochs_are_backpropagation_and_optimizers_go_on_across_the_switch():
     spec = {"name": "hybrid", "serial": 2, "parallel": 1, "repeat": False}
     found = train(CASE, spec, optimizer=OPTIMIZERS["adam"], epochs=2).weights
