@@ -281,7 +281,8 @@ def _separate(groups: list[list[nn.Module]], names: list[str], tie: str | None) 
                     other, there, their = owner[key]
                     raise UserError(
                         f"{their!r} of {there} in block {other} is the same tensor as {name!r} of {where} in block "
-                        f"{block}; blocks share nothing: cut so that both are in one block, or use tie='copy'"
+                        f"{block}; blocks share nothing: cut so that both are in one block, or train copies: "
+                        "decoupled.split(..., tie='copy') makes blocks that have them"
                     )
                 shared.add(index)
         memo = dict(stays)
