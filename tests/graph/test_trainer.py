@@ -123,7 +123,7 @@ def test_waiting_messages_are_handled_in_one_call() -> None:
     calls: list[int] = []
 
     class Counted(nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in the base class
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
             calls.append(len(input))
             return super().forward(input)
 
