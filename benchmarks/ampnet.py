@@ -230,14 +230,15 @@ def reduction(options: Options, say: Say) -> str:
     best = {kind: min(RATES, key=lambda r: tried[kind, r].epochs or 1 << 30) for kind in kinds}
     found = {(kind, 0): tried[kind, best[kind]] for kind in kinds}
     found |= {(kind, seed): run(kind, best[kind], seed) for seed in range(1, options.seeds) for kind in kinds}
-    rows, ratios = [], []
+    rows = []
     for seed in range(options.seeds):
         plain, graph = (found[kind, seed] for kind in kinds)
-        relative = graph.epochs / plain.epochs if graph.epochs and plain.epochs else None
-        ratios.append(relative)
-        shown = [one.text() for one in (plain, graph)] + ["" if relative is None else f"{relative:.2f}"]
+        relative = f"{graph.epochs / plain.epochs:.2f}" if graph.epochs and plain.epochs else ""
+        shown = [plain.text(), graph.text(), relative]
         rows.append([str(seed), *shown, *(f"{100 * max(one.scores):.2f} %" for one in (plain, graph))])
-    reached = all(relative is not None and relative <= 1.2 for relative in ratios)
+    all_reached = all(one.epochs for one in found.values())
+    totals = {kind: sum(found[kind, seed].epochs or 0 for seed in range(options.seeds)) for kind in kinds}
+    relative = totals["graph"] / totals["synchronous"] if all_reached else math.nan
     settings = ", ".join(f"{key}={value}" for key, value in LEARNING.items())
     return "\n\n".join(
         [
@@ -250,7 +251,8 @@ def reduction(options: Options, say: Say) -> str:
                 ["learning rate", *(f"epochs, {kind}" for kind in kinds)],
                 [[f"{rate:g}", *(tried[kind, rate].text() for kind in kinds)] for rate in RATES],
             ),
-            f"Validation of 97 %, in at most 1.2x the epochs of synchronous: {verdict(reached)}.",
+            "Validation of 97 % with every seed, in at most 1.2x the epochs of synchronous over all seeds: "
+            f"{verdict(relative <= 1.2)}" + (f", {relative:.2f}." if all_reached else ", not reached with every seed."),
             table(["seed", *(f"epochs, {kind}" for kind in kinds), "ratio", *(f"best, {k}" for k in kinds)], rows),
         ]
     )
