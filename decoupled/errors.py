@@ -73,4 +73,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """Build the error for an unknown `kind` of thing called `name`, with the nearest and all known names."""
     known = sorted(known)
-    return UserError(f"unknown {kind} {name!r}.{nearest(str(name), known)} Known: {', '.join(known)}.")
+    return UserError(f"unknown {kind} {name!r}.{nearest(str(name), known)} Known: {', '.join(known) or 'none'}.")

@@ -72,6 +72,7 @@ class Simulated(Runtime):
     def __init__(
         self,
         timing: Timing | None = None,
+        *,
         cost: Cost | None = None,
         latency: Latency | None = None,
         fifo: bool = True,

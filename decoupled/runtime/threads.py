@@ -25,7 +25,7 @@ class Threads(Runtime):
         keep_memory: let the process keep the memory it frees (until `close`), see `decoupled.runtime.memory`.
     """
 
-    def __init__(self, intra_op: int | None = None, patience: float = 20.0, keep_memory: bool = True) -> None:
+    def __init__(self, *, intra_op: int | None = None, patience: float = 20.0, keep_memory: bool = True) -> None:
         self._intra_op, self._patience, self._keep_memory = intra_op, patience, keep_memory
         self._pools = Pools(intra_op)
 

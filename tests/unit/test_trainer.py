@@ -149,6 +149,14 @@ def test_a_runtime_that_was_given_outlives_its_trainers():
     assert not runtime._pools._pools
 
 
+@pytest.mark.parametrize("runtime", [{"name": "threads", "patience": 5.0}, {"name": "simulated", "fifo": False}])
+def test_runtimes_take_their_options_by_name(runtime):
+    with trainer(runtime=runtime) as one:
+        one.fit(CASE.batches())
+    with pytest.raises(UserError, match=rf"unknown option of runtime '{runtime['name']}': 'patent'"):
+        trainer(runtime={"name": runtime["name"], "patent": 1})
+
+
 # --- what it reports ----------------------------------------------------------------------------------------------
 
 
