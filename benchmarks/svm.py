@@ -255,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sections.append(found.pop(""))
             files |= found
         words = f"svm --data {' '.join(Path(d).name for d in given.data)} --passes {given.passes} --seeds {given.seeds}"
+        words += " --without-times" if given.without_times else ""
         head = environment(machine(began), words, time.monotonic() - start)
         title = "# Linear SVM: shrinking, importance sampling, plain SGD"
         note = (
