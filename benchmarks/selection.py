@@ -100,7 +100,7 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
     header = ["method", "best point", "test accuracy, %", "test loss", "updates", "trained", "scanned", "looked at",
               "GFLOP", "samples to the target", "FLOPs to the target"]  # fmt: skip
     header += ["selector's time, %", "seconds"] if times else []
-    parts = [f"## {suite}", provenance(dict(results)), table(header, rows)]
+    parts = [f"## {suite}", provenance(dict(results)), table(header, rows), _noise(groups, results["baseline"])]
     for label, runs in groups.items():
         if label.split("(")[0] == ASSISTANT:
             parts.append(f"30 to 40 % fewer samples with `{label}`: **{verdict(reached(runs, goal, 'trained'))}**.")
@@ -114,6 +114,15 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
         pictures[name] = alone(str(chart))
         parts.append(f"![{what}]({name})")
     return "\n\n".join(parts), pictures
+
+
+def _noise(groups: Mapping[str, Sequence[Record]], baseline: str) -> str:
+    """How far seeds differ, beside how far methods do."""
+    own = [100 * run["test_accuracy"] for run in groups[baseline]]
+    means = [fmean(100 * run["test_accuracy"] for run in runs) for runs in groups.values()]
+    seeds, methods = max(own) - min(own), max(means) - min(means)
+    text = f"Test accuracy differs by {seeds:.1f} points between seeds of the baseline, {methods:.1f} between methods"
+    return f"{text}{': the order of the methods means nothing here' if seeds >= methods else ''}."
 
 
 def _mean(runs: Sequence[Record], key: str) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ The first epoch takes every sample with weight 1, but for screener_net.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ class Pruning(Remembering):
     """InfoBatch."""
 
     def __init__(self, ratio: float, full_from: int | None, seed: int) -> None:
-        super().__init__(seed, float("nan"))
+        super().__init__(seed, math.inf)
         self._ratio, self._full_from = ratio, full_from
 
     def begin(self, epoch: int) -> None:
@@ -108,7 +109,8 @@ class Pruning(Remembering):
         self._weights = Table(unknown=1.0)  # 0: left out of this epoch
         if epoch == 0 or (self._full_from is not None and epoch >= self._full_from):
             return
-        low = (self._last.values < self._last.values.nanmean()).nonzero()[:, 0]
+        known = self._last.values[self._last.values.isfinite()]
+        low = (self._last.values < known.mean()).nonzero()[:, 0]
         self._weights[low] = torch.full((len(low),), 1 / (1 - self._ratio))
         order = torch.randperm(len(low), generator=self._draws)
         self._weights[low[order[: round(self._ratio * len(low))]]] = torch.zeros(round(self._ratio * len(low)))

@@ -52,7 +52,7 @@ class Ready(Features):
 
     width, lr, l2, scale = 1, 0.0, 0.0, 0.0
 
-    def __call__(self, samples):
+    def __call__(self, samples: Any):
         return torch.logit(samples.inputs)
 
 
@@ -191,7 +191,7 @@ class Spy(Chooser):
     def begin(self, epoch):
         self._draws = torch.Generator().manual_seed(epoch)
 
-    def choose(self, samples, losses):
+    def choose(self, samples: Any, losses):
         return Choice((torch.rand(len(samples.indices), generator=self._draws) < 0.6).nonzero()[:, 0])
 
     def hear(self, told, samples):

@@ -157,8 +157,9 @@ def test_what_a_selection_lets_through_is_trained_on_as_if_there_were_nothing_el
     """Plain autograd on the recorded batches with their weights gives the same trajectory; no sample is new."""
     tap = Tap()
     found = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], observers=[tap], epochs=3)
-    given: dict[int, Any] = {m.key: m for e, m in tap.messages if e.target == "block0" and isinstance(m, Data)}
-    targets = {m.key: m for e, m in tap.messages if e.target == f"block{CASE.K - 1}" and isinstance(m, Data)}
+    given: dict[Any, Any] = {m.key: m for e, m in tap.messages if e.target == "block0" and isinstance(m, Data)}
+    top = f"block{CASE.K - 1}"
+    targets: dict[Any, Any] = {m.key: m for e, m in tap.messages if e.target == top and isinstance(m, Data)}
     blocks = CASE.blocks()
     network, x, y = nn.Sequential(*blocks), *(torch.cat(part) for part in list(zip(*CASE.batches(), strict=True))[:2])
     made, expected = OPTIMIZERS["momentum"](list(network.parameters())), [[flat(block)] for block in blocks]
@@ -178,10 +179,11 @@ def test_a_selection_counts_what_it_does(spec):
     tap = Tap()
     run = train(CASE, spec, observers=[tap], epochs=3)
     given: list[Any] = [m for e, m in tap.messages if e.target == "block0" and isinstance(m, Data)]
-    counted = run.trainer.selected()
+    counted: Any = run.trainer.selected()
+    selection: Any = point(spec).selection
     assert counted.scanned == 3 * sum(CASE.sizes)
     assert counted.trained == sum(len(m.indices) for m in given) == run.trainer.statistics()[0].samples
     assert counted.batches == len(given) == run.trainer.statistics()[-1].updates
-    assert counted.packets + counted.dropped == (len(given) if point(spec).selection.lag is not None else 0)
+    assert counted.packets + counted.dropped == (len(given) if selection.lag is not None else 0)
     changed = counted.trained < counted.scanned or any(m.weights is not None for m in given)
     assert changed
