@@ -153,7 +153,7 @@ class Shares(Observer):
 
 def asynchrony(options: Options, keep: Keep) -> None:
     rows: list[list[str]] = []
-    for per_update in (4, 32, 64, 128):
+    for per_update in (4, 32, 64, 96):
         rates: dict[str, list[float]] = {"loop": [], "apart": []}
         shares, steps = Shares(), max(1024, min(options.steps, 256 * per_update))
         common = {"name": "sac", "envs": 8, "ratio": 1 / per_update, "warmup": 512}
