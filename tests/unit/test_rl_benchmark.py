@@ -23,11 +23,11 @@ def test_a_section_replaces_itself_only(tmp_path: Path) -> None:
 def test_parts_keep_a_page_at_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rl, "PAPER", {"small": ("larger_rl", {"units": 8})})
     assert rl.main(["paper", "--out", str(tmp_path)]) == 0
-    assert rl.main(["auxiliary", "--seeds", "1", "--steps", "300", "--out", str(tmp_path)]) == 0
+    assert rl.main(["auxiliary", "--seeds", "1", "--steps", "300", "--updates", "20", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "rl.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith(("| batch |", "| layer |", "| none |", "| small |"))]
     assert len(rows) == 4
-    assert "`python -m decoupled.benchmarks.rl auxiliary --seeds 1 --steps 300`" in text
+    assert "`python -m decoupled.benchmarks.rl auxiliary --seeds 1 --steps 300 --updates 20`" in text
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
