@@ -1,6 +1,7 @@
 """Orders: the golden vectors of the notes, what every order must satisfy, and the text it prints and parses."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -261,7 +262,8 @@ def test_split_backwards_hold_no_more_than_1f1b_at_the_bottom(K, M):
 def test_what_cannot_be_accumulated_or_queued():
     with pytest.raises(UserError, match="accumulated over at least 1 micro-batch, got 0"):
         accumulate(orders.tick, 0)
-    for wrong in ((0,), (), (2, 0), (1.5,)):
+    wrongs: list[Any] = [(0,), (), (2, 0), (1.5,)]
+    for wrong in wrongs:
         with pytest.raises(UserError, match="queues need lengths of at least 1, got"):
             queues(*wrong)
 
