@@ -82,7 +82,7 @@ class Rows:
     def merge(self, indices: Tensor, values: Tensor) -> Tensor:
         """`values`, with the rows that are known replaced by what is stored; the others are stored."""
         known = torch.tensor([0 <= n < len(self._known) and bool(self._known[n]) for n in indices.tolist()])
-        merged = values.clone()
+        merged = values.to(values.dtype if self._values is None else self._values.dtype, copy=True)
         if known.any():
             merged[known] = self.get(indices[known]).to(values.device)
         self.put(indices, merged)

@@ -8,6 +8,7 @@ import pytest
 
 from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read, suites
 from decoupled.errors import UserError
+from decoupled.experiment import label
 
 
 def test_words_fill_the_dataclass() -> None:
@@ -59,5 +60,5 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_every_suite_reads_and_is_plain(suite: str) -> None:
     config = read(CompareConfig, [f"suite={suite}"])
     assert config.suite == suite
-    assert config.task or config.baseline in config.methods  # a task is compared with its own control
+    assert config.task or config.baseline in map(label, config.methods)  # a task is compared with its own control
     assert plain(config)["recipe"]["lr"] == config.recipe.lr
