@@ -283,7 +283,9 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_nothing_stays_behind_when_rank_0_is_ended(number):
     before = sorted(os.listdir("/dev/shm"))
     with subprocess.Popen(
@@ -369,6 +371,7 @@ BROKEN = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_a_failure_under_torchrun_reaches_every_rank_and_the_exit_code(tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(BROKEN)
@@ -377,6 +380,7 @@ def test_a_failure_under_torchrun_reaches_every_rank_and_the_exit_code(tmp_path)
     assert all(text.startswith("OperationError: block2, operation F0 (batch 0)") for text in said), said
 
 
+@pytest.mark.slow
 def test_torchrun_needs_the_right_runtime():
     done = torchrun(3, "-m", "decoupled", "train", "method=pipedream", "data=digits", "model=mlp", "blocks=[1]")
     assert "decoupled: torchrun needs runtime=processes, got runtime=threads" in done.stderr

@@ -335,6 +335,7 @@ def test_any_method_can_be_the_boss_and_threads_equal_the_simulator(name, boss):
     assert names == {worker.lower.__class__.__name__ for worker in plain}
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_the_assistant_in_a_process_of_its_own_and_what_comes_home():
     spec = {"name": "autoassist", "boss": "pipedream", "lag": 2}

@@ -100,6 +100,7 @@ def test_one_loop_gives_the_same_bits_on_every_runtime() -> None:
         assert score == first[1]
 
 
+@pytest.mark.slow
 def test_actors_apart_are_deterministic_on_the_simulator_and_learn_from_others_than_one_loop() -> None:
     states = []
     for actors in (2, 2, 0):
@@ -172,6 +173,7 @@ def test_one_loop_resumes_bit_for_bit(name: str, n_step: int) -> None:
             assert (second.steps, second.epoch) == (first.steps, 2)
 
 
+@pytest.mark.slow
 def test_actors_apart_resume_too() -> None:
     states = []
     for _ in range(2):

@@ -150,6 +150,7 @@ for line, variant in enumerate(resume.variants()):
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
     expected = []
     for line, spec in enumerate(variants()):
