@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from dataclasses import replace
 from typing import Any
@@ -45,11 +47,18 @@ def build(setting: Setting, rank: int, method: Any, credit: int = 0, slow: bool 
 
 def _launch(rank: int) -> None:
     """Tell the runtime what torchrun would: who this is, and where all meet."""
-    with socket.create_server(("", 0)) as free:
-        port = [free.getsockname()[1]]
+    port = [_port()]
     dist.broadcast_object_list(port)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.update(MASTER_PORT=str(port[0]), RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
+
+
+def _port() -> int:
+    """One that is free, and below those that the system gives out: the next connection would take such a one again."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise OSError("no free port between 20000 and 32000")
 
 
 def freed(method: Method, credit: int) -> Method:
