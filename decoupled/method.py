@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
-from decoupled.correction import Correction
+from decoupled.correction import Correction, Site
 from decoupled.coupling import Coupling
 from decoupled.errors import UserError
 from decoupled.order import Order
@@ -99,6 +99,19 @@ class Method:
             "passes in flight": [facts.in_flight(k, K) for k in range(K)],
             "locks removed": list(facts.locks),
         }
+
+    def keeps(self, k: int, K: int) -> str:
+        """What block `k` keeps of a pass between F and B: "graph", "input" or "nothing"."""
+        return "graph" if self._at_once(k, K) else self.retention.keeps
+
+    def replays(self, k: int, K: int) -> bool:
+        """Whether a backward of block `k` runs the forward again."""
+        return self.retention.recomputes and not self._at_once(k, K)
+
+    def _at_once(self, k: int, K: int) -> bool:
+        """Whether a pass of block `k` comes back right after its forward, to the same weights."""
+        site = Site(k, K, 0.0, (), None)
+        return self.order.adjacent(k, K) and not any(correction.moves(site) for correction in self.corrections)
 
     @property
     def fixed(self) -> bool:

@@ -80,9 +80,7 @@ class Order:
 
     def plan(self, k: int, K: int) -> FixedPlan | FreePlan:
         """A fresh plan for one run of block `k` of `K`."""
-        if self.credit is not None:
-            return FreePlan(self.credit(k, K))
-        return FixedPlan(self.operations(k, K))
+        return FixedPlan(self.operations(k, K)) if self.credit is None else FreePlan(self.credit(k, K))
 
     def text(self, k: int, K: int, batches: int) -> str:
         """The complete operations of block `k` for a run of `batches` passes, e.g. ``"F0 F1 B0 S B1 S"``."""
@@ -92,9 +90,7 @@ class Order:
 
     def in_flight(self, k: int, K: int) -> int:
         """The most passes that block `k` holds between F and B (or W)."""
-        if self.credit is not None:
-            return self.credit(k, K)
-        return _profile(self, k, K)[0]
+        return _profile(self, k, K)[0] if self.credit is None else self.credit(k, K)
 
     def delays(self, k: int, K: int) -> list[int]:
         """Own updates between F and B of each pass of one period in the steady state (free: at most this many)."""
@@ -103,6 +99,10 @@ class Order:
     def delay(self, k: int, K: int) -> int:
         """The most own updates between F and B of one pass in the steady state."""
         return max(self.delays(k, K))
+
+    def adjacent(self, k: int, K: int) -> bool:
+        """Whether the backward of a pass always comes right behind its forward: nothing is in flight meanwhile."""
+        return self.rule is not None and self.phases is None and self.in_flight(k, K) == 1 and not self.delay(k, K)
 
 
 def explicit(texts: Sequence[str]) -> Order:

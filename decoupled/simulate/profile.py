@@ -80,8 +80,7 @@ def _profile(method: Method, spec: Any, events: Events, blocks: list[dict[str, A
     forward = [mean(k, "F") / share for k in range(K)]
     if not min(forward):
         raise UserError("the run has recorded no operations of a block; train again, with --events")
-    replay = 1 if method.retention.recomputes else 0
-    backward = [max(0.0, mean(k, "BIW") / share - replay * forward[k]) for k in range(K)]
+    backward = [max(0.0, mean(k, "BIW") / share - method.replays(k, K) * forward[k]) for k in range(K)]
     copies = simulate(method, K, 4 * K, load=Load(activation=0, graph=0, weights=1)).held
     weights = [4.0 * block["parameters"] for block in blocks]
     kept = [

@@ -104,7 +104,7 @@ def test_a_device_that_is_too_small_is_named() -> None:
     assert result.held == [3 * 12.0, 2 * 12.0, 10.0]
     assert result.memory == [42.0, 30.0, 16.0] and result.too_small == {0: 42.0}
     replayed = simulate("features_replay", 3, 20, load=Load(activation=1.0, graph=10.0, weights=2.0, memory=30.0))
-    assert replayed.held == [3.0, 2.0, 1.0] and not replayed.too_small
+    assert replayed.held == [3.0, 2.0, 10.0] and not replayed.too_small
 
 
 @pytest.mark.parametrize(
