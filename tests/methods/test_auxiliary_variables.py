@@ -30,7 +30,7 @@ UNSTABLE = pytest.mark.filterwarnings("ignore:block_admm")
 class Reference:
     """Z_k, U_k and the blocks, updated in plain loops from the equations at the top of the method's file.
 
-    X_k = f_k(Z_{k-1});  J_k = beta/2 sum ||Z_k - X_k + U_k||^2 / B, no step while it is exactly 0
+    X_k = f_k(Z_{k-1});  J_k = beta/2 sum ||Z_k - X_k + U_k||^2 / B, no step while it is 0 up to rounding
     p_k = B dJ_{k+1}/dZ_k;  Z_k <- step(Z_k, X_k, U_k, p_k);  U_k <- U_k + sigma (Z_k - X_k)
     z_steps: so many Z steps, then one of U and one of the weights along the mean gradient
     output: Z_{K-1} too, p_{K-1} = B dloss(Z_{K-1})/dZ_{K-1}, before J_{K-1} is taken
@@ -102,7 +102,8 @@ class Reference:
         if k == self.edges:
             return F.cross_entropy(X, y)
         residual = Z[k] - X + U[k]
-        return self.o["beta"] / 2 * (residual**2).sum() / len(X) if residual.abs().max() > 0 else None
+        square, rounding = (residual**2).sum(), (8 * 2.0**-52) ** 2 * (X.detach() ** 2).sum()
+        return self.o["beta"] / 2 * square / len(X) if square > rounding else None
 
     def move(self, k, X, y, Z, U, p):
         if k == self.K - 1 and k < self.edges:  # the output has a variable
