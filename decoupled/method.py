@@ -101,17 +101,18 @@ class Method:
         }
 
     def keeps(self, k: int, K: int) -> str:
-        """What block `k` keeps of a pass between F and B: "graph", "input" or "nothing"."""
-        return "graph" if self._at_once(k, K) else self.retention.keeps
+        """What block `k` keeps of a pass between F and B, if one comes back: "graph", "input" or "nothing"."""
+        return "graph" if self.at_once(k, K) else self.retention.keeps
 
     def replays(self, k: int, K: int) -> bool:
         """Whether a backward of block `k` runs the forward again."""
-        return self.retention.recomputes and not self._at_once(k, K)
+        return self.retention.recomputes and not self.at_once(k, K)
 
-    def _at_once(self, k: int, K: int) -> bool:
-        """Whether a pass of block `k` comes back right after its forward, to the same weights."""
-        site = Site(k, K, 0.0, (), None)
-        return self.order.adjacent(k, K) and not any(correction.moves(site) for correction in self.corrections)
+    def at_once(self, k: int, K: int) -> bool:
+        """Whether passes of block `k` come back right after their forward, to the same weights: of the top one only."""
+        if k < K - 1 or not self.order.adjacent(k, K):
+            return False
+        return not any(correction.moves(Site(k, K, 0.0, (), None)) for correction in self.corrections)
 
     @property
     def fixed(self) -> bool:

@@ -30,9 +30,8 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
 
 A forward sees the newest weights unless the order says that it sees fewer steps (`sees`: vertical sync, two buffers).
 
-Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B) and 2021 (double buffers), Zhuang et al. 2021 (tick,
-backward first), Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017
-(free).
+Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B), 2021 (double buffers), Zhuang et al. 2021 (ticks),
+Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017 (free).
 """
 
 from __future__ import annotations
@@ -64,6 +63,7 @@ class Order:
     period: int = 1
     phases: Callable[[int], Order] | None = None
     epochs: int = 1
+    ends: bool = False  # written out for so many passes
 
     def __str__(self) -> str:
         return self.name
@@ -101,8 +101,8 @@ class Order:
         return max(self.delays(k, K))
 
     def adjacent(self, k: int, K: int) -> bool:
-        """Whether the backward of a pass always comes right behind its forward: nothing is in flight meanwhile."""
-        return self.rule is not None and self.phases is None and self.in_flight(k, K) == 1 and not self.delay(k, K)
+        """Whether the backward of a pass always comes right behind its forward (not said of an order that `ends`)."""
+        return not (self.ends or self.phases or self.rule is None) and _profile(self, k, K) == (1, [0] * self.period)
 
 
 def explicit(texts: Sequence[str]) -> Order:
@@ -114,7 +114,7 @@ def explicit(texts: Sequence[str]) -> Order:
             raise UserError(f"the explicit order is written for {len(plans)} blocks, the network has {K}")
         return iter(plans[k])
 
-    return Order("explicit", rule)
+    return Order("explicit", rule, ends=True)
 
 
 def _cycle(*kinds: str) -> Rule:

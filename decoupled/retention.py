@@ -7,7 +7,7 @@
     KeepInput            input                            today's                    recomputed with today's weights
     KeepLiveGraph        the graph over the live weights  today's, for the input     stored
 
-    What recomputes keeps the graph, too, where the backward of a pass comes right behind its forward: at the top block.
+    What recomputes keeps the graph, too, where the backward of a pass comes right behind its forward, at the top block.
 
 Weights are never changed under a live graph (KeepLiveGraph is the exception): where an order puts a step between F and
 B, the graph is built over a frozen copy, one copy per weight version however many passes use it. Corrections that run a
@@ -37,11 +37,11 @@ class Retention(ABC):
     Args:
         block: the block.
         steps_between: whether its order ever puts an optimizer step between F and B of a pass.
-        adjacent: whether its order puts B of a pass right behind F.
+        at_once: whether B of a pass comes right behind F, to the same weights.
 
     Attributes:
         keeps: of a pass: "graph", "input", or "nothing".
-        recomputes: whether a backward that is not adjacent runs the forward again.
+        recomputes: whether a backward that does not come at once runs the forward again.
         today: whether a backward uses today's weights, not those of the forward.
         records: whether any gradient will come; without one no graph is kept.
         live: whether graphs stand over the live weights while steps change them.
@@ -60,8 +60,8 @@ class Retention(ABC):
     backward_weights: Callable[[Weights], Weights] | None = None
     recording: Callable[[Weights], AbstractContextManager[Any]] = nullcontext
 
-    def __init__(self, block: Block, steps_between: bool, adjacent: bool = False) -> None:
-        self._block, self._steps_between, self._adjacent = block, steps_between, adjacent
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        self._block, self._steps_between, self._at_once = block, steps_between, at_once
         self._kept: dict[int, Any] = {}
         self._frozen: dict[int, tuple[Weights, set[int]]] = {}
         self._bytes: dict[int, int] = {}
@@ -206,8 +206,8 @@ class KeepLiveGraph(KeepGraph):
 
     today = live = True
 
-    def __init__(self, block: Block, steps_between: bool, adjacent: bool = False) -> None:
-        super().__init__(block, False, adjacent)
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        super().__init__(block, False, at_once)
 
 
 class KeepNothing(Retention):
@@ -233,13 +233,14 @@ class _Recompute(Retention):
     keeps, recomputes = "input", True
 
     @property
-    def _at_once(self) -> bool:
-        """Whether a pass comes back before anything else happens, to the weights it ran with."""
-        return self._adjacent and self.records and self.forward_weights is None and self.backward_weights is None
+    def _replays(self) -> bool:
+        """Whether the forward is run again; not of a pass that comes back before anything else happens."""
+        moved = self.forward_weights is not None or self.backward_weights is not None
+        return moved or not (self._at_once and self.records)
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
         weights = self._weights(n, version)
-        if self._at_once:
+        if not self._replays:
             return self._keep_graph(n, x, weights)
         state = self._block.random_state()
         with torch.no_grad():
@@ -264,11 +265,11 @@ class KeepInput(_Recompute):
 
     today = True
 
-    def __init__(self, block: Block, steps_between: bool, adjacent: bool = False) -> None:
-        super().__init__(block, False, adjacent)
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        super().__init__(block, False, at_once)
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
-        if self._at_once:
+        if not self._replays:
             return self._keep_graph(n, x, None)
         state = self._block.random_state()
         with torch.no_grad():

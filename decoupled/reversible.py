@@ -50,17 +50,17 @@ class _Inverse(nn.Module):
 
 
 class Reconstruct(KeepInput):
-    """Keeps nothing of an invertible block, the input of another one, the graph where B is adjacent."""
+    """Keeps nothing of an invertible block, the input of another one, the graph where B comes at once."""
 
     keeps = "nothing"
 
-    def __init__(self, block: Block, steps_between: bool, adjacent: bool = False) -> None:
-        super().__init__(block, steps_between, adjacent)
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        super().__init__(block, steps_between, at_once)
         self._inverse = _Inverse(block.module) if invertible(block.module) else None
         self._outputs: dict[int, Tensor] = {}
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
-        if self._inverse is None or self._at_once:
+        if self._inverse is None or not self._replays:
             return super().keep(n, x, version)
         with torch.no_grad():
             y = self._block.run(x, None if self.forward_weights is None else self._copy(self.forward_weights))

@@ -73,7 +73,7 @@ class Timing:
     def _base(self, k: int, kind: str) -> float:
         forward = self.forward if isinstance(self.forward, int | float) else self.forward[k]
         backward = self.backward if isinstance(self.backward, int | float) else self.backward[k]
-        backward += forward * (self.recompute if isinstance(self.recompute, bool) else self.recompute[k])
+        backward += forward * (self.recompute[k] if isinstance(self.recompute, Sequence) else bool(self.recompute))
         step = self.step if isinstance(self.step, int | float) else self.step[k]
         durations = {"F": forward, "P": forward, "B": backward, "I": backward / 2, "W": backward / 2, "S": step}
         return durations.get(kind, 0.0)

@@ -120,7 +120,8 @@ def simulate(
     for name in ("forward", "backward", "step"):
         per_block(name, getattr(timing, name), blocks)
     given = timing
-    timing = replace(timing, recompute=[point.replays(k, blocks) for k in range(blocks)])
+    again = per_block("recompute", timing.recompute, blocks)
+    timing = replace(timing, recompute=[bool(again[k]) or point.replays(k, blocks) for k in range(blocks)])
     shapes = ((1,),) * blocks
     places = [Place(k, blocks, lambda y, t: y.sum(), shapes, (1,)) for k in range(blocks)]
     sizes = sizes_of(point, load, blocks)

@@ -92,5 +92,5 @@ def _profile(method: Method, spec: Any, events: Events, blocks: list[dict[str, A
     return Profile(
         method=spec, batch_size=size, forward=forward, backward=backward, step=[mean(k, "S") for k in range(K)],
         latency=under_way[len(under_way) // 10] if under_way else 0.0,  # the slow ones have waited for room
-        activation=up, weights=weights, graph=kept if method.retention.keeps == "graph" else [0.0] * K,
+        activation=up, weights=weights, graph=[kept[k] if method.keeps(k, K) == "graph" else 0.0 for k in range(K)],
     )  # fmt: skip

@@ -35,8 +35,8 @@ _Kind = TypeVar("_Kind", bound=type[Message])
 _PLAIN = frozenset({type(None), bool, int, float, str})  # JSON knows them
 _TAGS: dict[type, str] = {tuple: "t", frozenset: "f"}
 _COLLECTIONS = {tag: collection for collection, tag in _TAGS.items()}
-_SENT = 1 << 12  # layouts kept of messages that were sent
-_RECEIVED = 1 << 8  # layouts kept of messages that arrived
+_KEPT = 1 << 10  # layouts kept of messages, sent and arrived: those of an edge are alike
+_SMALL, _FEW = 1 << 12, 1 << 8  # bytes, and values, of a layout that is kept
 _TEXT = json.JSONEncoder(separators=(",", ":"))
 
 _kinds: dict[str, type[Message]] = {}
@@ -79,7 +79,7 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
     tensors: list[Tensor] = []
     try:
         layout = tuple([_pack(getattr(message, name), values, tensors, keep) for name in _fields(kind)])
-        meta = _TEXT.encode(values).encode() + b"\n" + _layout_text(kind, layout)
+        meta = _TEXT.encode(values).encode() + b"\n" + _text_of(kind, layout, few=len(values) <= _FEW)
     except (ValueError, RecursionError, ProtocolError) as error:
         raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
     size = sum([tensor.nbytes for tensor in tensors])
@@ -118,7 +118,7 @@ class Draft:
         self._edge = edge
         try:
             values, _, layout = meta.partition(b"\n")
-            self._layout = _read_layout(layout)
+            self._layout = _layout_of(layout)
             self._values, due = json.loads(values), self._layout.values
             if (
                 type(self._values) is not list
@@ -197,7 +197,15 @@ def _pack(value: Any, values: list[Any], tensors: list[Tensor], keep: torch.devi
     )
 
 
-@functools.lru_cache(_SENT)
+def _text_of(kind: type[Message], layout: tuple[Any, ...], few: bool) -> bytes:
+    return _kept_text(kind, layout) if few else _layout_text(kind, layout)
+
+
+@functools.lru_cache(_KEPT)
+def _kept_text(kind: type[Message], layout: tuple[Any, ...]) -> bytes:
+    return _layout_text(kind, layout)
+
+
 def _layout_text(kind: type[Message], layout: tuple[Any, ...]) -> bytes:
     fields = dict(zip(_fields(kind), map(_tagged, layout), strict=True))
     return _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
@@ -214,7 +222,15 @@ def _stays(tensor: Tensor, keep: torch.device | None) -> bool:
     return keep is not None and tensor.device == keep and tensor.numel() > 0
 
 
-@functools.lru_cache(_RECEIVED)
+def _layout_of(text: bytes) -> _Layout:
+    return _kept_layout(text) if len(text) <= _SMALL else _read_layout(text)
+
+
+@functools.lru_cache(_KEPT)
+def _kept_layout(text: bytes) -> _Layout:
+    return _read_layout(text)
+
+
 def _read_layout(text: bytes) -> _Layout:
     """Check a layout. Errors are those of JSON, of looking something up, or a ProtocolError."""
     description = json.loads(text)

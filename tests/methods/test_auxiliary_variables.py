@@ -425,3 +425,17 @@ def test_no_room_for_the_file(monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     assert "No space left on device); set TMPDIR, or raise the memory limit" in failure(BATCH | {"memory": 5e-4})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_only_rounding_is_no_objective(dtype):
+    """One unit in the last place is nothing in float32 and float64; more counts, in float16 also beyond its range."""
+    gaps = {0.0: True, torch.finfo(dtype).eps: dtype.itemsize > 2, 0.01: False, float("nan"): False}
+    for size in (1.0, 50.0):
+        y = size * torch.randn(64, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for gap, nothing in gaps.items():
+            half = Variable(Rule(1.0, 0.5))
+            half.offer(Data(0, batch=0))
+            half.z = (y.double() * (1 + gap)).to(dtype)
+            half.u = torch.zeros_like(y)
+            assert (half.objective(y, None) is None) == nothing

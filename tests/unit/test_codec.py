@@ -273,7 +273,7 @@ def test_every_wrong_field_of_a_header_is_named() -> None:
 
     good = frame.pack(Frame(Kind.CREDIT, 1), NUMBER, 5)
     check("magic", b"HTTP" + good[4:])
-    check("protocol version 2", good[:4] + b"\2" + good[5:])
+    check("protocol version 3", good[:4] + b"\3" + good[5:])
     check("sequence number", good, sequence=6)
     check("edge number", good, number=frame.number(EDGE, 4))
     check("edge number", good, number=frame.number("block1.down->block0.down", 3))
@@ -314,3 +314,13 @@ def test_a_number_with_something_attached_travels_as_the_number() -> None:
     arrived = roundtrip(message)
     assert arrived == message
     assert type(arrived.key[0]) is int  # pyright: ignore[reportIndexIssue]
+
+
+def test_layouts_that_are_large_are_not_kept() -> None:
+    """A few thousand of them would fill the memory."""
+    before = codec._kept_layout.cache_info().currsize, codec._kept_text.cache_info().currsize
+    ids = tuple(range(codec._SMALL))
+    assert roundtrip(Message(ids)) == Message(ids)
+    assert (codec._kept_layout.cache_info().currsize, codec._kept_text.cache_info().currsize) == before
+    roundtrip(Message(ids[:3]))
+    assert codec._kept_layout.cache_info().currsize > 0 < codec._kept_text.cache_info().currsize

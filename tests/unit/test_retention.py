@@ -275,7 +275,7 @@ def test_what_recomputes_keeps_the_graph_of_a_pass_that_comes_back_at_once(polic
     """The forward runs once and the gradient is the same; a correction that moves the weights asks for the second."""
     for change, runs in ((None, 1), (lambda weights: [w + 1 for w in weights], 2)):
         block, _ = make(policy)
-        kept, seen = policy(block, False, adjacent=True), []
+        kept, seen = policy(block, False, at_once=True), []
         kept.backward_weights = kept.forward_weights = change
         block.module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         x = batch(1)
