@@ -165,7 +165,9 @@ def _task(wanted: str, setting: Setting, limits: Mapping[str, Sequence[float]]) 
     text = f"{setting.model}, inputs {image}, batch {setting.batch_size}, two blocks, cut before unit {setting.cut}."
     if wanted == "keeps graphs":
         return f"{text} No pipeline that cuts there can be faster than {ideal(limits, 'gradient'):.2f}."
-    what = "replays what it has not kept" if wanted == "replays" else "makes its input again from its output"
+    what = "makes its input again from its output"
+    if wanted == "replays":
+        what = "below the top replays what it has not kept"
     return f"{text} Every block {what}; *alone* is one block on one core, given the messages of a run."
 
 

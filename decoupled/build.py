@@ -130,7 +130,7 @@ def chain(
             block = Block(module, f"block{k}", seed, device, overwrites[k], precise[k].autocast)
             groups = (block.parameters, _parameters(lower.module), _parameters(upper.module))
             steps = Steps(groups, recipe.optimizer, recipe.scheduler, (lower.optimizer, upper.optimizer))
-            retention = method.retention(block, _steps_between(method, k, K))
+            retention = method.retention(block, _steps_between(method, k, K), method.at_once(k, K))
             workers.append(
                 Worker(
                     place, block, lower, upper, retention, method.order, method.corrections, steps,

@@ -81,6 +81,10 @@ class Correction:
         """
         return self
 
+    def moves(self, site: Site) -> bool:
+        """Whether passes of this block run with other weights than today's; `site` may be without optimizer."""
+        return self.moves_forward or bool({"forward", "backward"} & hooks(self))
+
     def forward(self, weights: Weights) -> Weights:
         """The weights of a forward, made of copies of today's."""
         return weights

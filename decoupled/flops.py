@@ -202,7 +202,7 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip:
     price = {"F": flops.forward + flops.head, "B": last, "I": flops.inputs, "W": flops.weights}
     if not skip and "I" not in kinds:
         price["W"] = flops.both
-    work = sum(price.get(kind, 0.0) for kind in kinds) + (flops.forward if method.retention.recomputes else 0.0)
+    work = sum(price.get(kind, 0.0) for kind in kinds) + (flops.forward if method.replays(k, K) else 0.0)
     return replace(flops, work=work * _rounds(method))
 
 

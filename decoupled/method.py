@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
-from decoupled.correction import Correction
+from decoupled.correction import Correction, Site
 from decoupled.coupling import Coupling
 from decoupled.errors import UserError
 from decoupled.order import Order
@@ -99,6 +99,20 @@ class Method:
             "passes in flight": [facts.in_flight(k, K) for k in range(K)],
             "locks removed": list(facts.locks),
         }
+
+    def keeps(self, k: int, K: int) -> str:
+        """What block `k` keeps of a pass between F and B, if one comes back: "graph", "input" or "nothing"."""
+        return "graph" if self.at_once(k, K) else self.retention.keeps
+
+    def replays(self, k: int, K: int) -> bool:
+        """Whether a backward of block `k` runs the forward again."""
+        return self.retention.recomputes and not self.at_once(k, K)
+
+    def at_once(self, k: int, K: int) -> bool:
+        """Whether passes of block `k` come back right after their forward, to the same weights: of the top one only."""
+        if k < K - 1 or not self.order.adjacent(k, K):
+            return False
+        return not any(correction.moves(Site(k, K, 0.0, (), None)) for correction in self.corrections)
 
     @property
     def fixed(self) -> bool:

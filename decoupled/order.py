@@ -30,9 +30,8 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
 
 A forward sees the newest weights unless the order says that it sees fewer steps (`sees`: vertical sync, two buffers).
 
-Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B) and 2021 (double buffers), Zhuang et al. 2021 (tick,
-backward first), Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017
-(free).
+Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B), 2021 (double buffers), Zhuang et al. 2021 (ticks),
+Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017 (free).
 """
 
 from __future__ import annotations
@@ -64,6 +63,7 @@ class Order:
     period: int = 1
     phases: Callable[[int], Order] | None = None
     epochs: int = 1
+    ends: bool = False  # written out for so many passes
 
     def __str__(self) -> str:
         return self.name
@@ -80,9 +80,7 @@ class Order:
 
     def plan(self, k: int, K: int) -> FixedPlan | FreePlan:
         """A fresh plan for one run of block `k` of `K`."""
-        if self.credit is not None:
-            return FreePlan(self.credit(k, K))
-        return FixedPlan(self.operations(k, K))
+        return FixedPlan(self.operations(k, K)) if self.credit is None else FreePlan(self.credit(k, K))
 
     def text(self, k: int, K: int, batches: int) -> str:
         """The complete operations of block `k` for a run of `batches` passes, e.g. ``"F0 F1 B0 S B1 S"``."""
@@ -92,9 +90,7 @@ class Order:
 
     def in_flight(self, k: int, K: int) -> int:
         """The most passes that block `k` holds between F and B (or W)."""
-        if self.credit is not None:
-            return self.credit(k, K)
-        return _profile(self, k, K)[0]
+        return _profile(self, k, K)[0] if self.credit is None else self.credit(k, K)
 
     def delays(self, k: int, K: int) -> list[int]:
         """Own updates between F and B of each pass of one period in the steady state (free: at most this many)."""
@@ -103,6 +99,10 @@ class Order:
     def delay(self, k: int, K: int) -> int:
         """The most own updates between F and B of one pass in the steady state."""
         return max(self.delays(k, K))
+
+    def adjacent(self, k: int, K: int) -> bool:
+        """Whether the backward of a pass always comes right behind its forward (not said of an order that `ends`)."""
+        return not (self.ends or self.phases or self.rule is None) and _profile(self, k, K) == (1, [0] * self.period)
 
 
 def explicit(texts: Sequence[str]) -> Order:
@@ -114,7 +114,7 @@ def explicit(texts: Sequence[str]) -> Order:
             raise UserError(f"the explicit order is written for {len(plans)} blocks, the network has {K}")
         return iter(plans[k])
 
-    return Order("explicit", rule)
+    return Order("explicit", rule, ends=True)
 
 
 def _cycle(*kinds: str) -> Rule:

@@ -104,8 +104,11 @@ class Prediction(Correction):
         """Updates to look ahead in the forward, and in the backward."""
         return site.delay, 0.0
 
+    def moves(self, site: Site) -> bool:
+        return any(self.horizon(site))
+
     def at(self, site: Site) -> Correction | None:
-        if site.optimizer is None or not any(self.horizon(site)):
+        if site.optimizer is None or not self.moves(site):
             return None
         read = {"velocity": (SGD, Adam), "coasting": (SGD,), "weight": (object,)}[self.form]
         if not isinstance(site.optimizer, read):
@@ -170,10 +173,13 @@ class Lookahead(Correction):
         if not 0 <= self.gamma < 1:
             raise UserError(f"the look-ahead needs a gamma in [0, 1), got {self.gamma}")
 
+    def moves(self, site: Site) -> bool:
+        return site.K > 1 and self.gamma > 0
+
     def at(self, site: Site) -> Correction | None:
         more = site.delay * (0.99 - self.gamma) / site.K if self.adaptive else 0.0
-        off = site.K == 1 or not self.gamma or site.optimizer is None
-        return None if off else _Ahead(site, self.gamma + more)
+        acts = self.moves(site) and site.optimizer is not None
+        return _Ahead(site, self.gamma + more) if acts else None
 
 
 class _Ahead(Remembers):
@@ -211,8 +217,11 @@ class Discrepancy(Correction):
         if not 0 <= self.decay < 1:
             raise UserError(f"discrepancy correction needs a decay in [0, 1), got {self.decay}")
 
+    def moves(self, site: Site) -> bool:
+        return site.delay > 0
+
     def at(self, site: Site) -> Correction | None:
-        return _Drift(site, self.decay) if site.delay and site.optimizer is not None else None
+        return _Drift(site, self.decay) if self.moves(site) and site.optimizer is not None else None
 
 
 class _Drift(Remembers):

@@ -7,6 +7,8 @@
     KeepInput            input                            today's                    recomputed with today's weights
     KeepLiveGraph        the graph over the live weights  today's, for the input     stored
 
+    What recomputes keeps the graph, too, where the backward of a pass comes right behind its forward, at the top block.
+
 Weights are never changed under a live graph (KeepLiveGraph is the exception): where an order puts a step between F and
 B, the graph is built over a frozen copy, one copy per weight version however many passes use it. Corrections that run a
 pass with other weights (predictions) change such a copy, never the live weights. A recompute replays the random numbers
@@ -35,10 +37,11 @@ class Retention(ABC):
     Args:
         block: the block.
         steps_between: whether its order ever puts an optimizer step between F and B of a pass.
+        at_once: whether B of a pass comes right behind F, to the same weights.
 
     Attributes:
         keeps: of a pass: "graph", "input", or "nothing".
-        recomputes: whether a backward runs the forward again.
+        recomputes: whether a backward that does not come at once runs the forward again.
         today: whether a backward uses today's weights, not those of the forward.
         records: whether any gradient will come; without one no graph is kept.
         live: whether graphs stand over the live weights while steps change them.
@@ -57,8 +60,8 @@ class Retention(ABC):
     backward_weights: Callable[[Weights], Weights] | None = None
     recording: Callable[[Weights], AbstractContextManager[Any]] = nullcontext
 
-    def __init__(self, block: Block, steps_between: bool) -> None:
-        self._block, self._steps_between = block, steps_between
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        self._block, self._steps_between, self._at_once = block, steps_between, at_once
         self._kept: dict[int, Any] = {}
         self._frozen: dict[int, tuple[Weights, set[int]]] = {}
         self._bytes: dict[int, int] = {}
@@ -148,6 +151,11 @@ class Retention(ABC):
             y = self._block.run(x, weights, **how)
         return Tape(x, y, leaves)
 
+    def _keep_graph(self, n: int, x: Tensor, weights: Weights | None) -> Tensor:
+        tape, nbytes = self._graph_bytes(x, lambda: self._record(x, weights))
+        self._hold(n, tape, nbytes)
+        return tape.y
+
     def _graph_bytes(self, x: Tensor, run: Callable[[], Tape]) -> tuple[Tape, int]:
         """Record a pass and say how many bytes its graph saves (measured once per input shape, unless `live`)."""
         shape = (tuple(x.shape), x.dtype)
@@ -184,10 +192,7 @@ class KeepGraph(Retention):
     """Keeps the autograd graph; over frozen copies of the weights if steps come between."""
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
-        weights = self._weights(n, version)
-        tape, nbytes = self._graph_bytes(x, lambda: self._record(x, weights))
-        self._hold(n, tape, nbytes)
-        return tape.y
+        return self._keep_graph(n, x, self._weights(n, version))
 
     def open(self, n: int) -> Tape:
         return self._kept[n]
@@ -201,8 +206,8 @@ class KeepLiveGraph(KeepGraph):
 
     today = live = True
 
-    def __init__(self, block: Block, steps_between: bool) -> None:
-        super().__init__(block, steps_between=False)
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        super().__init__(block, False, at_once)
 
 
 class KeepNothing(Retention):
@@ -227,8 +232,16 @@ class _Recompute(Retention):
 
     keeps, recomputes = "input", True
 
+    @property
+    def _replays(self) -> bool:
+        """Whether the forward is run again; not of a pass that comes back before anything else happens."""
+        moved = self.forward_weights is not None or self.backward_weights is not None
+        return moved or not (self._at_once and self.records)
+
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
         weights = self._weights(n, version)
+        if not self._replays:
+            return self._keep_graph(n, x, weights)
         state = self._block.random_state()
         with torch.no_grad():
             y = self._block.run(x, weights)
@@ -252,10 +265,12 @@ class KeepInput(_Recompute):
 
     today = True
 
-    def __init__(self, block: Block, steps_between: bool) -> None:
-        super().__init__(block, steps_between=False)
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        super().__init__(block, False, at_once)
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
+        if not self._replays:
+            return self._keep_graph(n, x, None)
         state = self._block.random_state()
         with torch.no_grad():
             y = self._block.run(x, None if self.forward_weights is None else self._copy(self.forward_weights))

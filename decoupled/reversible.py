@@ -5,8 +5,9 @@
         vjp of block at x~, today's w      x~ goes down with the gradient of x~
 
 A block is invertible if its module has `inverse(y)`, or is a Sequential of such. Others keep their input, and a block
-without a step between F and B (the top one) keeps its graph. The inverse meets today's weights, so x~ differs from x
-by what the updates since F have changed (Rivaud et al. 2025, eq. 5); without a step between it is x up to rounding.
+whose backward comes right behind its forward (the top one) keeps its graph. The inverse meets today's weights, so x~
+differs from x by what the updates since F have changed (Rivaud et al. 2025, eq. 5); without a step between it is x up
+to rounding.
 """
 
 from __future__ import annotations
@@ -49,21 +50,17 @@ class _Inverse(nn.Module):
 
 
 class Reconstruct(KeepInput):
-    """Keeps nothing of an invertible block, the input of another one, and the graph where no step comes between."""
+    """Keeps nothing of an invertible block, the input of another one, the graph where B comes at once."""
 
     keeps = "nothing"
 
-    def __init__(self, block: Block, steps_between: bool) -> None:
-        super().__init__(block, steps_between)
-        self._late, self._inverse = steps_between, _Inverse(block.module) if invertible(block.module) else None
+    def __init__(self, block: Block, steps_between: bool, at_once: bool = False) -> None:
+        super().__init__(block, steps_between, at_once)
+        self._inverse = _Inverse(block.module) if invertible(block.module) else None
         self._outputs: dict[int, Tensor] = {}
 
     def keep(self, n: int, x: Tensor, version: int | None = None) -> Tensor:
-        if not self._late:
-            tape, nbytes = self._graph_bytes(x, lambda: self._record(x, None))
-            self._hold(n, tape, nbytes)
-            return tape.y
-        if self._inverse is None:
+        if self._inverse is None or not self._replays:
             return super().keep(n, x, version)
         with torch.no_grad():
             y = self._block.run(x, None if self.forward_weights is None else self._copy(self.forward_weights))
@@ -76,7 +73,7 @@ class Reconstruct(KeepInput):
         return y
 
     def restore(self, n: int, y: Tensor) -> None:
-        if self._inverse is not None and self._late:
+        if n in self._kept and self._kept[n] is None:
             self._outputs[n] = y
 
     def open(self, n: int) -> Tape:

@@ -21,7 +21,6 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 # file -> why it may be longer than its budget
 LONGER: dict[str, str] = {
     "decoupled/trainer.py": "a third of it is the public docstrings; every method is a few lines",
-    "decoupled/transport/codec.py": "both directions of one format; apart they would drift",
     "decoupled/runtime/processes.py": "one run, and who follows whom: apart they would share all their state",
 }
 # an order has the name of the method that made it known

@@ -20,7 +20,7 @@ class Timing:
     Attributes:
         forward, backward: seconds per operation F and B, one number or one per block.
         step: seconds per S, one number or one per block.
-        recompute: whether B also pays for a forward.
+        recompute: whether B also pays for a forward, for all blocks or one per block.
         latency: seconds per message between blocks, one way.
         jitter: relative spread; every duration is multiplied by 1 + jitter * u, u uniform in [0, 1) from `seed`.
         seed: of the jitter.
@@ -31,7 +31,7 @@ class Timing:
     forward: float | Sequence[float] = 1.0
     backward: float | Sequence[float] = 2.0
     step: float | Sequence[float] = 0.0
-    recompute: bool = False
+    recompute: bool | Sequence[bool] = False
     latency: float = 0.0
     jitter: float = 0.0
     seed: int = 0
@@ -73,7 +73,7 @@ class Timing:
     def _base(self, k: int, kind: str) -> float:
         forward = self.forward if isinstance(self.forward, int | float) else self.forward[k]
         backward = self.backward if isinstance(self.backward, int | float) else self.backward[k]
-        backward += forward if self.recompute else 0.0
+        backward += forward * (self.recompute[k] if isinstance(self.recompute, Sequence) else bool(self.recompute))
         step = self.step if isinstance(self.step, int | float) else self.step[k]
         durations = {"F": forward, "P": forward, "B": backward, "I": backward / 2, "W": backward / 2, "S": step}
         return durations.get(kind, 0.0)

@@ -120,8 +120,8 @@ def simulate(
     for name in ("forward", "backward", "step"):
         per_block(name, getattr(timing, name), blocks)
     given = timing
-    if point.retention.recomputes:
-        timing = replace(timing, recompute=True)
+    again = per_block("recompute", timing.recompute, blocks)
+    timing = replace(timing, recompute=[bool(again[k]) or point.replays(k, blocks) for k in range(blocks)])
     shapes = ((1,),) * blocks
     places = [Place(k, blocks, lambda y, t: y.sum(), shapes, (1,)) for k in range(blocks)]
     sizes = sizes_of(point, load, blocks)
@@ -155,8 +155,7 @@ def _record(
     )
     busy = [times.busy[actor.name] / elapsed if elapsed else 0.0 for actor in actors]
     limits = None if load.memory is None else per_block("memory", load.memory, blocks)
-    replays = point.retention.keeps != "graph"
-    memory = [a.sizes.weights * (2 + load.optimizer) + a.held + a.sizes.graph * replays for a in actors]
+    memory = [a.sizes.weights * (2 + load.optimizer) + a.held + a.sizes.graph * a.replays for a in actors]
     return Simulation(
         method=point.name,
         blocks=blocks,
@@ -183,9 +182,11 @@ def _claimed_bubble(point: Method, timing: Timing, blocks: int) -> float | None:
     """What the method says of equal blocks without latency or steps, if these are such blocks."""
     claim, times = point.facts.bubble, [per_block(n, getattr(timing, n), blocks) for n in ("forward", "backward")]
     uneven = any(len({*one}) > 1 for one in times) or any(per_block("step", timing.step, blocks))
+    replays = {point.replays(k, blocks) for k in range(blocks)}
+    uneven = uneven or len(replays) > 1
     if claim is None or uneven or timing.slow or timing.jitter or timing.latency or timing.bandwidth:
         return None
-    found = claim(blocks, times[0][0], times[1][0] + times[0][0] * point.retention.recomputes)
+    found = claim(blocks, times[0][0], times[1][0] + times[0][0] * (True in replays))
     return found if found == found else None  # not claimed here
 
 

@@ -77,8 +77,9 @@ class Planned(Actor):
         self.staleness: Counter[int] = Counter()
         late = method.order.rule is None or method.order.delay(place.k, place.K) > 0
         moved = any(correction.moves_forward for correction in method.corrections)
-        keeps = method.retention.keeps if late or method.retention.keeps == "input" else "graph"
-        self.sizes, self._pass = sizes, {"graph": sizes.graph, "input": sizes.input, "nothing": 0.0}[keeps]
+        kept = {"graph": sizes.graph, "input": sizes.input, "nothing": 0.0}
+        self.sizes, self._pass = sizes, kept[method.keeps(place.k, place.K)]
+        self.replays = method.replays(place.k, place.K)
         self._copies = (late or moved) and not method.retention.today
         self._users: Counter[int] = Counter()  # version -> passes that run with a copy of it
         self._reserved: set[int] = set()  # versions that forwards to come will run with

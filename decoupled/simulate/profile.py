@@ -80,8 +80,7 @@ def _profile(method: Method, spec: Any, events: Events, blocks: list[dict[str, A
     forward = [mean(k, "F") / share for k in range(K)]
     if not min(forward):
         raise UserError("the run has recorded no operations of a block; train again, with --events")
-    replay = 1 if method.retention.recomputes else 0
-    backward = [max(0.0, mean(k, "BIW") / share - replay * forward[k]) for k in range(K)]
+    backward = [max(0.0, mean(k, "BIW") / share - method.replays(k, K) * forward[k]) for k in range(K)]
     copies = simulate(method, K, 4 * K, load=Load(activation=0, graph=0, weights=1)).held
     weights = [4.0 * block["parameters"] for block in blocks]
     kept = [
@@ -93,5 +92,5 @@ def _profile(method: Method, spec: Any, events: Events, blocks: list[dict[str, A
     return Profile(
         method=spec, batch_size=size, forward=forward, backward=backward, step=[mean(k, "S") for k in range(K)],
         latency=under_way[len(under_way) // 10] if under_way else 0.0,  # the slow ones have waited for room
-        activation=up, weights=weights, graph=kept if method.retention.keeps == "graph" else [0.0] * K,
+        activation=up, weights=weights, graph=[kept[k] if method.keeps(k, K) == "graph" else 0.0 for k in range(K)],
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from decoupled.errors import ProtocolError
-from decoupled.transport.codec import Bytes, Piece
+from decoupled.transport.dense import Bytes, Piece
 
 Complete = Callable[[], None]
 

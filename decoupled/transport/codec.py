@@ -1,53 +1,42 @@
-"""Messages as bytes and back: a description in JSON and the raw bytes of the tensors. Nothing is ever unpickled.
+"""Messages as bytes and back: two lines of JSON and the raw bytes of the tensors. Nothing is ever unpickled.
 
     Up(key=(1, "a"), version=3, payload=(t,), ...)
-      -> meta    {"kind": "Up", "fields": {"key": {"t": [1, "a"]}, "version": 3,
+      -> meta    [1,"a",3,...]                                                                  values, in order
+                 {"kind": "Up", "fields": {"key": {"t": [null, null]}, "version": null,         layout
                                            "payload": {"t": [{"x": ["float32", [64, 10]]}]}, ...}}
       -> pieces  [the bytes of t]
 
-A value is None, a bool, int, float or str, or tagged: {"t": tuple}, {"f": frozenset}, {"x": [dtype, shape, strides]}
-for the next tensor (strides only where they are not the usual ones; gaps in memory are closed before sending). {"d":
-...} is a tensor that stays on its device on the way; all others are sent from, and arrive in, CPU memory.
+In the layout null stands for the next value (None, a bool, int, float or str); the rest is tagged: {"t": tuple}, {"f":
+frozenset}, {"x": [dtype, shape, strides]} for the next tensor (strides only where they are not the usual ones; gaps in
+memory are closed before sending). {"d": ...} is a tensor that stays on its device on the way; all others are sent from,
+and arrive in, CPU memory. Messages of an edge are alike: layouts are written and read once, values every time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from decoupled.errors import ProtocolError
 from decoupled.messages import Data, Down, End, Losses, Message, Probe, Up
 from decoupled.transport import cuda
+from decoupled.transport.dense import Piece, Spec, lay_out, piece, spec
 from decoupled.transport.frame import META_LIMIT, PAYLOAD_LIMIT, TENSORS_LIMIT
 
-Bytes = NDArray[np.uint8]
-Piece = Bytes | Tensor  # flat bytes of a tensor: in CPU memory, or on its device
 _Kind = TypeVar("_Kind", bound=type[Message])
 
-_NAMES: dict[torch.dtype, str] = {
-    dtype: str(dtype).removeprefix("torch.")
-    for dtype in (
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
-        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
-        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-        *(torch.complex64, torch.complex128),
-    )
-}
-_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
-_NUMPY = frozenset({torch.float16, torch.float32, torch.float64, torch.int64, torch.bool})  # what both sides know
 _PLAIN = frozenset({type(None), bool, int, float, str})  # JSON knows them
-_INTEGERS = frozenset({int})
-_DIMENSIONS = 64
-_LAYOUTS = 1 << 12  # descriptions of tensors kept: messages of an edge are alike
+_TAGS: dict[type, str] = {tuple: "t", frozenset: "f"}
+_COLLECTIONS = {tag: collection for collection, tag in _TAGS.items()}
+_KEPT = 1 << 10  # layouts kept of messages, sent and arrived: those of an edge are alike
+_SMALL, _FEW = 1 << 12, 1 << 8  # bytes, and values, of a layout that is kept
 _TEXT = json.JSONEncoder(separators=(",", ":"))
 
 _kinds: dict[str, type[Message]] = {}
@@ -86,10 +75,11 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
     kind = type(message)
     if _kinds.get(kind.__name__) is not kind:
         raise ProtocolError(f"edge {edge}: messages of kind {kind.__name__!r} are unknown; codec.register them")
+    values: list[Any] = []
     tensors: list[Tensor] = []
     try:
-        fields = {name: _pack(getattr(message, name), tensors, keep) for name in _fields(kind)}
-        meta = _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
+        layout = tuple([_pack(getattr(message, name), values, tensors, keep) for name in _fields(kind)])
+        meta = _TEXT.encode(values).encode() + b"\n" + _text_of(kind, layout, few=len(values) <= _FEW)
     except (ValueError, RecursionError, ProtocolError) as error:
         raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
     size = sum([tensor.nbytes for tensor in tensors])
@@ -100,8 +90,8 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
             f"(limit {PAYLOAD_LIMIT})"
         )
     if keep is None and all(tensor.is_cpu for tensor in tensors):
-        return Encoded(meta, [_piece(tensor, False) for tensor in tensors])
-    pieces = [_piece(t, _stays(t, keep)) for t in cuda.to_host(tensors, keep)]
+        return Encoded(meta, [piece(tensor, False) for tensor in tensors])
+    pieces = [piece(t, _stays(t, keep)) for t in cuda.to_host(tensors, keep)]
     return Encoded(meta, pieces, cuda.computed(keep))
 
 
@@ -126,26 +116,28 @@ class Draft:
         self, meta: bytes, tensors: int, size: int, edge: str, device: torch.device | None = None, pin: bool = False
     ) -> None:
         self._edge = edge
-        specs: list[_Spec] = []
         try:
-            description = json.loads(meta)
-            self._kind = _kinds[description["kind"]]
-            fields = {name: _unpack(value, specs) for name, value in description["fields"].items()}
+            values, _, layout = meta.partition(b"\n")
+            self._layout = _layout_of(layout)
+            self._values, due = json.loads(values), self._layout.values
+            if (
+                type(self._values) is not list
+                or len(self._values) != due
+                or not _PLAIN.issuperset(map(type, self._values))
+            ):
+                raise ProtocolError(f"{due} plain values are due, but {str(self._values)[:80]} arrived")
         except ProtocolError as error:
             raise ProtocolError(f"edge {edge}: {error}") from None
         except (ValueError, TypeError, KeyError, LookupError, AttributeError, RecursionError) as error:
             raise ProtocolError(
                 f"edge {edge}: what arrived does not describe a known message: {type(error).__name__}: {error}"
             ) from None
-        if fields.keys() != set(_fields(self._kind)):
-            raise ProtocolError(f"edge {edge}: a {self._kind.__name__} arrived with the fields {', '.join(fields)}")
-        found = sum([spec.nbytes for spec in specs])
-        if len(specs) != tensors or found != size:
+        specs = self._layout.specs
+        if len(specs) != tensors or self._layout.nbytes != size:
             raise ProtocolError(
-                f"edge {edge}: a message describes {len(specs)} tensors of {found} bytes, "
+                f"edge {edge}: a message describes {len(specs)} tensors of {self._layout.nbytes} bytes, "
                 f"its header announced {tensors} of {size}"
             )
-        self._fields = fields
         if device is None and any(spec.stays for spec in specs):
             raise ProtocolError(f"edge {edge}: a tensor should come from a device, but no device is at this end")
         try:
@@ -157,17 +149,15 @@ class Draft:
             ]
         except RuntimeError as error:
             raise ProtocolError(f"edge {edge}: no memory for tensors of {size} bytes: {error}") from None
-        self.pieces = [_piece(tensor, spec.stays) for tensor, spec in zip(self._tensors, specs, strict=True)]
+        self.pieces = [piece(tensor, spec.stays) for tensor, spec in zip(self._tensors, specs, strict=True)]
 
     def message(self) -> Message:
         """The message, once the pieces are filled."""
-        fields = {name: _fill(value, self._tensors) for name, value in self._fields.items()}
+        kind, parts = self._layout.kind, [*self._values, *reversed(self._tensors)]
         try:
-            return self._kind(**fields)
+            return kind(**{name: _fill(part, parts) for name, part in self._layout.fields})
         except Exception as error:  # a message kind may refuse anything
-            raise ProtocolError(
-                f"edge {self._edge}: a {self._kind.__name__} arrived that is not one: {error}"
-            ) from error
+            raise ProtocolError(f"edge {self._edge}: a {kind.__name__} arrived that is not one: {error}") from error
 
 
 @functools.cache
@@ -175,143 +165,101 @@ def _fields(kind: type[Message]) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
-class _Spec(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    nbytes: int
-    stays: bool = False  # on its device
+# Where a part of a message comes from: value n is n, tensor n is ~n, a tuple or frozenset is its type and its parts.
+_Part = int | tuple[type, list[Any]]
 
 
-class _Slot(NamedTuple):
-    number: int  # of the tensor that belongs here
+class _Layout(NamedTuple):
+    """A layout that arrived, checked."""
+
+    kind: type[Message]
+    fields: tuple[tuple[str, _Part], ...]
+    values: int  # how many belong to it
+    specs: tuple[Spec, ...]
+    nbytes: int  # of all tensors
 
 
-def _pack(value: Any, tensors: list[Tensor], keep: torch.device | None) -> Any:
+def _pack(value: Any, values: list[Any], tensors: list[Tensor], keep: torch.device | None) -> Any:
+    """The layout of `value`, which can be hashed; what it holds is added to `values` and `tensors`."""
     if type(value) in _PLAIN:
-        return value
+        values.append(value)
+        return None
     if isinstance(value, int):  # a number with something attached travels as the number
-        return int(value)
-    if type(value) is tuple:
-        return {"t": [_pack(item, tensors, keep) for item in value]}
-    if type(value) is frozenset:
-        return {"f": [_pack(item, tensors, keep) for item in value]}
+        values.append(int(value))
+        return None
+    if type(value) in _TAGS:
+        return (_TAGS[type(value)], tuple([_pack(item, values, tensors, keep) for item in value]))
     if isinstance(value, Tensor):
-        description = _lay_out(value, tensors)
-        return {"d" if _stays(tensors[-1], keep) else "x": description}
+        description = lay_out(value, tensors)
+        return ("d" if _stays(tensors[-1], keep) else "x", description)
     raise ProtocolError(
         f"it holds a {type(value).__name__}; messages hold tensors, None, bool, int, float, str, tuple and frozenset"
     )
+
+
+def _text_of(kind: type[Message], layout: tuple[Any, ...], few: bool) -> bytes:
+    return _kept_text(kind, layout) if few else _layout_text(kind, layout)
+
+
+@functools.lru_cache(_KEPT)
+def _kept_text(kind: type[Message], layout: tuple[Any, ...]) -> bytes:
+    return _layout_text(kind, layout)
+
+
+def _layout_text(kind: type[Message], layout: tuple[Any, ...]) -> bytes:
+    fields = dict(zip(_fields(kind), map(_tagged, layout), strict=True))
+    return _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
+
+
+def _tagged(part: Any) -> Any:
+    if part is None:
+        return None
+    tag, inner = part
+    return {tag: inner if tag in ("x", "d") else list(map(_tagged, inner))}
 
 
 def _stays(tensor: Tensor, keep: torch.device | None) -> bool:
     return keep is not None and tensor.device == keep and tensor.numel() > 0
 
 
-def _unpack(value: Any, specs: list[_Spec]) -> Any:
-    if type(value) in _PLAIN:
-        return value
-    if type(value) is dict and len(value) == 1:
-        ((tag, inner),) = value.items()
-        if tag == "t" and type(inner) is list:
-            return tuple(_unpack(item, specs) for item in inner)
-        if tag == "f" and type(inner) is list:
-            return frozenset(_unpack(item, specs) for item in inner)
+def _layout_of(text: bytes) -> _Layout:
+    return _kept_layout(text) if len(text) <= _SMALL else _read_layout(text)
+
+
+@functools.lru_cache(_KEPT)
+def _kept_layout(text: bytes) -> _Layout:
+    return _read_layout(text)
+
+
+def _read_layout(text: bytes) -> _Layout:
+    """Check a layout. Errors are those of JSON, of looking something up, or a ProtocolError."""
+    description = json.loads(text)
+    kind = _kinds[description["kind"]]
+    specs: list[Spec] = []
+    values = itertools.count()
+    fields = tuple((name, _unpack(part, values, specs)) for name, part in description["fields"].items())
+    if dict(fields).keys() != set(_fields(kind)):
+        raise ProtocolError(f"a {kind.__name__} arrived with the fields {', '.join(dict(fields))}")
+    return _Layout(kind, fields, next(values), tuple(specs), sum([spec.nbytes for spec in specs]))
+
+
+def _unpack(part: Any, values: Iterator[int], specs: list[Spec]) -> _Part:
+    if part is None:
+        return next(values)
+    if type(part) is dict and len(part) == 1:
+        ((tag, inner),) = part.items()
+        if tag in _COLLECTIONS and type(inner) is list:
+            return (_COLLECTIONS[tag], [_unpack(item, values, specs) for item in inner])
         if tag in ("x", "d") and type(inner) is list:
-            spec = _spec(*inner)
-            specs.append(spec if tag == "x" else spec._replace(stays=True))
-            return _Slot(len(specs) - 1)
-    raise ProtocolError(f"unknown value in a message: {str(value)[:80]}")
+            found = spec(*inner)
+            specs.append(found if tag == "x" else found._replace(stays=True))
+            return ~(len(specs) - 1)
+    raise ProtocolError(f"unknown value in a message: {str(part)[:80]}")
 
 
-def _fill(value: Any, tensors: list[Tensor]) -> Any:
-    if type(value) in _PLAIN:
-        return value
-    if type(value) is _Slot:
-        return tensors[value.number]
-    return type(value)([_fill(item, tensors) for item in value])
-
-
-def _lay_out(tensor: Tensor, tensors: list[Tensor]) -> Sequence[Any]:
-    """Add `tensor`, as dense memory on its device, to `tensors`; returns its description."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise ProtocolError(f"a tensor is not dense memory, but of {tensor.layout} on {tensor.device}")
-    if tensor.dtype not in _NAMES:
-        raise ProtocolError(f"no tensors of {tensor.dtype}; known: {', '.join(_BY_NAME)}")
-    if tensor.dim() > _DIMENSIONS:
-        raise ProtocolError(f"a tensor has {tensor.dim()} dimensions; the limit is {_DIMENSIONS}")
-    tensor = tensor.detach()
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    description, has_gaps = _description(tensor.dtype, tensor.shape, tensor.stride())
-    if has_gaps:
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    tensors.append(tensor)
-    return description
-
-
-@functools.lru_cache(_LAYOUTS)
-def _description(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Sequence[Any], bool]:
-    """What `_spec` reads, and whether the tensor must be copied because its memory has gaps."""
-    usual = (_NAMES[dtype], tuple(shape))
-    if strides == _usual_strides(shape):
-        return usual, False
-    return ((*usual, strides), False) if _is_dense(shape, strides) else (usual, True)
-
-
-def _spec(dtype: Any, shape: Any, strides: Any = None) -> _Spec:
-    """A checked description of a tensor: nothing absurd passes."""
-    if type(dtype) is not str or dtype not in _BY_NAME:
-        raise ProtocolError(f"unknown dtype {str(dtype)[:40]!r}")
-    for numbers in (shape,) if strides is None else (shape, strides):
-        if type(numbers) is not list or len(numbers) > _DIMENSIONS or not _INTEGERS.issuperset(map(type, numbers)):
-            raise ProtocolError(f"a tensor has the impossible shape or strides {str(numbers)[:80]}")
-    return _checked(dtype, tuple(shape), None if strides is None else tuple(strides))
-
-
-@functools.lru_cache(_LAYOUTS)
-def _checked(dtype: str, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> _Spec:
-    if any(not 0 <= n <= PAYLOAD_LIMIT for n in (*shape, *(strides or ()))):
-        raise ProtocolError(f"a tensor has the impossible shape or strides {str(strides or shape)[:80]}")
-    kind = _BY_NAME[dtype]
-    laid_out = _usual_strides(shape) if strides is None else strides
-    nbytes = math.prod(shape) * kind.itemsize
-    if nbytes > PAYLOAD_LIMIT or any(n > PAYLOAD_LIMIT for n in laid_out):
-        raise ProtocolError(f"a tensor announces {nbytes} bytes, more than the limit of {PAYLOAD_LIMIT}")
-    if strides is not None and (len(shape) != len(strides) or not _is_dense(shape, laid_out)):
-        raise ProtocolError(f"strides {strides} do not fit the shape {shape}")
-    return _Spec(kind, shape, laid_out, nbytes)
-
-
-def _usual_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, size = [], 1
-    for length in reversed(shape):
-        strides.append(size)
-        size *= max(length, 1)
-    return tuple(reversed(strides))
-
-
-def _memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
-    """Dimensions from the one with the largest strides to the one with the smallest."""
-    return sorted(range(len(shape)), key=lambda d: (-strides[d], -shape[d]))
-
-
-def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps (strides of dimensions of length 1 are free)."""
-    size = 1
-    for d in reversed(_memory_order(shape, strides)):
-        if shape[d] > 1 and 0 not in shape:
-            if strides[d] != size:
-                return False
-            size *= shape[d]
-    return True
-
-
-def _piece(tensor: Tensor, stays: bool) -> Piece:
-    """The memory of a dense tensor as flat bytes."""
-    if not tensor.numel():
-        return np.empty(0, np.uint8)
-    if not stays and tensor.dtype in _NUMPY and tensor.is_contiguous():
-        return tensor.numpy().reshape(-1).view(np.uint8)
-    flat = torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
-    return flat if stays else flat.numpy()
+def _fill(part: _Part, parts: list[Any]) -> Any:
+    """`parts` holds the values, then the tensors from the last to the first, so that ~n is tensor n."""
+    if type(part) is int:
+        return parts[part]
+    collection, inner = part  # type: ignore[misc]
+    return collection([_fill(item, parts) for item in inner])

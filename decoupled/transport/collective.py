@@ -19,7 +19,7 @@ import torch
 from torch import distributed as dist
 
 from decoupled.transport.bulk import Bulk, Complete
-from decoupled.transport.codec import Bytes
+from decoupled.transport.dense import Bytes
 from decoupled.transport.handshake import Conversation
 
 _Gloo: Any = dist.ProcessGroupGloo  # the stubs know little of it

@@ -3,7 +3,7 @@
     magic  version  kind  tensors  edge  sequence  amount  sent  meta bytes  meta checksum  header checksum
      4s       B      B       H      I       Q        Q      d        I            I               I
 
-    source -> target   MESSAGE   meta bytes of JSON and `amount` bytes of tensors belong to it
+    source -> target   MESSAGE   meta bytes of two lines of JSON and `amount` bytes of tensors belong to it
                        PART      `amount` more bytes of the message's tensors lie in the shared memory
     target -> source   CREDIT    `amount` messages were taken: so many more may be sent
                        RELEASE   `amount` bytes more may be sent: of the shared memory they are free again; for those
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from decoupled.errors import ProtocolError
 
-MAGIC, VERSION = b"dcpl", 1
+MAGIC, VERSION = b"dcpl", 2
 _FIELDS = struct.Struct("!4sBBHIQQdII")
 _CHECKSUM = struct.Struct("!I")
 SIZE = _FIELDS.size + _CHECKSUM.size

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from decoupled.transport import frame
-from decoupled.transport.codec import Bytes
 from decoupled.transport.contract import Closed, Lost
+from decoupled.transport.dense import Bytes
 from decoupled.transport.frame import Frame, Kind
 
 _BUFFER = 1 << 17

@@ -22,7 +22,7 @@ import numpy as np
 
 from decoupled.errors import ProtocolError
 from decoupled.transport.bulk import Bulk, Complete, nothing
-from decoupled.transport.codec import Bytes
+from decoupled.transport.dense import Bytes
 
 _PARTS = 8  # a ring holds at least so many chunks, so that both ends can copy at once
 _CHUNK = 1 << 19  # bytes: large against the cost of a frame, small against a cache

@@ -20,6 +20,19 @@ from decoupled.messages import Data
 from decoupled.methods.auxiliary_variables.rows import Rows
 
 DIVERGED = 1e4  # ||Z - X + U|| over ||X||: no variable that stands for X is as far from it
+NOISE = 8.0  # the same in units of the last place: the rounding of one forward against another
+
+
+def squared(y: Tensor) -> float:
+    """||y||^2, added up in float32 at least."""
+    flat = y.detach().flatten().to(torch.promote_types(y.dtype, torch.float32))
+    return float(torch.dot(flat, flat))
+
+
+def rounding(square: float, y: Tensor, scale: float) -> bool:
+    """Whether a squared distance from `y` is nothing but rounding (float32's at most): Adam makes whole steps of it."""
+    limit = (NOISE * min(torch.finfo(dtype).eps for dtype in (y.dtype, torch.float32))) ** 2
+    return square == 0 or square < limit * scale < math.inf
 
 
 def gradient_step(z: Tensor, x: Tensor, u: Tensor, p: Tensor, beta: float, eta: float) -> Tensor:
@@ -142,10 +155,10 @@ class Variable(Lower):
         assert self.z is not None and self.u is not None
         square = (self.z - y + self.u).square().sum()
         self._half_done()
-        size = float(square.detach())
-        if size > DIVERGED**2 * (1 + float(y.detach().square().sum())):
+        size, scale = float(square.detach()), squared(y)
+        if size > DIVERGED**2 * (1 + scale):
             raise UserError(f"the auxiliary variable of edge {self._edge} diverges: {self._rule.broken()}")
-        if size == 0:  # before the first answer has come down, Z is the block's own output
+        if rounding(size, y, scale):  # before the first answer has come down, Z is the block's own output
             return None
         return square * (self._rule.beta / 2 / y.shape[0])
 

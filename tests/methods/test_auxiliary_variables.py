@@ -30,7 +30,7 @@ UNSTABLE = pytest.mark.filterwarnings("ignore:block_admm")
 class Reference:
     """Z_k, U_k and the blocks, updated in plain loops from the equations at the top of the method's file.
 
-    X_k = f_k(Z_{k-1});  J_k = beta/2 sum ||Z_k - X_k + U_k||^2 / B, no step while it is exactly 0
+    X_k = f_k(Z_{k-1});  J_k = beta/2 sum ||Z_k - X_k + U_k||^2 / B, no step while it is 0 up to rounding
     p_k = B dJ_{k+1}/dZ_k;  Z_k <- step(Z_k, X_k, U_k, p_k);  U_k <- U_k + sigma (Z_k - X_k)
     z_steps: so many Z steps, then one of U and one of the weights along the mean gradient
     output: Z_{K-1} too, p_{K-1} = B dloss(Z_{K-1})/dZ_{K-1}, before J_{K-1} is taken
@@ -102,7 +102,8 @@ class Reference:
         if k == self.edges:
             return F.cross_entropy(X, y)
         residual = Z[k] - X + U[k]
-        return self.o["beta"] / 2 * (residual**2).sum() / len(X) if residual.abs().max() > 0 else None
+        square, rounding = (residual**2).sum(), (8 * 2.0**-52) ** 2 * (X.detach() ** 2).sum()
+        return self.o["beta"] / 2 * square / len(X) if square > rounding else None
 
     def move(self, k, X, y, Z, U, p):
         if k == self.K - 1 and k < self.edges:  # the output has a variable
@@ -424,3 +425,17 @@ def test_no_room_for_the_file(monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     assert "No space left on device); set TMPDIR, or raise the memory limit" in failure(BATCH | {"memory": 5e-4})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_only_rounding_is_no_objective(dtype):
+    """One unit in the last place is nothing in float32 and float64; more counts, in float16 also beyond its range."""
+    gaps = {0.0: True, torch.finfo(dtype).eps: dtype.itemsize > 2, 0.01: False, float("nan"): False}
+    for size in (1.0, 50.0):
+        y = size * torch.randn(64, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for gap, nothing in gaps.items():
+            half = Variable(Rule(1.0, 0.5))
+            half.offer(Data(0, batch=0))
+            half.z = (y.double() * (1 + gap)).to(dtype)
+            half.u = torch.zeros_like(y)
+            assert (half.objective(y, None) is None) == nothing

@@ -478,3 +478,26 @@ def test_every_correction_is_named_once():
     }  # fmt: skip
     with pytest.raises(ValueError, match="correction 'clip' is registered already"):
         corrections.named("clip")(Rescale)
+
+
+# --- what a correction says of itself -----------------------------------------------------------------------------
+
+OPTIONS = {"shrink": {"factor": 0.5}, "clip": {"limit": 1.0}, "clip_global": {"limit": 1.0}}
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+@pytest.mark.parametrize("name", corrections.names())
+def test_moves_says_whether_passes_run_with_other_weights(name, delay):
+    part = corrections.make({"name": name, **OPTIONS.get(name, {})})
+    weight = torch.nn.Parameter(torch.ones(2))
+    acting = corrections.Acting([part], site(OPTIMIZERS["momentum"]([weight]), delay, weight))
+    assert part.moves(Site(0, 4, delay, (), None)) == (acting.forward is not None or acting.backward is not None)
+
+
+def test_a_correction_that_only_overrides_a_pass_is_taken_to_move_weights():
+    class Scaled(corrections.Correction):
+        def forward(self, weights):
+            return [2 * w for w in weights]
+
+    assert Scaled().moves(Site(3, 4, 0, (), None))
+    assert not corrections.Correction().moves(Site(3, 4, 0, (), None))

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from decoupled.errors import ProtocolError
 from decoupled.messages import Data, Down, End, Message, Up
-from decoupled.transport import codec, frame
+from decoupled.transport import codec, dense, frame
 from decoupled.transport.frame import Frame, Kind
 
 EDGE = "block0.up->block1.up"
-DTYPES = sorted(codec._NAMES, key=str)
+DTYPES = sorted(dense.NAMES, key=str)
 
 
 @codec.register
@@ -48,7 +48,7 @@ def same(a: Any, b: Any) -> bool:
         if a.dtype != b.dtype or a.shape != b.shape or not a.numel():
             return a.dtype == b.dtype and a.shape == b.shape
         bits = [torch.empty(t.shape, dtype=t.dtype).copy_(t).view(-1).view(torch.uint8).tolist() for t in (a, b)]
-        return bits[0] == bits[1] and (a.stride() == b.stride() or not codec._is_dense(a.shape, a.stride()))
+        return bits[0] == bits[1] and (a.stride() == b.stride() or not dense.is_dense(a.shape, a.stride()))
     if isinstance(a, tuple):
         return type(b) is tuple and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
@@ -145,7 +145,9 @@ def test_endless_nesting_is_refused() -> None:
     with pytest.raises(ProtocolError, match="cannot be sent"):
         codec.encode(Message(key), EDGE)
     with pytest.raises(ProtocolError, match="does not describe"):
-        codec.Draft(b'{"kind":"End","fields":{"key":' + b"[" * 100_000, 0, 0, EDGE)
+        codec.Draft(b'[1]\n{"kind":"End","fields":{"key":' + b"[" * 100_000, 0, 0, EDGE)
+    with pytest.raises(ProtocolError, match="does not describe"):
+        codec.Draft(b"[" * 100_000 + b'\n{"kind":"End","fields":{"key":null}}', 0, 0, EDGE)
 
 
 def test_kinds_must_be_registered_once() -> None:
@@ -165,8 +167,9 @@ def test_kinds_must_be_registered_once() -> None:
 
 
 def description(**changes: Any) -> bytes:
-    fields = {"key": 1, "text": "a", "nested": None, **changes.pop("fields", {})}
-    return json.dumps({"kind": "Note", "fields": fields, **changes}).encode()
+    values = changes.pop("values", [1, "a", 2])
+    fields = {"key": None, "text": None, "nested": None, **changes.pop("fields", {})}
+    return json.dumps(values).encode() + b"\n" + json.dumps({"kind": "Note", "fields": fields, **changes}).encode()
 
 
 HUGE = 1 << 40
@@ -175,13 +178,18 @@ BAD = [
     (b"\xff\xfe", "describe"),
     (b"[]", "describe"),
     (b"7", "describe"),
-    (b'{"kind": "Note"}', "describe"),
+    (b'[]\n{"kind": "Note"}', "describe"),
+    (description(values=7), "3 plain values"),
+    (description(values=[1, "a"]), "3 plain values"),
+    (description(values=[1, "a", [2]]), "3 plain values"),
+    (description(values={"a": 1, "b": 2, "c": 3}), "3 plain values"),
     (description(kind="os.system"), "describe"),
     (description(kind=["Note"]), "describe"),
     (description(fields={"nested": [1]}), "unknown value"),
+    (description(fields={"nested": 1}), "unknown value"),
     (description(fields={"nested": {"z": []}}), "unknown value"),
     (description(fields={"nested": {"f": [{"f": 1}]}}), "unknown value"),
-    (description(fields={"extra": 1}), "with the fields"),
+    (description(fields={"extra": None}, values=[1, "a", 2, 3]), "with the fields"),
     (description(fields={"nested": {"x": ["float31", [2]]}}), "unknown dtype"),
     (description(fields={"nested": {"x": [["float32"], [2]]}}), "unknown dtype"),
     (description(fields={"nested": {"x": ["float32", [HUGE]]}}), "impossible"),
@@ -195,7 +203,7 @@ BAD = [
     (description(fields={"nested": {"x": ["float32", [2, 3], [HUGE, 1]]}}), "impossible"),
     (description(fields={"nested": {"x": ["float32", [4], [0]]}}), "do not fit"),
     (description(fields={"nested": {"x": []}}), "describe"),
-    (description(fields={"nested": {"x": ["float32", [1 << 32]]}}), "header announced"),
+    (description(fields={"nested": {"x": ["float32", [1 << 32]]}}, values=[1, "a"]), "header announced"),
 ]
 
 
@@ -209,7 +217,9 @@ def test_bad_descriptions_are_refused_before_anything_is_allocated(
 
 
 def test_a_kind_that_refuses_its_fields_is_a_protocol_error() -> None:
-    meta = json.dumps({"kind": "Up", "fields": {f.name: 1 for f in dataclasses.fields(Up)}}).encode()
+    names = [f.name for f in dataclasses.fields(Up)]
+    meta = json.dumps([1] * len(names)).encode() + b"\n"
+    meta += json.dumps({"kind": "Up", "fields": dict.fromkeys(names)}).encode()
     with pytest.raises(ProtocolError, match="that is not one"):
         codec.Draft(meta, 0, 0, EDGE).message()
 
@@ -221,10 +231,13 @@ def test_random_descriptions_raise_protocol_errors_only(meta: bytes) -> None:
         codec.Draft(meta, 0, 0, EDGE).message()
 
 
-@given(st.recursive(scalars, lambda x: st.lists(x) | st.dictionaries(st.sampled_from("tfxkz"), x), max_leaves=10))
-def test_random_values_raise_protocol_errors_only(value: Any) -> None:
+@given(
+    st.recursive(scalars, lambda x: st.lists(x) | st.dictionaries(st.sampled_from("tfxkz"), x), max_leaves=10),
+    st.lists(scalars, max_size=6),
+)
+def test_random_layouts_and_values_raise_protocol_errors_only(nested: Any, values: list[Any]) -> None:
     try:
-        message = codec.Draft(description(fields={"nested": value}), 0, 0, EDGE).message()
+        message = codec.Draft(description(fields={"nested": nested}, values=values), 0, 0, EDGE).message()
     except ProtocolError:
         return
     assert roundtrip(message) == message
@@ -260,7 +273,7 @@ def test_every_wrong_field_of_a_header_is_named() -> None:
 
     good = frame.pack(Frame(Kind.CREDIT, 1), NUMBER, 5)
     check("magic", b"HTTP" + good[4:])
-    check("protocol version 2", good[:4] + b"\2" + good[5:])
+    check("protocol version 3", good[:4] + b"\3" + good[5:])
     check("sequence number", good, sequence=6)
     check("edge number", good, number=frame.number(EDGE, 4))
     check("edge number", good, number=frame.number("block1.down->block0.down", 3))
@@ -301,3 +314,13 @@ def test_a_number_with_something_attached_travels_as_the_number() -> None:
     arrived = roundtrip(message)
     assert arrived == message
     assert type(arrived.key[0]) is int  # pyright: ignore[reportIndexIssue]
+
+
+def test_layouts_that_are_large_are_not_kept() -> None:
+    """A few thousand of them would fill the memory."""
+    before = codec._kept_layout.cache_info().currsize, codec._kept_text.cache_info().currsize
+    ids = tuple(range(codec._SMALL))
+    assert roundtrip(Message(ids)) == Message(ids)
+    assert (codec._kept_layout.cache_info().currsize, codec._kept_text.cache_info().currsize) == before
+    roundtrip(Message(ids[:3]))
+    assert codec._kept_layout.cache_info().currsize > 0 < codec._kept_text.cache_info().currsize

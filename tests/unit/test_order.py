@@ -176,6 +176,25 @@ def test_text_is_parsed_back(order, place):
 
 @every_order
 @given(place=places)
+def test_adjacent_is_that_nothing_lies_between_a_forward_and_the_last_of_its_backward(order, place):
+    ops = [(op.kind, op.batch) for op in parse(order.text(*place, 40)) if op.kind in "FBIWS"]
+    alone = []
+    for n in range(40):
+        start, end = (
+            next(i for i, op in enumerate(ops) if op in found) for found in ([("F", n)], [("B", n), ("W", n)])
+        )
+        alone.append({batch for _, batch in ops[start : end + 1]} == {n})
+    assert order.adjacent(*place) == (all(alone) and not order.delay(*place))
+
+
+def test_what_is_written_by_hand_is_not_called_adjacent():
+    """It may change after its first passes."""
+    order = orders.explicit(["F0 B0 S F1 B1 S F2 B2 S F3 F4 B3 S B4 S"])
+    assert not order.adjacent(0, 1) and order.in_flight(0, 1) == 1
+
+
+@every_order
+@given(place=places)
 def test_the_room_an_order_asks_for_is_the_most_it_uses(order, place):
     held = list(
         itertools.accumulate({"F": 1, "B": -1, "W": -1}.get(op.kind, 0) for op in parse(order.text(*place, 40)))

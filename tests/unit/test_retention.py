@@ -265,3 +265,23 @@ def test_closing_lets_go_of_the_tensors(policy):
         assert gone() is None
     finally:
         gc.enable()
+
+
+# --- at once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [KeepInput, KeepInputAndWeights])
+def test_what_recomputes_keeps_the_graph_of_a_pass_that_comes_back_at_once(policy):
+    """The forward runs once and the gradient is the same; a correction that moves the weights asks for the second."""
+    for change, runs in ((None, 1), (lambda weights: [w + 1 for w in weights], 2)):
+        block, _ = make(policy)
+        kept, seen = policy(block, False, at_once=True), []
+        kept.backward_weights = kept.forward_weights = change
+        block.module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        x = batch(1)
+        kept.keep(0, x)
+        found = vjp(kept.open(0))
+        assert len(seen) == runs
+        if change is None:
+            assert kept.held_bytes == GRAPH
+            same(found, expected(block, x))

@@ -98,13 +98,18 @@ def test_the_critical_path_adds_up() -> None:
     assert one.critical_path == {"blocks": [18.0, 18.0, 18.0], "messages": 6 * 4 * 0.5, "room": 0.0}
 
 
+def test_a_replay_that_the_caller_asks_for_is_paid_for() -> None:
+    plain, again = (simulate("pipedream", 3, 30, Timing(recompute=r)).time for r in (False, True))
+    assert again == plain * 4 / 3  # forward 1, backward 2
+
+
 def test_a_device_that_is_too_small_is_named() -> None:
     """pipedream holds K-k graphs over as many copies; beside them weights, gradients and the optimizer's copy."""
     result = simulate("pipedream", 3, 20, load=Load(graph=10.0, weights=2.0, memory=30.0))
     assert result.held == [3 * 12.0, 2 * 12.0, 10.0]
     assert result.memory == [42.0, 30.0, 16.0] and result.too_small == {0: 42.0}
     replayed = simulate("features_replay", 3, 20, load=Load(activation=1.0, graph=10.0, weights=2.0, memory=30.0))
-    assert replayed.held == [3.0, 2.0, 1.0] and not replayed.too_small
+    assert replayed.held == [3.0, 2.0, 10.0] and not replayed.too_small
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,10 @@ def formula(case: Case, method, k: int) -> int:
         widths = (widths[0], widths[-1])
     late, kind = method.order.delay(k, case.K) > 0, method.retention
     if kind is Reconstruct:
-        kind = KeepInput if late else KeepLiveGraph  # nothing in these networks can be reversed
+        kind = KeepInput  # nothing in these networks can be reversed
+    changed = any({"forward", "backward"} & hooks(part) for part in acting(method, case, k))
+    if kind in INPUTS and method.at_once(k, case.K) and method.facts.reach(k, case.K) and not changed:
+        kind = KeepLiveGraph  # no copies
     per_row = NUMBER * (sum(widths) if kind in GRAPHS else widths[0])
     weights = NUMBER * sum(a * b + b for a, b in itertools.pairwise(widths))
     predicted = any("forward" in hooks(part) for part in acting(method, case, k))
