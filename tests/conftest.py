@@ -1,8 +1,15 @@
-"""Hypothesis: no deadlines (threads share two cores with other jobs); the same examples every time in CI."""
+"""Hypothesis: no deadlines (threads share two cores with other jobs); the same examples every time in CI.
+
+Ctrl-C: what a shell starts in the background ignores it, and so would the children that tests send it to.
+"""
 
 import os
+import signal
 
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

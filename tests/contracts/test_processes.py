@@ -296,7 +296,10 @@ def test_nothing_stays_behind_when_rank_0_is_ended(number):
         others = followers(process.pid)
         assert len(others) == 2
         process.send_signal(number)
-        _, said = process.communicate(timeout=20)
+        try:
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
     for descriptor in others.values():

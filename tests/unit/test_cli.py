@@ -151,7 +151,10 @@ def test_interrupt_stops_everything(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "training\n"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert "interrupted" in error
     assert "Traceback" not in error
