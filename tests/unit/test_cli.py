@@ -106,7 +106,7 @@ def test_a_failing_method_is_recorded_and_the_others_go_on(tmp_path: Path) -> No
 
 
 def test_train_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "method=pipedream", *SMALL, "schedule=constant"]
+    words = ["train", "method=pipedream", "blocks=[1]", *SMALL, "schedule=constant"]  # measured cuts may differ
     assert run(*words, "--out", str(tmp_path / "whole")) == 0
     assert run(*words, "epochs=1", "--out", str(tmp_path / "first")) == 0
     resumed = [f"resume={tmp_path / 'first' / 'checkpoint.pt'}", "--out", str(tmp_path / "second"), "--json"]
