@@ -79,7 +79,8 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
     tensors: list[Tensor] = []
     try:
         layout = tuple([_pack(getattr(message, name), values, tensors, keep) for name in _fields(kind)])
-        meta = _TEXT.encode(values).encode() + b"\n" + _text_of(kind, layout, few=len(values) <= _FEW)
+        write = _layout_text if len(values) <= _FEW else _layout_text.__wrapped__
+        meta = _TEXT.encode(values).encode() + b"\n" + write(kind, layout)
     except (ValueError, RecursionError, ProtocolError) as error:
         raise ProtocolError(f"edge {edge}: a message {kind.__name__} cannot be sent: {error}") from None
     size = sum([tensor.nbytes for tensor in tensors])
@@ -118,7 +119,8 @@ class Draft:
         self._edge = edge
         try:
             values, _, layout = meta.partition(b"\n")
-            self._layout = _layout_of(layout)
+            read = _read_layout if len(layout) <= _SMALL else _read_layout.__wrapped__
+            self._layout = read(layout)
             self._values, due = json.loads(values), self._layout.values
             if (
                 type(self._values) is not list
@@ -138,7 +140,7 @@ class Draft:
                 f"edge {edge}: a message describes {len(specs)} tensors of {self._layout.nbytes} bytes, "
                 f"its header announced {tensors} of {size}"
             )
-        if device is None and any(spec.stays for spec in specs):
+        if device is None and any(one.stays for one in specs):
             raise ProtocolError(f"edge {edge}: a tensor should come from a device, but no device is at this end")
         try:
             self._tensors = [
@@ -149,7 +151,7 @@ class Draft:
             ]
         except RuntimeError as error:
             raise ProtocolError(f"edge {edge}: no memory for tensors of {size} bytes: {error}") from None
-        self.pieces = [piece(tensor, spec.stays) for tensor, spec in zip(self._tensors, specs, strict=True)]
+        self.pieces = [piece(tensor, one.stays) for tensor, one in zip(self._tensors, specs, strict=True)]
 
     def message(self) -> Message:
         """The message, once the pieces are filled."""
@@ -197,15 +199,7 @@ def _pack(value: Any, values: list[Any], tensors: list[Tensor], keep: torch.devi
     )
 
 
-def _text_of(kind: type[Message], layout: tuple[Any, ...], few: bool) -> bytes:
-    return _kept_text(kind, layout) if few else _layout_text(kind, layout)
-
-
 @functools.lru_cache(_KEPT)
-def _kept_text(kind: type[Message], layout: tuple[Any, ...]) -> bytes:
-    return _layout_text(kind, layout)
-
-
 def _layout_text(kind: type[Message], layout: tuple[Any, ...]) -> bytes:
     fields = dict(zip(_fields(kind), map(_tagged, layout), strict=True))
     return _TEXT.encode({"kind": kind.__name__, "fields": fields}).encode()
@@ -222,15 +216,7 @@ def _stays(tensor: Tensor, keep: torch.device | None) -> bool:
     return keep is not None and tensor.device == keep and tensor.numel() > 0
 
 
-def _layout_of(text: bytes) -> _Layout:
-    return _kept_layout(text) if len(text) <= _SMALL else _read_layout(text)
-
-
 @functools.lru_cache(_KEPT)
-def _kept_layout(text: bytes) -> _Layout:
-    return _read_layout(text)
-
-
 def _read_layout(text: bytes) -> _Layout:
     """Check a layout. Errors are those of JSON, of looking something up, or a ProtocolError."""
     description = json.loads(text)
@@ -240,7 +226,7 @@ def _read_layout(text: bytes) -> _Layout:
     fields = tuple((name, _unpack(part, values, specs)) for name, part in description["fields"].items())
     if dict(fields).keys() != set(_fields(kind)):
         raise ProtocolError(f"a {kind.__name__} arrived with the fields {', '.join(dict(fields))}")
-    return _Layout(kind, fields, next(values), tuple(specs), sum([spec.nbytes for spec in specs]))
+    return _Layout(kind, fields, next(values), tuple(specs), sum([one.nbytes for one in specs]))
 
 
 def _unpack(part: Any, values: Iterator[int], specs: list[Spec]) -> _Part:

@@ -81,7 +81,7 @@ class Generator(Lower):
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
         assert self._lam is not None and self._g is not None
-        return self._rule.objective(y, self._lam.detach(), self._g)
+        return self._rule.objective(y, self._lam.detach(), None, self._g)
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         lam, g = self._lam, self._g

@@ -73,15 +73,14 @@ class Rule:
         violation = x - lam
         return violation.mul_(self.beta) if kap is None else torch.add(kap, violation, alpha=self.beta)
 
-    def objective(self, y: Tensor, lam: Tensor, g: Tensor) -> Tensor | None:
+    def objective(self, y: Tensor, lam: Tensor, kap: Tensor | None, g: Tensor) -> Tensor | None:
         """J at output `y`, from its `gradient` g; None while kappa is 0 and X - lambda is rounding, as at first.
 
         J = (<g, X - lambda> - beta/2 ||X - lambda||^2) / B; only <g, y> / B has a graph, which is all of its gradient.
         """
         violation, g_flat = (y.detach() - lam).flatten().to(g.dtype), g.flatten()
         square = torch.dot(violation, violation)
-        kappa_is_0 = not torch.add(g_flat, violation, alpha=-self.beta).any()
-        if kappa_is_0 and rounding(float(square), y, squared(y)):
+        if rounding(float(square), y, squared(y)) and (kap is None or not kap.any()):
             return None
         value = torch.dot(g_flat, violation) - square * (self.beta / 2)
         linear = torch.dot(y.flatten().to(g_flat.dtype), g_flat)

@@ -106,7 +106,7 @@ class Below(Lower):
         if visit.answered:  # a sweep: lambda has moved since
             visit.g = self._rule.gradient(visit.x, visit.lam, visit.kap)
         self._half_done(data.key, visit)
-        return self._rule.objective(self._filter.down(y), visit.lam, visit.g)
+        return self._rule.objective(self._filter.down(y), visit.lam, visit.kap, visit.g)
 
     def answer(self, payload: tuple[Tensor, ...] | None) -> None:
         key, visit = next(item for item in self._visits.items() if not item[1].answered)

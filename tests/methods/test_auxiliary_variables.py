@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from decoupled import registry
 from decoupled.errors import OperationError, UserError
 from decoupled.messages import Data, Down, Up
-from decoupled.methods.auxiliary_variables.variable import Rule, Variable, nonnegative_step, proximal_step
+from decoupled.methods.auxiliary_variables.variable import Rule, Variable, nonnegative_step, proximal_step, rounding
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2, 3), sizes=(6, 6, 5))
@@ -439,3 +439,4 @@ def test_only_rounding_is_no_objective(dtype):
             half.z = (y.double() * (1 + gap)).to(dtype)
             half.u = torch.zeros_like(y)
             assert (half.objective(y, None) is None) == nothing
+    assert not rounding(1.0, y, float("inf"))

@@ -610,3 +610,14 @@ def test_multigrid_refuses_what_it_cannot_solve():
         Multigrid([nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))], 1)
     with pytest.raises(UserError, match="must be at least 1"):
         Multigrid(layers, 2, iterations=0)
+
+
+def test_a_small_multiplier_counts_where_the_violation_is_only_rounding():
+    """Before any answer there is nothing to fit; a recorded gradient is exact, however small."""
+    rule = Rule(100.0, 0.004, sigma=0.1)
+    y = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    lam = y * (1 + torch.finfo(y.dtype).eps)
+    for kap, nothing in ((None, True), (torch.zeros_like(y), True), (torch.full_like(y, 1e-5), False)):
+        assert (rule.objective(y, lam, kap, rule.gradient(y, lam, kap)) is None) == nothing
+    nan = torch.full_like(y, float("nan"))
+    assert rule.objective(y, y, nan, rule.gradient(y, y, nan)) is not None

@@ -318,9 +318,9 @@ def test_a_number_with_something_attached_travels_as_the_number() -> None:
 
 def test_layouts_that_are_large_are_not_kept() -> None:
     """A few thousand of them would fill the memory."""
-    before = codec._kept_layout.cache_info().currsize, codec._kept_text.cache_info().currsize
+    before = codec._read_layout.cache_info().currsize, codec._layout_text.cache_info().currsize
     ids = tuple(range(codec._SMALL))
     assert roundtrip(Message(ids)) == Message(ids)
-    assert (codec._kept_layout.cache_info().currsize, codec._kept_text.cache_info().currsize) == before
+    assert (codec._read_layout.cache_info().currsize, codec._layout_text.cache_info().currsize) == before
     roundtrip(Message(ids[:3]))
-    assert codec._kept_layout.cache_info().currsize > 0 < codec._kept_text.cache_info().currsize
+    assert codec._read_layout.cache_info().currsize > 0 < codec._layout_text.cache_info().currsize

@@ -59,5 +59,6 @@ def test_a_profile_is_simulated(tmp_path: Path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["blocks"] == 2 and 0 < found["time"] < 60
     assert found["bytes_up"][0] == pytest.approx(64 * blocks[0]["bytes_up"] / blocks[0]["samples"])
+    assert found["held"][-1] == pytest.approx(blocks[-1]["peak_held_bytes"])  # the top block keeps its graph
     assert main(["simulate", "method=pipedream", f"profile={out}", "blocks=3"]) == 2
     assert "2 blocks, asked for are 3" in capsys.readouterr().err
