@@ -51,6 +51,7 @@ def publish(directory: Path, only: Sequence[str] | None = None, missing: bool = 
     suite, where = results["suite"], provenance(results)
     table = "\n".join([HEADER, *rows.values()])
     path = ROOT / "benchmarks" / "results" / f"{suite}.md"
+    table += as_trained(by_label(results))
     path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
     fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
     for card in (ROOT / "methods").glob("*/*.md"):
@@ -60,7 +61,8 @@ def publish(directory: Path, only: Sequence[str] | None = None, missing: bool = 
             base = [rows[results["baseline"]]] if results["baseline"] in rows else []
             lines = "\n".join(dict.fromkeys([*base, *own[card.stem]]))
             text = f"Suite `{suite}`, see [all methods](../../benchmarks/results/{suite}.md):\n\n"
-            fill(card, "results", f"{text}{HEADER}\n{lines}\n\n{where}")
+            note = as_trained({n: r for n, r in by_label(results).items() if r[0]["method"] == card.stem})
+            fill(card, "results", f"{text}{HEADER}\n{lines}{note}\n\n{where}")
 
 
 def carry_pages(root: Path) -> None:
@@ -113,6 +115,21 @@ def row(records: list[dict[str, Any]]) -> str:
         f"{fmean(late):.2f}, at most {max(late)}",
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def as_trained(groups: dict[str, list[dict[str, Any]]]) -> str:
+    """A paragraph on accuracies without running statistics estimated again before the test, if they ever were."""
+    found = []
+    for name, records in groups.items():
+        values = [100 * r["test_accuracy_as_trained"] for r in records if r.get("test_accuracy_as_trained") is not None]
+        if values:
+            found.append(f"{name} {fmean(values):.1f} ({min(values):.1f}..{max(values):.1f})")
+    if not found:
+        return ""
+    return (
+        "\n\nWhere blocks are trained on something else than the forward network gives them, the running statistics of "
+        f"BatchNorm were estimated again before every test, on the training images. Without that: {', '.join(found)}."
+    )
 
 
 def expand(histogram: dict[str, int]) -> list[int]:

@@ -213,6 +213,8 @@ class Coupling(ABC):
         lossy: whether a block takes what is there, so that batches are dropped or used again as arrivals decide.
         linear: whether what comes down is linear in the gradient and only handed on as one, so that a loss scale may
             stay in it; else it is divided by the scale before it is sent.
+        substitutes: whether blocks are trained on other inputs than the forward network gives them, so that running
+            statistics of BatchNorm do not fit it; `Trainer.update_bn` makes them fit before a test.
     """
 
     up: tuple[str, ...] = ("activation",)
@@ -220,6 +222,7 @@ class Coupling(ABC):
     down_like_up: bool = True
     lossy: bool = False
     linear: bool = False
+    substitutes: bool = False
 
     @abstractmethod
     def lower(self, place: Place) -> Lower:

@@ -3,7 +3,9 @@
     source --inputs--> block 0 --up--> block 1 --up--> ... block K-1 <--targets-- source
 
 It is a graph like training, so it runs where the blocks live, and batches follow one another through them.
-`evaluate` does it in the caller, for networks outside the library.
+`evaluate` does it in the caller, for networks outside the library. `update_bn` and `update_blocks` run the same way, to
+estimate running statistics again: of methods whose blocks are trained on something else than the forward network gives
+them (`Coupling.substitutes`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from decoupled.block import Block
 from decoupled.coupling import Loss
@@ -57,22 +60,22 @@ class Score:
 
 
 class Stage(Actor):
-    """One block of the forward network, in evaluation mode.
+    """One block of the forward network, in the mode it is in.
 
     Args:
         block: the block. k, K: its number, and how many there are.
-        loss: (output, target) -> scalar batch mean.
+        loss: (output, target) -> scalar batch mean; None: nothing is scored, and no targets are read.
 
     Attributes:
         score: of the last block.
     """
 
-    def __init__(self, block: Block, k: int, K: int, loss: Loss) -> None:
+    def __init__(self, block: Block, k: int, K: int, loss: Loss | None) -> None:
         self.name, self.device, self.score = block.name, block.device, Score()
         self._block, self._loss = block, loss
         self._ports = ("data",) if k == 0 else ("up",)
         self._last = k == K - 1
-        if self._last and k:
+        if self._last and k and loss is not None:
             self._ports += ("data",)
         self._ended = False
 
@@ -86,7 +89,8 @@ class Stage(Actor):
         try:
             return self._run(messages)
         except Exception as error:
-            raise OperationError(self.name, f"evaluation of batch {messages[0].key}", error) from error
+            what = "update_bn with" if self._loss is None else "evaluation of"
+            raise OperationError(self.name, f"{what} batch {messages[0].key}", error) from error
 
     def _run(self, messages: tuple[Message, ...]) -> Outcome:
         given, data = messages[0], messages[-1]
@@ -96,9 +100,10 @@ class Stage(Actor):
         if not self._last:
             up = Up(given.key, batch=0, round=0, indices=None, version=self._block.version, payload=(y,))
             return Outcome(f"F{given.key}", [("up", up)])
-        assert isinstance(data, Data) and data.targets is not None
-        with torch.no_grad():
-            self.score.add(y, data.targets, self._loss)
+        if self._loss is not None:
+            assert isinstance(data, Data) and data.targets is not None
+            with torch.no_grad():
+                self.score.add(y, data.targets, self._loss)
         return Outcome(f"F{given.key}")
 
 
@@ -106,15 +111,33 @@ def evaluate_blocks(
     blocks: Sequence[Block], batches: Iterable[Any], loss: Loss, runtime: Runtime, output: tuple[int, ...] | None
 ) -> dict[str, float]:
     """The same as `evaluate`, on the runtime where the blocks live; `output`: refuse labels that do not fit it."""
+    with evaluating([block.module for block in blocks]):
+        return _forward(blocks, batches, loss, runtime, output).means()
+
+
+def update_blocks(blocks: Sequence[Block], batches: Iterable[Any], runtime: Runtime) -> None:
+    """The same as `update_bn`, on the runtime where the blocks live."""
+    with averaging([block.module for block in blocks]):
+        _forward(blocks, batches, None, runtime, None)
+
+
+def _forward(
+    blocks: Sequence[Block],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    runtime: Runtime,
+    output: tuple[int, ...] | None,
+) -> Score:
+    """Run batches through the blocks; the score of the last one."""
     stages = [Stage(block, k, len(blocks), loss) for k, block in enumerate(blocks)]
     first, last = stages[0].name, stages[-1].name
-    readers = [Reader(name, inputs=name == first, targets=name == last) for name in dict.fromkeys((first, last))]
+    reading = dict.fromkeys((first, last) if loss is not None else (first,))
+    readers = [Reader(name, name == first, loss is not None and name == last) for name in reading]
     ahead = AHEAD * (len(stages) + 1)  # targets wait until their inputs have come through
     edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
     edges += [Edge(below.name, "up", above.name, "up", AHEAD) for below, above in itertools.pairwise(stages)]
-    with evaluating([block.module for block in blocks]):
-        runtime.run(Graph([Source(batches, Whole(), readers, output=output), *stages], edges))
-    return runtime.agree(stages[-1].score, of=last).means()
+    runtime.run(Graph([Source(batches, Whole(), readers, output=output), *stages], edges))
+    return runtime.agree(stages[-1].score, of=last)
 
 
 def evaluate(units: Sequence[nn.Module], batches: Iterable[Any], loss: Loss) -> dict[str, float]:
@@ -132,11 +155,28 @@ def evaluate(units: Sequence[nn.Module], batches: Iterable[Any], loss: Loss) -> 
     with evaluating(units), torch.no_grad():
         for item in batches:
             x, targets, _ = unpack(item)
-            for unit in units:
-                reference = next(unit.parameters(), None)
-                x = unit(x if reference is None else x.to(reference.device))
-            score.add(x, targets, loss)
+            score.add(_through(units, x), targets, loss)
     return score.means()
+
+
+def update_bn(units: Sequence[nn.Module], batches: Iterable[Any]) -> None:
+    """Estimate running statistics again in the caller; see `Trainer.update_bn`. Arguments as of `evaluate`."""
+    with averaging(units), torch.no_grad():
+        for item in batches:
+            _through(units, unpack(item)[0])
+
+
+def normalising(units: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """The layers that have running statistics."""
+    layers = {layer: None for unit in units for layer in unit.modules() if isinstance(layer, _BatchNorm)}
+    return [layer for layer in layers if layer.running_mean is not None]
+
+
+def _through(units: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for unit in units:
+        reference = next(unit.parameters(), None)
+        x = unit(x if reference is None else x.to(reference.device))
+    return x
 
 
 class evaluating:
@@ -152,3 +192,30 @@ class evaluating:
     def __exit__(self, *_: object) -> None:
         for module, mode in self._modes:
             module.training = mode
+
+
+class averaging(evaluating):
+    """Within, running statistics become plain means over the batches that come, and nothing else trains.
+
+    Afterwards modes and momentum are the former ones; after an exception the statistics, too.
+    """
+
+    def __init__(self, units: Sequence[nn.Module]) -> None:
+        super().__init__(units)
+        self._layers = normalising(units)
+        self._momentum = [layer.momentum for layer in self._layers]
+        self._former = [[buffer.clone() for buffer in layer.buffers()] for layer in self._layers]
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        for layer in self._layers:
+            layer.reset_running_stats()
+            layer.momentum, layer.training = None, True  # type: ignore[assignment]
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        for layer, momentum, former in zip(self._layers, self._momentum, self._former, strict=True):
+            layer.momentum = momentum
+            if exception[0] is not None:
+                for buffer, value in zip(layer.buffers(), former, strict=True):
+                    buffer.copy_(value)

@@ -20,7 +20,7 @@ from decoupled import checkpoint, costs, registry
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
-from decoupled.experiment import Setting, label, make_trainer
+from decoupled.experiment import Setting, label, make_trainer, scores
 from decoupled.graph.train import train_graph
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
@@ -94,7 +94,7 @@ def train(
 
 def _epoch(trainer: Trainer, setting: Setting, seed: int, out: Path | None, reporter: Reporter) -> dict[str, Any]:
     record: dict[str, Any] = dict(trainer.fit(setting.loader(seed))[0])
-    held_out = trainer.evaluate(setting.held_out("validation"))
+    (held_out,) = scores(trainer, setting, seed, "validation")
     record |= {f"validation_{name}": value for name, value in held_out.items()}
     reporter.line(
         f"epoch {record['epoch']:3}  loss {record['loss']:.4f}  "

@@ -24,7 +24,7 @@ from decoupled.build import Model, Recipe, assemble, chain, cut, decision, make_
 from decoupled.checkpoint import check, load_worker_states, rng_state, set_rng_state
 from decoupled.coupling import Loss
 from decoupled.errors import PeerLost, UserError
-from decoupled.evaluation import evaluate, evaluate_blocks
+from decoupled.evaluation import evaluate, evaluate_blocks, update_blocks, update_bn
 from decoupled.method import Method
 from decoupled.runtime.contract import Actor, Graph, Observer, Runtime
 from decoupled.selection import SelectionStatistics
@@ -184,6 +184,23 @@ class Trainer:
         blocks = [worker.block for worker in self._workers]
         with self._runtime.call(self, "evaluate", ()):
             return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._output)
+
+    def update_bn(self, batches: Iterable[Any]) -> None:
+        """Estimate the running statistics of BatchNorm again: means over what the forward network makes of `batches`.
+
+        Needed before a test where `method.coupling.substitutes`: there blocks were trained on other inputs than those
+        that the network gives them. As `torch.optim.swa_utils.update_bn`, but with dropout off, and where blocks live.
+
+        Raises:
+            UserError: no batches. OperationError: a block failed; the former statistics are kept.
+        """
+        if self._runtime.rank == 0:
+            _, batches = peek(batches, "update_bn")
+        if not self._workers or self._closed:
+            return update_bn(self._network(), batches)
+        with self._runtime.call(self, "update_bn", ()):
+            self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)
+            update_blocks([worker.block for worker in self._workers], batches, self._runtime)
 
     def statistics(self) -> list[BlockStatistics]:
         """One frozen record per block, counted since the trainer was made."""

@@ -157,6 +157,8 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
         Column("Work", "MFLOP/sample, counted", work, significant, min, ("heads", heads, significant)),
         Column("Parameters", "of the network", _of("parameters"), fixed(0), None, ("+", auxiliary, fixed(0))),
     ]
+    as_trained = Column("As trained", "%, BatchNorm not estimated again", _of("test_accuracy_as_trained"), percent, max)
+    columns[1:1] = [as_trained] if any(m.stat(as_trained.measure) for m in summaries) else []
     if not own:
         return columns
     # What else these runs measure of themselves; a column that none of them fills is left out then.

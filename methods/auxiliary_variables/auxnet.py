@@ -39,6 +39,7 @@ class Generated(Coupling):
 
     up = ("auxiliary variable",)
     down = ("gradient",)
+    substitutes = True
 
     def __init__(self, rule: Rule, width: int) -> None:
         self.rule, self.width = rule, width

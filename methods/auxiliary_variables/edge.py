@@ -38,6 +38,7 @@ class AuxiliaryVariable(Coupling):
     output: bool = False
     up = ("auxiliary variable",)
     down = ("gradient",)
+    substitutes = True
 
     def lower(self, place: Place) -> Lower:
         if place.k == 0 and self.depth is not None and self.depth < place.K:

@@ -37,6 +37,7 @@ class LayerParallel(Coupling):
     depth: int | None = None
     up = ("auxiliary variable",)
     down = ("gradient",)
+    substitutes = True
 
     def lower(self, place: Place) -> Lower:
         if place.k == 0 and self.depth is not None and self.depth < place.K:

@@ -41,6 +41,7 @@ class Goodness(Coupling):
     threshold: float
     up: tuple[str, ...] = field(default=("neutral", "positive", "negative"), init=False)
     down: tuple[str, ...] = field(default=(), init=False)
+    substitutes: bool = field(default=True, init=False)
 
     def lower(self, place: Place) -> Lower:
         return Top(place) if place.top else GoodnessLower(place, self.threshold)
