@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,7 +79,7 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
     values: list[Any] = []
     tensors: list[Tensor] = []
     try:
-        layout = tuple([_pack(getattr(message, name), values, tensors, keep) for name in _fields(kind)])
+        layout = tuple([_pack(part, values, tensors, keep) for part in _parts(kind)(message)])
         write = _layout_text if len(values) <= _FEW else _layout_text.__wrapped__
         meta = _TEXT.encode(values).encode() + b"\n" + write(kind, layout)
     except (ValueError, RecursionError, ProtocolError) as error:
@@ -165,6 +166,14 @@ class Draft:
 @functools.cache
 def _fields(kind: type[Message]) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
+
+
+@functools.cache
+def _parts(kind: type[Message]) -> Callable[[Message], tuple[Any, ...]]:
+    """What reads all fields of a message."""
+    first, *more = _fields(kind)
+    read = operator.attrgetter(first, *more)
+    return read if more else lambda message: (read(message),)
 
 
 # Where a part of a message comes from: value n is n, tensor n is ~n, a tuple or frozenset is its type and its parts.

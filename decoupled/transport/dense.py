@@ -60,7 +60,8 @@ def lay_out(tensor: Tensor, tensors: list[Tensor]) -> Sequence[Any]:
         raise ProtocolError(f"no tensors of {tensor.dtype}; known: {', '.join(_BY_NAME)}")
     if tensor.dim() > _DIMENSIONS:
         raise ProtocolError(f"a tensor has {tensor.dim()} dimensions; the limit is {_DIMENSIONS}")
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     description, has_gaps = _description(tensor.dtype, tensor.shape, tensor.stride())

@@ -45,19 +45,18 @@ class LinkOutlet(Outlet):
         return self._link.sent_bytes + self._large_bytes
 
     def ready(self, timeout: float | None = None) -> bool:
+        if self._credits and self._over is None:
+            return True  # what the target has said is read when the credits are used up: one call of the system for all
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._turn:
             while True:
                 if self._over:
                     raise self._over.with_traceback(None)
-                patience = 0.0 if self._credits else None if deadline is None else deadline - time.monotonic()
-                if self._link.wait(patience):
-                    self._handle()  # also with credits left: who has said goodbye gets nothing more
-                elif self._over:
-                    continue
-                elif self._credits:
+                if self._credits:
                     return True
-                elif patience is not None:
+                if self._link.wait(None if deadline is None else deadline - time.monotonic()):
+                    self._handle()
+                elif deadline is not None and not self._over:
                     return False
 
     def send(self, message: Message) -> None:

@@ -106,15 +106,16 @@ def unpack(data: bytes | bytearray | memoryview, edge: int, sequence: int, name:
         raise ProtocolError(f"edge {name}: a header has {what} {is_!r} where {was!r} is due")
     if kind not in _KINDS:
         raise ProtocolError(f"edge {name}: a header of unknown kind {kind}")
-    for what, found, limit in (
-        ("tensors", tensors, TENSORS_LIMIT),
-        ("bytes of description", meta_bytes, META_LIMIT),
-        ("bytes of tensors", amount, PAYLOAD_LIMIT),
-    ):
-        if found > limit:
-            raise ProtocolError(f"edge {name}: a header announces {found} {what}, more than the limit of {limit}")
-    return Header(Kind(kind), amount, sent, tensors, meta_bytes, meta_checksum)
+    if tensors > TENSORS_LIMIT or meta_bytes > META_LIMIT or amount > PAYLOAD_LIMIT:
+        announced = (
+            ("tensors", tensors, TENSORS_LIMIT),
+            ("bytes of description", meta_bytes, META_LIMIT),
+            ("bytes of tensors", amount, PAYLOAD_LIMIT),
+        )
+        what, found, limit = next(one for one in announced if one[1] > one[2])
+        raise ProtocolError(f"edge {name}: a header announces {found} {what}, more than the limit of {limit}")
+    return Header(_KINDS[kind], amount, sent, tensors, meta_bytes, meta_checksum)
 
 
-_KINDS = frozenset(int(kind) for kind in Kind)
+_KINDS = {int(kind): kind for kind in Kind}
 _CHECKED = ("magic", "protocol version", "checksum", "edge number", "sequence number")

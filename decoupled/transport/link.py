@@ -74,7 +74,7 @@ class Link:
         with self._writing:
             first = frame.pack(header, self._number, self._written)
             self._written += 1
-            buffers = [memoryview(first), memoryview(header.meta), *(piece.data for piece in pieces)]
+            buffers = [memoryview(first + header.meta), *[piece.data for piece in pieces]]
             self.sent_bytes += sum(map(len, buffers))  # before anybody can have received them
             self._held += buffers
             return not hold and self._write(wait)
@@ -224,7 +224,7 @@ class Link:
 
     def _write(self, wait: bool) -> bool:
         """Write what is held; called with `_writing` held."""
-        buffers = self._held = [buffer for buffer in self._held if len(buffer)]
+        buffers = self._held
         while buffers:
             try:
                 sent = self._socket.sendmsg(buffers[:_VECTORS], (), 0 if wait else socket.MSG_DONTWAIT)
