@@ -9,8 +9,7 @@ Gomez, Ren, Urtasun and Grosse, "The reversible residual network" (2017), in the
       -> ... `stages` stages, each with twice the channels
       -> [BN, ReLU, mean over space, linear]     last unit  (N, classes)
 
-A reversible unit maps (x1, x2) to (x2 + f(x1), x1), f = conv BN ReLU conv BN; its inverse subtracts. No operation is in
-place.
+A reversible unit is `decoupled.reversible.Coupled` with f = conv BN ReLU conv BN. No operation is in place.
 """
 
 from __future__ import annotations
@@ -21,34 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from decoupled.errors import UserError
+from decoupled.reversible import Coupled
 from decoupled.specs import positive
-
-
-class Coupled(nn.Module):
-    """The reversible unit: ``(x1, x2) -> (x2 + f(x1), x1)``, streams side by side in dimension 1.
-
-    Args:
-        f: maps one stream to one of the same shape.
-
-    Example:
-        >>> unit, x = Coupled(nn.Linear(3, 3)).double(), torch.randn(2, 6, dtype=torch.float64)
-        >>> torch.allclose(unit.inverse(unit(x)), x)
-        True
-    """
-
-    def __init__(self, f: nn.Module) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, 2C, ...) to (N, 2C, ...)."""
-        first, second = x.chunk(2, dim=1)
-        return torch.cat((second + self.f(first), first), dim=1)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """The input that gives `y`; same shape."""
-        first, second = y.chunk(2, dim=1)
-        return torch.cat((second, first - self.f(second)), dim=1)
 
 
 class Streams(nn.Module):

@@ -1,5 +1,6 @@
 """Reversible blocks: how exactly they reverse, what they keep, and that PETRA does what its equations say (D1-D3)."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,9 @@ from decoupled import OperationError, Trainer
 from decoupled.block import Block
 from decoupled.errors import ProtocolError, UserError
 from decoupled.models import build
-from decoupled.models.revnet import Coupled, revnet
+from decoupled.models.revnet import revnet
 from decoupled.order import sync
-from decoupled.reversible import Reconstruct, invert, invertible
+from decoupled.reversible import Coupled, Reconstruct, invert, invertible
 from decoupled.testing import OPTIMIZERS, Case, compare, flat, point, train
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -162,6 +163,41 @@ def test_where_nothing_is_reversible_it_is_dsp(microbatches):
     petra = {"name": "petra", "microbatches": microbatches}
     dsp = replace(point("dsp"), order=point(petra).order, feed=point(petra).feed)
     compare(train(case, petra).weights, train(case, dsp).weights, tolerance=0.0)
+
+
+class Unknown(nn.Module):
+    """A unit that is only known to have an inverse."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x):
+        return self.unit(x)
+
+    def inverse(self, y):
+        return self.unit.inverse(y)
+
+
+def counted(wrap, norm, size):
+    """Train on the first `size` batches; the run, and how often f ran in each reversible block."""
+    blocks, calls = network(norm=norm), Counter[int]()
+    for k in (1, 2):
+        for unit in blocks[k]:
+            unit.get_submodule("f").register_forward_hook(lambda *_, k=k: calls.update([k]))
+        blocks[k] = nn.Sequential(*map(wrap, blocks[k]))
+    return fit("petra", blocks, batches=SAMPLES.batches()[:size]), calls
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_f_runs_once_in_a_backward_and_that_changes_no_bit(norm):
+    """Per batch twice: forward and backward. Of a module of which only the inverse is known three times."""
+    runs = []
+    for wrap, times in ((lambda unit: unit, 2), (Unknown, 3)):
+        (_, few), (run, many) = (counted(wrap, norm, size) for size in (4, 8))  # building runs f, too
+        assert {k: many[k] - few[k] for k in (1, 2)} == {1: 4 * 2 * times, 2: 4 * 2 * times}
+        runs.append(run)
+    compare(runs[0].weights, runs[1].weights, tolerance=0.0)
 
 
 def test_running_statistics_move_once_per_batch_in_the_forward():
