@@ -4,8 +4,9 @@
     replays          two threads against the method's own bound: its slower block alone on one core, replay included
     reverses         two threads against the method's own work in one thread, on a reversible network
 
-Which methods these are follows from what they keep (`Method.retention`) and from gradients being late. Contestants run
-one at a time in turned order, round by round; ratios are taken within a round. Results go to
+Which methods these are follows from what they keep (`Method.retention`) and from gradients being late. What a ratio
+compares runs right after one another, one at a time, in the opposite order every other round: laps of one contestant
+can be 1.5 times apart on a machine that is shared, and its pace drifts. Results go to
 ``benchmarks/results/delayed_speed.md``.
 """
 
@@ -30,6 +31,7 @@ from decoupled.testing import label, point, variants
 
 K = 2
 KINDS = ("keeps graphs", "replays", "reverses")
+PLAIN = "plain loop"
 MUST = {"keeps graphs": 1.80, "replays": 0.95, "reverses": 1.70}
 Round = Mapping[str, Measurement]
 Specs = dict[str, dict[str, Any]]
@@ -77,19 +79,29 @@ def groups(wanted: str, specs: Specs) -> list[Group]:
     """The processes of one kind."""
     ours = Group(build, {name: name for name in specs}, options={"specs": specs})
     if wanted == "keeps graphs":
-        return [Group(plain.build, {"run": "plain"}), ours]
-    parts = [f"{name} {part}" for name in specs for part in ("serial", "block 0", "block 1")]
+        return [Group(plain.build, {"run": PLAIN}, share=0.5), ours]
+    parts = [part for name in specs for _, part in bout(wanted, name)[1:]]
     return [ours, Group(alone.build, {part: part for part in parts}, 1, 0.5, KEEP, {"specs": specs})]
+
+
+def bout(wanted: str, name: str) -> list[contest.Bout]:
+    """A method, and what its figure compares it with."""
+    if wanted == "keeps graphs":
+        return [(name, name), (f"{name} {PLAIN}", PLAIN)]
+    parts = ("block 0", "block 1") if wanted == "replays" else ("serial", "block 0", "block 1")
+    return [(one, one) for one in (name, *(f"{name} {part}" for part in parts))]
 
 
 def ratio(wanted: str, name: str, round: Round) -> tuple[float, float]:
     """The figure of one method in one round, and the most that it could be."""
     ours = round[name].seconds
     if wanted == "keeps graphs":
-        return round["plain"].seconds / ours, float("nan")
+        return round[f"{name} {PLAIN}"].seconds / ours, float("nan")
     slower = max(round[f"{name} block {k}"].seconds for k in range(K))
+    if wanted == "replays":
+        return slower / ours, 1.0
     serial = round[f"{name} serial"].seconds
-    return (slower / ours, 1.0) if wanted == "replays" else (serial / ours, serial / slower)
+    return serial / ours, serial / slower
 
 
 def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
@@ -104,8 +116,9 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
         say(f"{wanted}: {', '.join(specs)}; {setting.model}, cut before unit {setting.cut}")
         if wanted == "keeps graphs":
             limits = contest.weigh_blocks(setting, options.rounds, max(1, options.batches // 8), options.patience)
+        bouts = [bout(wanted, name) for name in specs]
         held = contest.hold_rounds(
-            setting, groups(wanted, specs), options.rounds, options.batches, options.patience, say
+            setting, groups(wanted, specs), options.rounds, options.batches, options.patience, say, bouts
         )
         parts.append(section(wanted, setting, specs, list(held), limits))
     facts = machine(started)
@@ -175,11 +188,11 @@ def page(parts: Sequence[str], options: Options, facts: Mapping[str, Any], secon
     """The results as a page."""
     how = (
         "SGD with momentum, cross entropy, synthetic data; one intra-op thread per worker. "
-        f"{options.rounds} rounds of {options.batches} batches (half of it for what runs alone), contestants one at a "
-        f"time in turned order after {WARMUP} batches of warm-up; ratios are taken within a round; shown are median "
-        "(lowest .. highest). Filling and draining are included. *Others*: cores that other programs used in the worst "
-        "round; figures hold for an idle machine. What methods hold per block is tested to equal the formula of their "
-        "cards exactly: `pytest tests/zoo/test_memory.py`."
+        f"{options.rounds} rounds of {options.batches} batches (half of it for what runs on one core) after {WARMUP} "
+        "batches of warm-up; what a ratio compares runs right after one another, in the opposite order every other "
+        "round; shown are median (lowest .. highest). Filling and draining are included. *Others*: cores that other "
+        "programs used in the worst round; figures hold for an idle machine. What methods hold per block is tested to "
+        "equal the formula of their cards exactly: `pytest tests/zoo/test_memory.py`."
     )
     head = f"{environment(facts, _command(options), seconds)} {how}"
     return "\n\n".join(["# Speed of methods with late gradients", head, *parts]) + "\n"

@@ -19,6 +19,7 @@ from decoupled.benchmarks.peers.network import Network
 from decoupled.benchmarks.peers.noise import QUIET, busy_seconds, wait_quiet
 from decoupled.benchmarks.peers.setting import Setting
 
+Bout = tuple[str, str]  # what a measurement is called, and the contestant
 WARMUP = 2  # batches before every measured run, not measured
 # glibc gives freed memory back to the system and has to ask for it again in the next batch; these settings keep it.
 KEEP = {
@@ -90,24 +91,37 @@ def find_cut(setting: Setting, tries: int = 5) -> int:
 
 
 def hold_rounds(
-    setting: Setting, chosen: Sequence[Group], rounds: int, batches: int, patience: float, say: Callable[[str], None]
+    setting: Setting,
+    chosen: Sequence[Group],
+    rounds: int,
+    batches: int,
+    patience: float,
+    say: Callable[[str], None],
+    bouts: Sequence[Sequence[Bout]] | None = None,
 ) -> Iterator[dict[str, Measurement]]:
-    """Yield one round after the other: contestant -> measurement, the order rotated between rounds."""
+    """Yield one round after the other: name -> measurement, where to begin rotated between rounds.
+
+    Args:
+        bouts: what is compared runs right after one another, in the opposite order every other round, so that a machine
+            whose pace drifts favours nobody; by default every contestant has a bout of its own.
+    """
     with start(setting, chosen) as hosts:
-        entries = [
-            (name, hosts[i], run, max(1, round(batches * group.share)))
+        entries = {
+            name: (hosts[i], run, max(1, round(batches * group.share)))
             for i, group in enumerate(chosen)
             for run, name in group.runs.items()
-        ]
-        for name, host, run, _ in entries:
+        }
+        for name, (host, run, _) in entries.items():
             say(f"warm-up: {name}")
             host.run(run, WARMUP)
+        order = [[(name, name)] for name in entries] if bouts is None else bouts
         for number in range(rounds):
-            first = number * max(1, len(entries) // rounds) % len(entries)
+            first = number * max(1, len(order) // rounds) % len(order)
             results = {}
-            for name, host, run, count in itertools.chain(entries[first:], entries[:first]):
-                results[name] = _measure(host, run, count, patience)
-                say(f"round {number + 1}/{rounds}: {name:22} {_text(results[name])}")
+            for bout in itertools.chain(order[first:], order[:first]):
+                for name, contestant in bout[:: -1 if number % 2 else 1]:
+                    results[name] = _measure(*entries[contestant], patience)
+                    say(f"round {number + 1}/{rounds}: {name:22} {_text(results[name])}")
             yield results
 
 

@@ -1,10 +1,12 @@
 """The benchmark of methods with late gradients: who takes part, what is divided by what, and what blocks do alone."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from decoupled import registry
 from decoupled.benchmarks import delayed_speed
-from decoupled.benchmarks.peers import alone
+from decoupled.benchmarks.peers import alone, contest
 from decoupled.benchmarks.peers.contest import Measurement
 from decoupled.benchmarks.peers.setting import Setting
 
@@ -27,7 +29,7 @@ def measured(**seconds):
 
 
 def test_what_is_divided_by_what():
-    one = measured(plain=6.0, m=4.0, m_serial=7.0, m_block_0=3.0, m_block_1=3.6)
+    one = measured(m_plain_loop=6.0, m=4.0, m_serial=7.0, m_block_0=3.0, m_block_1=3.6)
     assert delayed_speed.ratio("keeps graphs", "m", one)[0] == 1.5
     assert delayed_speed.ratio("replays", "m", one) == (0.9, 1.0)
     assert delayed_speed.ratio("reverses", "m", one) == (1.75, pytest.approx(7 / 3.6))
@@ -40,6 +42,28 @@ def test_blocks_work_alone_as_long_as_they_are_asked(spec):
     for run in runs.values():
         for batches in (2, 4, 2):
             run(batches)
+
+
+def test_what_is_compared_runs_right_after_one_another(monkeypatch):
+    class Recording:
+        def __init__(self):
+            self.ran = []
+
+        def run(self, name, batches):
+            self.ran.append((name, batches))
+            return contest.Measurement(1.0, 1.0, 0.0, 0.0)
+
+    host = Recording()
+    monkeypatch.setattr(contest, "start", lambda *given: nullcontext([host]))
+    monkeypatch.setattr(contest, "wait_quiet", lambda deadline: None)
+    group = contest.Group(dict, {"a": "a", "b": "b", "plain": "plain"})
+    bouts = [[("a", "a"), ("a plain", "plain")], [("b", "b"), ("b plain", "plain")]]
+    found = list(contest.hold_rounds(SMALL, [group], 3, 8, 0.0, lambda line: None, bouts))
+    assert [list(one) for one in found] == [
+        ["a", "a plain", "b", "b plain"], ["b plain", "b", "a plain", "a"], ["a", "a plain", "b", "b plain"],
+    ]  # fmt: skip
+    ran = " ".join(name for name, batches in host.ran if batches == 8)
+    assert ran == "a plain b plain plain b plain a a plain b plain"
 
 
 def test_the_page_says_what_was_missed():
