@@ -38,6 +38,7 @@ from decoupled.runtime.timing import Timing
 from decoupled.simulate import simulate
 
 BACKPROP = "plain backprop, 1 thread"
+TWICE = "plain backprop, twice at once"
 MUST = 1.85
 CHUNKED: dict[str, Any] = {"name": "chunked_local", "chunks": 2}
 
@@ -78,6 +79,7 @@ def groups(two: list[int], four: list[int]) -> list[Group]:
 
     return [
         Group(plain.build, {"run": BACKPROP}),
+        Group(plain.build, {"run": TWICE}, ranks=2),
         alone("greedy, 2 blocks", two, 1),
         ours("greedy, 2 blocks", "greedy_local", two),
         alone("two chunks, 4 blocks", four[1:2], 1),
@@ -87,6 +89,12 @@ def groups(two: list[int], four: list[int]) -> list[Group]:
     ]
 
 
+def bouts(chosen: Sequence[Group]) -> list[list[contest.Bout]]:
+    """Pairs: plain backprop once and twice, then every method at its own work and on two workers."""
+    names = contest.names(chosen)
+    return [[(one, one), (other, other)] for one, other in zip(names[::2], names[1::2], strict=True)]
+
+
 def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
     """Measure everything; returns the page by its file name."""
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
@@ -94,7 +102,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
     inputs, _ = next(setting.batches(1))
     torch.set_num_threads(1)
     two, four = ([*itertools.accumulate(map(len, split(setting.units(), n, inputs)))][:-1] for n in (2, 4))
-    rounds = list(contest.hold_rounds(setting, groups(two, four), options.rounds, options.batches, 0.0, say))
+    chosen = groups(two, four)
+    rounds = list(contest.hold_rounds(setting, chosen, options.rounds, options.batches, 0.0, say, bouts(chosen)))
     say("memory and bytes")
     held = [memory(setting, four, spec) for spec in ("backprop", "greedy_local", CHUNKED, "overlapping_local")]
     whole = memory(setting, [], "backprop")
@@ -114,7 +123,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
 
 
 def _speed(rounds: Sequence[Mapping[str, Measurement]], options: Options) -> list[str]:
-    rows = []
+    limit = Spread.of([2 * r[BACKPROP].seconds / r[TWICE].seconds for r in rounds])
+    rows = [["two plain loops at once: the machine's limit", "", "", "", limit.text()]]
     for name in ("greedy, 2 blocks", "two chunks, 4 blocks", "overlapping, 4 blocks"):
         own = Figure(name, f"{name}, 2 workers", f"{name}, 1 thread", MUST)
         spread = Spread.of(own.ratios(rounds) or [])
@@ -127,7 +137,8 @@ def _speed(rounds: Sequence[Mapping[str, Measurement]], options: Options) -> lis
     return [
         "## Two workers",
         f"Threads with one intra-op thread each, on two cores. {options.rounds} rounds of {options.batches} batches; "
-        "ratios of throughput within a round, median (lowest .. highest). *Own work*: a plain loop on one thread that "
+        "ratios of throughput within a round, median (lowest .. highest). What *own work* compares runs right after "
+        "one another, in the opposite order every other round. *Own work*: a plain loop on one thread that "
         "does what the method does, heads included. With 2 blocks, overlapping (reach 2) is backpropagation, so it is "
         "cut into 4, whose threads share the two cores.",
         table(["method", "own work", "must reach", "reached", "backprop's work"], rows),
