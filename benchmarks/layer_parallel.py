@@ -7,7 +7,7 @@
 
 The form is derived from a description of Eq. (27) of arXiv 2112.05387, which could not be read. Every round runs every
 contestant on the same batches, one at a time, in turned order; ratios are taken within a round. The hybrid is measured
-in its parallel epochs. Results go to ``benchmarks/results/layer_parallel.md``.
+in its parallel epochs. Results go to ``benchmarks/results/layer_parallel_speed.md``.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def run(rounds: int, batches: int, patience: float, say: Callable[[str], None]) 
     waits = f" --patience {patience:g}" if patience else ""
     command = f"layer_parallel --rounds {rounds} --batches {batches}{waits}"
     head = environment(machine(started), command, time.monotonic() - begun)
-    return {"layer_parallel.md": page(job, costs, held, grid, head)}
+    return {"layer_parallel_speed.md": page(job, costs, held, grid, head)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--batches", type=int, default=12, help="per contestant and round (default 12)")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for others to leave the cores")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of layer_parallel.md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of layer_parallel_speed.md")
     given = parser.parse_args(arguments)
     if min(given.rounds, given.batches) < 1:
         parser.error("--rounds and --batches must be at least 1")

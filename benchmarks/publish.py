@@ -128,7 +128,8 @@ def as_trained(groups: dict[str, list[dict[str, Any]]]) -> str:
         return ""
     return (
         "\n\nWhere blocks are trained on something else than the forward network gives them, the running statistics of "
-        f"BatchNorm were estimated again before every test, on the training images. Without that: {', '.join(found)}."
+        f"BatchNorm were estimated again before every test, on the training images. With those that the last epoch of "
+        f"training left behind: {', '.join(found)}."
     )
 
 

@@ -205,7 +205,7 @@ def scores(trainer: Trainer, setting: Setting, seed: int, *splits: str) -> list[
     """What `Trainer.evaluate` finds on each held-out split.
 
     Where blocks were trained on something else than the forward network gives them, running statistics are estimated
-    again before, on the training batches; `as_trained` is the accuracy without that.
+    again before, on the training batches; `as_trained` is the accuracy with those that the last epoch left behind.
     """
     found = [trainer.evaluate(setting.held_out(split)) for split in splits]
     if not trainer.method.coupling.substitutes or not normalising(w.block.module for w in trainer.workers):

@@ -59,7 +59,7 @@ class Coupled(nn.Module):
 def invertible(module: nn.Module) -> bool:
     """Whether the input of a module can be made from its output."""
     if isinstance(module, nn.Sequential):
-        return all(map(invertible, module))
+        return len(module) > 0 and all(map(invertible, module))
     return callable(getattr(module, "inverse", None))
 
 
@@ -90,7 +90,7 @@ class Undone(Tape):
 
 @dataclass
 class Chain(Tape):
-    """Tapes of modules that follow one another, from the last to the first."""
+    """Tapes of modules that follow one another, from the last to the first; a W after an I walks through f again."""
 
     parts: tuple[Tape, ...] = ()
 
@@ -133,7 +133,7 @@ def _backwards(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _undo(module: nn.Module, y: Tensor, weights: Weights) -> Tape:
-    if isinstance(module, Coupled):
+    if type(module) is Coupled:  # others may have another forward
         above, first = y.chunk(2, dim=1)
         first = first.detach().requires_grad_()
         through = module.f(first)
@@ -142,7 +142,7 @@ def _undo(module: nn.Module, y: Tensor, weights: Weights) -> Tape:
     with torch.no_grad():
         x = invert(module, y)
     x = x.detach().requires_grad_()
-    return Tape(x, module(x), weights)
+    return Tape(x, module(x.clone()), weights)  # it may write over its input
 
 
 class Reconstruct(KeepInput):

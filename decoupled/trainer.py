@@ -194,9 +194,10 @@ class Trainer:
         Raises:
             UserError: no batches. OperationError: a block failed; the former statistics are kept.
         """
-        if self._runtime.rank == 0:
+        here = not self._workers or self._closed
+        if here or self._runtime.rank == 0:
             _, batches = peek(batches, "update_bn")
-        if not self._workers or self._closed:
+        if here:
             return update_bn(self._network(), batches)
         with self._runtime.call(self, "update_bn", ()):
             self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)

@@ -3,7 +3,9 @@
     LinkOutlet    send, in the caller: encode -> wait for a credit -> header, small tensors -> large ones
     LinkInlet     receive, in the caller: header -> check -> fresh memory -> small tensors -> large ones
 
-One credit is one message that may be sent; there are as many as the edge's capacity, and `taken` returns one.
+One credit is one message that may be sent; there are as many as the edge's capacity, and `taken` returns one. On edges
+of a large capacity several are returned together, so that those that nobody has read yet never fill the socket; but all
+at once where the source could be waiting for one.
 """
 
 from __future__ import annotations
@@ -21,11 +23,18 @@ from decoupled.transport.contract import Closed, Inlet, Lost, Outlet, Received
 from decoupled.transport.frame import Frame, Kind
 from decoupled.transport.link import Link
 
+_UNREAD = 64  # frames of credits, about, that the source may leave unread
 SHORTLY = 1.0  # seconds that a goodbye, or the reason of a failed write, may take
 
 
 class LinkOutlet(Outlet):
-    """The sending end over `link`; `ready` and `send` are for one thread at a time."""
+    """The sending end over `link`; `ready` and `send` are for one thread at a time.
+
+    What the target says is read when the credits are used up: one call of the system for several messages. Who is
+    `attentive` looks before every message: nothing is sent after a goodbye that has come.
+    """
+
+    _attentive = False
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         self._link, self._capacity, self._bulk = link, capacity, bulk
@@ -45,18 +54,21 @@ class LinkOutlet(Outlet):
         return self._link.sent_bytes + self._large_bytes
 
     def ready(self, timeout: float | None = None) -> bool:
-        if self._credits and self._over is None:
-            return True  # what the target has said is read when the credits are used up: one call of the system for all
+        if self._credits and self._over is None and not self._attentive:
+            return True
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._turn:
             while True:
                 if self._over:
                     raise self._over.with_traceback(None)
-                if self._credits:
-                    return True
-                if self._link.wait(None if deadline is None else deadline - time.monotonic()):
+                patience = 0.0 if self._credits else None if deadline is None else deadline - time.monotonic()
+                if self._link.wait(patience):
                     self._handle()
-                elif deadline is not None and not self._over:
+                elif self._over:
+                    continue
+                elif self._credits:
+                    return True
+                elif patience is not None:
                     return False
 
     def send(self, message: Message) -> None:
@@ -157,6 +169,7 @@ class LinkInlet(Inlet):
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         self._link, self.capacity, self._bulk = link, capacity, bulk
         self._held = 0  # messages begun and not taken
+        self._owed, self._enough = 0, max(1, capacity // _UNREAD)  # credits to return, and how many of them together
         self._begun: deque[tuple[Draft, float, Complete]] = deque()
         self.pin = False  # whether tensors should arrive in pinned memory
         self._said_goodbye = False
@@ -183,7 +196,8 @@ class LinkInlet(Inlet):
             if not self._held:
                 raise ProtocolError(f"edge {self._link.edge}: more messages were taken than had arrived")
             self._held -= 1
-        self._tell(Frame(Kind.CREDIT, 1))
+            self._owed += 1
+        self._repay()
 
     def close(self) -> None:
         self._link.goodbye(SHORTLY)
@@ -212,6 +226,7 @@ class LinkInlet(Inlet):
             self._held += 1
             if self._held > self.capacity:
                 raise ProtocolError(f"edge {self._link.edge}: a message arrived beyond the capacity {self.capacity}")
+        self._repay()
         draft = Draft(header.meta, header.tensors, header.amount, self._link.edge, self._bulk.device, self.pin)
         small, large = self._bulk.divide(draft.pieces)
         self._link.read_into(small)
@@ -222,6 +237,15 @@ class LinkInlet(Inlet):
             except OSError as error:
                 raise self._link.gone() from error
         self._begun.append((draft, header.sent, complete))
+
+    def _repay(self) -> None:
+        """Return the credits that are owed, if they are enough, or all that the source is short of."""
+        with self._counting:
+            if self._owed < self._enough and self._held + self._owed < self.capacity:
+                return
+            owed, self._owed = self._owed, 0
+        if owed:
+            self._tell(Frame(Kind.CREDIT, owed))
 
     def _part(self) -> int:
         frame = self._link.read()

@@ -26,7 +26,10 @@ class QueuedOutlet(LinkOutlet):
     """A `LinkOutlet` that never writes in the caller what a slow network could hold up.
 
     What the system takes at once is written there, if nothing is waiting before it: a change of threads costs more.
+    Attentive: credits also say which transfers are over, whose tensors need not be kept.
     """
+
+    _attentive = True
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         super().__init__(link, capacity, bulk)

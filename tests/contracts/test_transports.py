@@ -259,6 +259,36 @@ def test_messages_beyond_the_capacity_and_credits_without_messages_are_refused(n
         out.ready()
 
 
+@pytest.mark.parametrize("bursts", [1, 500])
+def test_credits_that_nobody_reads_never_stop_the_target(two: Two, bursts: int) -> None:
+    """A Unix socket holds fewer than 300 of them."""
+    out, inlet = two.open(dataclasses.replace(EDGE, capacity=1_000))
+
+    def work() -> None:
+        for first in range(0, 1_000, bursts):
+            for n in range(first, first + bursts):
+                out.send(message(n, 1))
+                inlet.receive()
+            for _ in range(bursts):
+                inlet.taken()
+
+    Task(work).result()
+
+
+def test_a_large_capacity_is_kept_exactly_too(near: Two) -> None:
+    out, inlet = near.open(dataclasses.replace(EDGE, capacity=200))
+    for n in range(200):
+        out.send(message(n, 1))
+        inlet.receive()
+    assert not out.ready(0.01)
+    for n in range(200, 400):
+        inlet.taken()
+        assert out.ready(SOON)
+        out.send(message(n, 1))
+        inlet.receive()
+        assert not out.ready(0)
+
+
 # --- closing ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Reversible blocks: how exactly they reverse, what they keep, and that PETRA does what its equations say (D1-D3)."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -187,6 +188,48 @@ def counted(wrap, norm, size):
             unit.get_submodule("f").register_forward_hook(lambda *_, k=k: calls.update([k]))
         blocks[k] = nn.Sequential(*map(wrap, blocks[k]))
     return fit("petra", blocks, batches=SAMPLES.batches()[:size]), calls
+
+
+class Doubling(Coupled):
+    """A unit of another form: (2 x2 + f(x1), x1)."""
+
+    def forward(self, x):
+        first, second = x.chunk(2, dim=1)
+        return torch.cat((2 * second + self.f(first), first), dim=1)
+
+    def inverse(self, y):
+        first, second = y.chunk(2, dim=1)
+        return torch.cat((second, (first - self.f(second)) / 2), dim=1)
+
+
+class Leaky(nn.LeakyReLU):
+    """Writes over its input."""
+
+    def __init__(self):
+        super().__init__(0.5, inplace=True)
+
+    def inverse(self, y):
+        return torch.where(y > 0, y, 2 * y)
+
+
+@pytest.mark.parametrize("unit", [Doubling(residual(3)), Leaky(), nn.Sequential(Coupled(residual(3)), Leaky())])
+def test_other_units_reverse_by_their_own_inverse(unit):
+    """At frozen weights the gradients are those of backpropagation."""
+    block = nn.Sequential(Coupled(residual(3)), copy.deepcopy(unit), Coupled(residual(3))).double()
+    same = copy.deepcopy(block)
+    kept, x = Reconstruct(Block(block, "block"), True), torch.randn(8, 6, dtype=torch.float64)
+    leaf, given = x.clone().requires_grad_(), torch.randn(8, 6, dtype=torch.float64)
+    y = kept.keep(0, x)
+    kept.restore(0, y.clone())
+    found = kept.open(0).vjp(given, to_input=True, to_weights=True, again=False)
+    wanted = torch.autograd.grad(same(leaf.clone()), [leaf, *same.parameters()], given)
+    for mine, theirs in zip((found[0], *found[1]), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_an_empty_block_is_not_reversed():
+    assert not invertible(nn.Sequential())
+    assert not invertible(nn.Sequential(Coupled(residual(3)), nn.Sequential()))
 
 
 @pytest.mark.parametrize("norm", [False, True])
