@@ -135,7 +135,9 @@ class Between:
         self._flight = self._selection.ready + method.facts.in_flight(0, len(workers)) + 2 * len(workers)
         chooser = self._selection.chooser(inputs, workers[-1].place.shapes[-1], seed)
         count = method.feed.count
-        self.selector = Selector(self._selection, chooser, count, self._flight + self._selection.packets + 3)
+        chosen = self._selection
+        ahead = max(chosen.packets, (chosen.lag or 0) + chosen.pool)  # with a lag all losses are waited for
+        self.selector = Selector(chosen, chooser, count, self._flight + ahead + 3)
         self.feeder = Feeder(method.feed)
 
     def begin(self, epoch: int, key: int, batch: int, readers: Sequence[Reader]) -> None:

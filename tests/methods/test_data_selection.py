@@ -269,6 +269,13 @@ class Waits(Observer):
             self.room[actor] = self.room.get(actor, 0.0) + end - start
 
 
+def test_a_long_lag_hears_every_loss():
+    case = replace(CASE, sizes=(4,) * 60)
+    counted = train(case, {"name": "autoassist", "lag": 50}).trainer.selected()
+    assert counted is not None
+    assert (counted.dropped, counted.packets) == (0, counted.batches)
+
+
 def slow_learner(lag):
     """A selector that takes 50 times as long to learn as a block for a pass."""
     seconds = {"F": 1.0, "B": 2.0, "L": 150.0}
