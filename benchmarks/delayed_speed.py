@@ -84,7 +84,7 @@ def groups(wanted: str, specs: Specs) -> list[Group]:
     return [ours, Group(alone.build, {part: part for part in parts}, 1, 0.5, KEEP, {"specs": specs})]
 
 
-def bout(wanted: str, name: str) -> list[contest.Bout]:
+def bout(wanted: str, name: str) -> contest.Bout:
     """A method, and what its figure compares it with."""
     if wanted == "keeps graphs":
         return [(name, name), (f"{name} {PLAIN}", PLAIN)]

@@ -89,7 +89,7 @@ def groups(two: list[int], four: list[int]) -> list[Group]:
     ]
 
 
-def bouts(chosen: Sequence[Group]) -> list[list[contest.Bout]]:
+def bouts(chosen: Sequence[Group]) -> list[contest.Bout]:
     """Pairs: plain backprop once and twice, then every method at its own work and on two workers."""
     names = contest.names(chosen)
     return [[(one, one), (other, other)] for one, other in zip(names[::2], names[1::2], strict=True)]

@@ -65,10 +65,8 @@ def invertible(module: nn.Module) -> bool:
 
 def invert(module: nn.Module, y: Tensor) -> Tensor:
     """The input of an invertible module, from its output; shapes as in its forward."""
-    if not isinstance(module, nn.Sequential):
-        return module.inverse(y)  # type: ignore[operator]
-    for part in reversed(module):
-        y = invert(part, y)
+    for part in _backwards(module):
+        y = part.inverse(y)  # type: ignore[operator]
     return y
 
 

@@ -19,7 +19,7 @@ from decoupled.benchmarks.peers.network import Network
 from decoupled.benchmarks.peers.noise import QUIET, busy_seconds, wait_quiet
 from decoupled.benchmarks.peers.setting import Setting
 
-Bout = tuple[str, str]  # what a measurement is called, and the contestant
+Bout = Sequence[tuple[str, str]]  # of several measurements: what each is called, and the contestant
 WARMUP = 2  # batches before every measured run, not measured
 # glibc gives freed memory back to the system and has to ask for it again in the next batch; these settings keep it.
 KEEP = {
@@ -97,7 +97,7 @@ def hold_rounds(
     batches: int,
     patience: float,
     say: Callable[[str], None],
-    bouts: Sequence[Sequence[Bout]] | None = None,
+    bouts: Sequence[Bout] | None = None,
 ) -> Iterator[dict[str, Measurement]]:
     """Yield one round after the other: name -> measurement, where to begin rotated between rounds.
 
@@ -114,7 +114,7 @@ def hold_rounds(
         for name, (host, run, _) in entries.items():
             say(f"warm-up: {name}")
             host.run(run, WARMUP)
-        order = [[(name, name)] for name in entries] if bouts is None else bouts
+        order: Sequence[Bout] = [[(name, name)] for name in entries] if bouts is None else bouts
         for number in range(rounds):
             first = number * max(1, len(order) // rounds) % len(order)
             results = {}
