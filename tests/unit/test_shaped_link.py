@@ -15,48 +15,58 @@ from decoupled.benchmarks.peers.contest import Measurement
 from decoupled.benchmarks.peers.network import Link, Network, Unavailable
 from decoupled.benchmarks.peers.setting import Setting
 from decoupled.benchmarks.peers.slowed import STEPS, Jitter, Slowed
-from decoupled.benchmarks.shaped_link import FULL, Findings, Run
+from decoupled.benchmarks.shaped_link import Findings, Pair, Run
 
 TINY = Setting(model="resnet8", image=(1, 8, 8), batch_size=4, cut=2)
 FACTS = {"cores": 2, "torch": "2", "python": "3", "system": "Linux", "date": "today"}
 
 
-def lap(rate: float, **kept: float) -> dict[Link, dict[str, Run]]:
-    """1000 samples/s unshaped, 12500 bytes per sample up and 100 down: 100 Mbit/s."""
+def lines(**kept: tuple[float, float]) -> Findings:
+    """On 200 and 50 Mbit/s, 1000 samples/s unshaped; 12500 bytes per sample up and 100 down: 100 Mbit/s."""
     sent = (12500.0, 100.0)
-    full = {name: Run(1000.0, sent) for name in kept}
-    return {FULL: full, Link(rate, 5): {name: Run(1000.0 * ratio, sent) for name, ratio in kept.items()}}
+    pairs = [{n: Pair(Run(1000.0 * k[i], sent), Run(1000.0, sent)) for n, k in kept.items()} for i in range(2)]
+    return Findings([{Link(200, 5): pairs[0], Link(50, 5): pairs[1]}], 64, {"pipedream": 2})
 
 
 def test_findings_ask_only_where_the_line_carries_the_bytes() -> None:
-    found = Findings([lap(200, greedy_local=0.95, pipedream=0.8), lap(50, greedy_local=0.45, pipedream=0.4)])
+    found = lines(greedy_local=(0.95, 0.45), pipedream=(0.8, 0.4))
     wide, narrow = Link(200, 5), Link(50, 5)
     assert found.links == [wide, narrow]
     assert found.needed("pipedream") == pytest.approx(100)
     assert found.carries("pipedream", wide) and not found.carries("pipedream", narrow)
-    assert found.possible("pipedream", narrow) == pytest.approx(0.5)
+    assert found.by_rate("pipedream", narrow) == pytest.approx(0.5)
     assert found.holds("greedy_local") is True
     assert found.holds("pipedream") is False
-    assert Findings([lap(50, pipedream=0.4)]).holds("pipedream") is None
+    assert Findings([{narrow: found.rounds[0][narrow]}], 64, {}).holds("pipedream") is None
 
 
-def test_ratios_are_taken_within_a_lap() -> None:
-    slower = {link: {n: Run(r.speed / 2, r.sent) for n, r in runs.items()} for link, runs in lap(200, DDP=0.6).items()}
-    assert Findings([lap(200, DDP=0.8), slower]).kept("DDP", Link(200, 5)).low == pytest.approx(0.6)
+def test_what_an_order_keeps_follows_from_the_passes_under_way() -> None:
+    """64 ms a batch; a round trip has 10 ms of delay and 64 * 12600 bytes at 200 Mbit/s: 32.3 ms."""
+    found = lines(greedy_local=(0.95, 0.45), pipedream=(0.8, 0.4))
+    assert found.by_order("pipedream", Link(200, 5)) == pytest.approx(128 / (128 + 10 + 32.256))
+    assert Findings(found.rounds, 64, {"pipedream": 4}).by_order("pipedream", Link(200, 5)) == 1.0
+    assert found.by_order("greedy_local", Link(200, 5)) == 1.0
+
+
+def test_ratios_are_taken_within_a_pair() -> None:
+    sent, line = (12500.0, 100.0), Link(200, 5)
+    quick, slow = Pair(Run(800.0, sent), Run(1000.0, sent)), Pair(Run(300.0, sent), Run(500.0, sent))
+    kept = Findings([{line: {"DDP": quick}}, {line: {"DDP": slow}}], 64, {}).kept("DDP", line)
+    assert (kept.low, kept.high) == (pytest.approx(0.6), pytest.approx(0.8))
 
 
 def test_the_page_says_where_what_falls() -> None:
-    found = Findings([lap(200, greedy_local=0.95, DDP=0.4), lap(50, greedy_local=0.45, DDP=0.3)])
+    found = lines(greedy_local=(0.95, 0.45), pipedream=(0.75, 0.4), DDP=(0.4, 0.3))
     page = shaped_link.page(found, shaped_link.Options(rounds=1), True, FACTS, 60.0)
     assert "| greedy_local | 1000 (1000 .. 1000) | 12500 | 100 | 100 | 1 of 1 | 0.95 | yes |" in page
-    assert "| 200 Mbit/s, 5 ms | 0.95 | **0.40** |" in page
-    assert "| 50 Mbit/s, 5 ms | 0.45 of 0.50 | 0.30 of 0.50 |" in page
+    assert "| 200 Mbit/s, 5 ms | 0.95 | **0.75** of 0.75 | **0.40** |" in page
+    assert "| 50 Mbit/s, 5 ms | 0.45 of 0.50 | 0.40 of 0.48 | 0.30 of 0.50 |" in page
     assert "| DDP | the line can carry its bytes | 200 Mbit/s, 5 ms (0.40) |" in page
     assert "--rates 1000 500 50" in page and "no netem" in page
 
 
 def test_the_picture_is_well_formed_and_has_every_line() -> None:
-    found = Findings([lap(200, greedy_local=0.95, DDP=0.4), lap(50, greedy_local=0.45, DDP=0.3)])
+    found = lines(greedy_local=(0.95, 0.45), DDP=(0.4, 0.3))
     text = shaped_link.picture(found)
     tree = ET.fromstring(text)
     assert len(list(tree.iter("{http://www.w3.org/2000/svg}polyline"))) == 3  # two contestants and the limit
@@ -70,9 +80,9 @@ def test_axes_are_logarithmic_from_zero() -> None:
     assert axes.place(10, 0)[1] > axes.place(10, 1)[1] == axes.place(10, 7)[1] == 0
 
 
-def test_every_rate_has_a_lap_that_begins_unshaped() -> None:
-    laps = shaped_link.parse(["--rates", "10", "20", "--delays", "0", "3"]).laps()
-    assert laps == [[FULL, Link(10, 0), Link(10, 3)], [FULL, Link(20, 0), Link(20, 3)]]
+def test_every_rate_meets_every_delay() -> None:
+    links = shaped_link.parse(["--rates", "10", "20", "--delays", "0", "3"]).links()
+    assert links == [Link(10, 0), Link(10, 3), Link(20, 0), Link(20, 3)]
 
 
 @pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--delays", "-1"], ["--rates", "0"]])
@@ -135,6 +145,6 @@ def test_the_shaped_line_runs() -> None:
     options = shaped_link.Options(rounds=1, seconds=0.05, rates=[100], delays=[0, 1], setting=TINY)
     said: list[str] = []
     files = shaped_link.run(options, said.append)
-    assert len(said) == 3
+    assert len(said) == 2
     assert "| 100 Mbit/s, 1 ms |" in files["shaped_link.md"]
     ET.fromstring(files["shaped_link.svg"])
