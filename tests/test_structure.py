@@ -202,6 +202,7 @@ OPTIONS = {
         "parallel": 1,
         "repeat": True,
         "warm": True,
+        "sweep": False,
         "downsample": None,
     },
     "auxnet": {"beta": 0.01, "eta": 5.0, "width": 16},

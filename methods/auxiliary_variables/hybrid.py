@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from decoupled.method import Facts, Method
-from decoupled.methods.auxiliary_variables.penalty import LayerParallel, jacobi_ahead
+from decoupled.methods.auxiliary_variables.penalty import LayerParallel, ahead
 from decoupled.methods.auxiliary_variables.rule import Phases, Rule
 from decoupled.order import Order, sync
 from decoupled.registry import register
@@ -27,26 +27,29 @@ def hybrid(
     parallel: int = 1,
     repeat: bool = True,
     warm: bool = True,
+    sweep: bool = False,
     downsample: int | None = None,
 ) -> Method:
     """Serial-parallel hybrid of backpropagation and the augmented Lagrangian (sigma=null: penalty) method."""
     phases = Phases(serial, parallel, repeat)
+    warm = warm and not (sweep and sigma is None)  # a sweep moves lambda before anything is learnt from it
     coupling = LayerParallel(Rule(beta, eta, sigma, warm=warm), phases, downsample=downsample)
     where = "in parallel epochs"
+    locks = ("forward", "update") if sweep else ("forward", "backward", "update")
     facts = Facts(
         exact=False,
         reach=lambda k, K: sorted({k, K - 1}),
         reads_indices=True,
-        locks=tuple(f"{lock}, {where}" for lock in ("forward", "backward", "update")),
+        locks=tuple(f"{lock}, {where}" for lock in locks),
     )
-    return Method(coupling, in_turn(phases), facts, KeepNothing, draws=phases.draw)
+    return Method(coupling, in_turn(phases, ahead(sweep)), facts, KeepNothing, draws=phases.draw)
 
 
-def in_turn(phases: Phases) -> Order:
-    """Synchronous in serial epochs, Jacobi rounds in parallel ones."""
+def in_turn(phases: Phases, rounds: Order) -> Order:
+    """Synchronous in serial epochs, `rounds` in parallel ones."""
 
     def at(epoch: int) -> Order:
-        return sync if phases.serial_at(epoch) else jacobi_ahead
+        return sync if phases.serial_at(epoch) else rounds
 
-    name = f"{sync} x {phases.serial}, {jacobi_ahead} x {phases.parallel}"
+    name = f"{sync} x {phases.serial}, {rounds} x {phases.parallel}"
     return replace(at(0), name=name, phases=at, epochs=phases.serial + phases.parallel)

@@ -56,14 +56,19 @@ class LayerParallel(Coupling):
         return Filter(self.downsample, place.shapes[k], f"edge block{k} -> block{k + 1}")
 
 
-def ahead(k: int, K: int) -> Iterator[Op]:
-    """E0 .. E[LEAD-1], then E[n+LEAD] F[n] B[n] S A[n] for every n: the Jacobi order with the variables sent ahead."""
-    yield from (Op("E", n) for n in range(LEAD))
-    for n in itertools.count():
-        yield from (Op("E", n + LEAD), Op("F", n), Op("B", n), S, Op("A", n))
+def ahead(sweep: bool = False) -> Order:
+    """E0 .. E[LEAD-1], then E[n+LEAD] F[n] B[n] S A[n] for every n: Jacobi with the variables sent ahead.
 
+    In a right-to-left `sweep` A[n] comes before B[n]. Its answer is there by then: the block above has had lambda.
+    """
 
-jacobi_ahead = Order(f"rounds(ahead={LEAD})", ahead)
+    def operations(k: int, K: int) -> Iterator[Op]:
+        yield from (Op("E", n) for n in range(LEAD))
+        for n in itertools.count():
+            turn = (Op("A", n), Op("B", n), S) if sweep else (Op("B", n), S, Op("A", n))
+            yield from (Op("E", n + LEAD), Op("F", n), *turn)
+
+    return Order(f"rounds({'sweep=True, ' if sweep else ''}ahead={LEAD})", operations)
 
 
 def layer_parallel(rule: Rule, stored: bool, rounds: int, sweep: bool, downsample: int | None) -> Method:
@@ -72,7 +77,7 @@ def layer_parallel(rule: Rule, stored: bool, rounds: int, sweep: bool, downsampl
     locks = ("update",) if sweep else ("backward", "update")
     locks += ("forward",) if stored else ()
     facts = Facts(exact=False, reach=own, reads_indices=stored, locks=locks)
-    order = jacobi_ahead if stored and not sweep and rounds == 1 else rounds_order(sweep)
+    order = ahead(sweep) if stored and rounds == 1 else rounds_order(sweep)
     method = Method(coupling, order, facts, KeepNothing, feed=Repeat(rounds))
     return replace(method, draws=ALL_PARALLEL.draw) if stored else method
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 import decoupled
+from decoupled import registry
 from decoupled.data import Augment, Loader, Split
 from decoupled.errors import OperationError, UserError
 from decoupled.messages import Down, Up
@@ -22,6 +23,7 @@ from decoupled.methods.auxiliary_variables.mgrit import Multigrid
 from decoupled.methods.auxiliary_variables.rule import Phases, Rule
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.timing import Timing
+from decoupled.simulate import simulate
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2, 3), sizes=(6, 6, 5))
@@ -36,10 +38,14 @@ class Reference:
 
     J_k = sum_i (beta/2 ||X - lambda||^2 + <kappa, X - lambda>) / B;  p = B dJ_{k+1}/dlambda
     lambda <- lambda - eta (p - kappa - beta (X - lambda));  kappa <- kappa + sigma beta (X - lambda)
+    In a sweep, from the top, J_k is taken at the lambda that J_{k+1} has moved.
     """
 
-    def __init__(self, case, optimizer, *, beta, eta, sigma=None, serial=0, parallel=1, repeat=True, warm=True):
-        self.beta, self.eta, self.sigma, self.warm = beta, eta, sigma, warm
+    def __init__(
+        self, case, optimizer, *, beta, eta, sigma=None, serial=0, parallel=1, repeat=True, warm=True, sweep=False
+    ):
+        self.beta, self.eta, self.sigma, self.sweep = beta, eta, sigma, sweep
+        self.warm = warm and not (sweep and sigma is None)
         self.serial, self.parallel, self.repeat = serial, parallel, repeat
         self.blocks = case.blocks()
         self.K = len(self.blocks)
@@ -82,31 +88,28 @@ class Reference:
                 lam.append(known(self.lam[k], rows, X[k].detach()))
                 kap.append(known(self.kap[k], rows, torch.zeros_like(lam[k])))
                 below = lam[k]
-        gradients: list[Tensor] = []
-        moved = []
-        new = []
-        for k, block in enumerate(self.blocks):
+        learnt: dict[int, tuple[Tensor, ...]] = {}
+        old = list(lam)
+        new = list(lam)
+        for k in reversed(range(self.K)):
+            if k < self.K - 1 and k + 1 in learnt:
+                p, violation = learnt[k + 1][0] * len(x), X[k].detach() - old[k]
+                new[k] = old[k] - self.eta * (p - kap[k] - self.beta * violation)
             if k == self.K - 1:
                 J = F.cross_entropy(X[k], y)
             else:
-                violation = X[k] - lam[k]
+                violation = X[k] - (new if self.sweep else old)[k]
                 J = (self.beta / 2 * violation**2 + kap[k] * violation).sum() / len(x)
                 if (violation**2).sum() <= (8 * 2.0**-52) ** 2 * (X[k] ** 2).sum() and not kap[k].any():
-                    new.append(None)  # 0 up to rounding
-                    continue
-            found = torch.autograd.grad(J, [inputs[k], *block.parameters()])
-            new.append(found[0] * len(x))
-            gradients += found[1:]
-            moved.append(k)
+                    continue  # 0 up to rounding
+            learnt[k] = torch.autograd.grad(J, [inputs[k], *self.blocks[k].parameters()])
         for k in range(self.K - 1):
-            violation = X[k].detach() - lam[k]
-            if new[k + 1] is not None:
-                lam[k] = lam[k] - self.eta * (new[k + 1] - kap[k] - self.beta * violation)
-            self.lam[k] |= dict(zip(rows, lam[k], strict=True))
+            self.lam[k] |= dict(zip(rows, new[k], strict=True))
             if self.sigma is not None:
-                kappa = kap[k] + self.sigma * self.beta * (X[k].detach() - lam[k])
+                kappa = kap[k] + self.sigma * self.beta * (X[k].detach() - new[k])
                 self.kap[k] |= dict(zip(rows, kappa, strict=True))
-        self.step(moved, gradients)
+        moved = sorted(learnt)
+        self.step(moved, [gradient for k in moved for gradient in learnt[k][1:]])
 
     def step(self, moved, gradients):
         left = iter(gradients)
@@ -129,6 +132,7 @@ def known(table: dict[int, Tensor], rows: list[int], start: Tensor) -> Tensor:
 numbers = {"beta": st.floats(0.05, 2), "share": st.floats(0.05, 0.9), "sigma": st.none() | st.floats(0, 1)}
 cycle = {
     "serial": st.integers(0, 2), "parallel": st.integers(1, 3), "repeat": st.booleans(), "warm": st.booleans(),
+    "sweep": st.booleans(),
 }  # fmt: skip
 
 
@@ -206,6 +210,27 @@ def test_a_warm_penalty_starts_with_the_gradient_times_eta_beta(c):
     seen = gradients({"name": "hybrid", "beta": 2.0, "eta": c / 2.0, "sigma": None}, epochs=2)
     batches = len(CASE.sizes)
     torch.testing.assert_close(seen[0][batches:], [c * g for g in seen[0][:batches]], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_a_hybrid_that_sweeps_starts_with_backpropagation_times_a_power(c):
+    """Whatever beta is: X - lambda is eta p by the time it counts. The block above has seen X itself."""
+    seen = gradients({"name": "hybrid", "beta": 2.0, "eta": c / 2.0, "sigma": None, "sweep": True}, epochs=2)
+    batches = len(CASE.sizes)
+    for k in range(K):
+        exact = [c ** (K - 1 - k) * g for g in seen[k][:batches]]
+        torch.testing.assert_close(seen[k][batches:], exact, rtol=1e-9, atol=1e-13)
+
+
+def test_a_sweep_over_stored_variables_is_as_parallel_as_jacobi():
+    """Variables that are sent ahead: the answer of a pass is there before its forward is over."""
+    for blocks in (2, 4):
+        idle = [
+            1 - min(simulate(spec, blocks, 100).utilisation) for spec in ("penalty", {"name": "penalty", "sweep": True})
+        ]
+        assert idle[0] == 0 and idle[1] < 0.025
+    text = registry.make({"name": "penalty", "sweep": True}).order.text(0, 2, 2)
+    assert text == "E0 E1 F0 A0 B0 S F1 A1 B1 S"
 
 
 def test_a_cold_start_has_nothing_to_learn_below_the_top_and_frozen_variables_never_have():
