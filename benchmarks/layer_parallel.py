@@ -45,7 +45,14 @@ PARALLEL = 10**6  # epochs of a parallel phase: all that come
 CONTESTANTS: dict[str, dict[str, Any]] = {
     SERIAL: {"name": "backprop"},
     "hybrid, AL": {"name": "hybrid", "parallel": PARALLEL, "beta": 0.001, "eta": 500.0},
-    "hybrid, penalty": {"name": "hybrid", "parallel": PARALLEL, "beta": 0.01, "eta": 50.0, "sigma": None},
+    "hybrid, penalty": {
+        "name": "hybrid",
+        "parallel": PARALLEL,
+        "beta": 0.002,
+        "eta": 250.0,
+        "sigma": None,
+        "sweep": True,
+    },
     "hybrid, AL, r = 2": {"name": "hybrid", "parallel": PARALLEL, "beta": 0.001, "eta": 500.0, "downsample": 2},
     "auxnet": {"name": "auxnet", "beta": 0.001, "eta": 20.0},
 }

@@ -124,7 +124,9 @@ def hold_rounds(options: Options, network: Network, say: Callable[[str], None]) 
                         network.shape(line)
                         speeds[line] = _measure(host, run, network, options)
                     pairs[name] = Pair(speeds[link], speeds[FULL])
-                texts = ", ".join(f"{n} {pairs[n].shaped.speed:.0f} of {pairs[n].full.speed:.0f}" for n, _, _ in entries)
+                texts = ", ".join(
+                    f"{n} {pairs[n].shaped.speed:.0f} of {pairs[n].full.speed:.0f}" for n, _, _ in entries
+                )
                 say(f"round {number + 1}/{options.rounds}: {link}: {texts} samples/s")
                 found[link] = pairs
             yield found
