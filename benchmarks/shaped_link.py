@@ -3,9 +3,8 @@
     host a: block 0   <-- 1 Gbit/s .. 50 Mbit/s, 0 .. 20 ms each way -->   host b: block 1
 
 Two network namespaces (`decoupled.benchmarks.peers.network`) with one process of one thread each. On every line every
-contestant trains once, one at a time, in turned order, and right before or after that on the unshaped line, by turns:
-what a ratio compares is minutes apart on no machine, whatever its pace does. Whether a line can carry what a
-contestant sends at full speed follows from the bytes that were counted on the interfaces; what its order lets it keep,
+contestant trains once, one at a time, in turned order, and right before or after that, from line to line, on the
+unshaped one, so that a machine whose pace drifts favours nobody. Whether a line can carry what a contestant sends at full speed follows from the bytes that were counted on the interfaces; what its order lets it keep,
 from the passes that it has under way.
 Results go to ``benchmarks/results/shaped_link.md`` and ``shaped_link.svg``. Exit code 77 where namespaces are not
 permitted.
@@ -116,11 +115,11 @@ def hold_rounds(options: Options, network: Network, say: Callable[[str], None]) 
         for number in range(options.rounds):
             turned = entries[number % len(entries) :] + entries[: number % len(entries)]
             found: dict[Link, dict[str, Pair]] = {}
-            for link in options.links():
+            for place, link in enumerate(options.links()):
                 pairs: dict[str, Pair] = {}
-                for turn, (name, host, run) in enumerate(turned):
+                for name, host, run in turned:
                     speeds = {}
-                    for line in (link, FULL) if (number + turn) % 2 else (FULL, link):
+                    for line in (link, FULL) if (number + place) % 2 else (FULL, link):
                         network.shape(line)
                         speeds[line] = _measure(host, run, network, options)
                     pairs[name] = Pair(speeds[link], speeds[FULL])
@@ -214,7 +213,7 @@ def page(found: Findings, options: Options, relayed: bool, facts: Mapping[str, A
            if relayed else "Delays are made by netem. ")
         + f"The free order holds at most {options.credit} passes unanswered; torch 1F1B is Schedule1F1B with 4 "
         f"micro-batches. {options.rounds} rounds; in each, every contestant is timed on every line and right beside "
-        f"that, in either order by turns, on the unshaped one, for about {options.seconds:g} s each ({_LEAST} to "
+        f"that, before it on one line and after it on the next, on the unshaped one, for about {options.seconds:g} s each ({_LEAST} to "
         f"{_MOST} batches), one at a time. Throughput is the slope between that run and one of {_SHORT} batches, so "
         "what a run pays once (its first and last round trips, filling, draining) is not in it. Ratios are taken "
         "within such a pair; medians over the rounds. Figures hold for an idle machine."

@@ -32,7 +32,7 @@ def hybrid(
 ) -> Method:
     """Serial-parallel hybrid of backpropagation and the augmented Lagrangian (sigma=null: penalty) method."""
     phases = Phases(serial, parallel, repeat)
-    warm = warm and not (sweep and sigma is None)  # a sweep moves lambda before anything is learnt from it
+    warm = warm and not (sweep and sigma is None)  # a sweep moves lambda itself, in the first visit
     coupling = LayerParallel(Rule(beta, eta, sigma, warm=warm), phases, downsample=downsample)
     where = "in parallel epochs"
     locks = ("forward", "update") if sweep else ("forward", "backward", "update")
