@@ -4,10 +4,10 @@
 
 Two network namespaces (`decoupled.benchmarks.peers.network`) with one process of one thread each. On every line every
 contestant trains once, one at a time, in turned order, and right before or after that, from line to line, on the
-unshaped one, so that a machine whose pace drifts favours nobody. Whether a line can carry what a contestant sends at full speed follows from the bytes that were counted on the interfaces; what its order lets it keep,
-from the passes that it has under way.
-Results go to ``benchmarks/results/shaped_link.md`` and ``shaped_link.svg``. Exit code 77 where namespaces are not
-permitted.
+unshaped one, so that a machine whose pace drifts favours nobody. Whether a line can carry what a contestant sends at
+full speed follows from the bytes that were counted on the interfaces; what its order lets it keep, from the passes that
+it has under way. Results go to ``benchmarks/results/shaped_link.md`` and ``shaped_link.svg``. Exit code 77 where
+namespaces are not permitted.
 """
 
 from __future__ import annotations
@@ -213,10 +213,11 @@ def page(found: Findings, options: Options, relayed: bool, facts: Mapping[str, A
            if relayed else "Delays are made by netem. ")
         + f"The free order holds at most {options.credit} passes unanswered; torch 1F1B is Schedule1F1B with 4 "
         f"micro-batches. {options.rounds} rounds; in each, every contestant is timed on every line and right beside "
-        f"that, before it on one line and after it on the next, on the unshaped one, for about {options.seconds:g} s each ({_LEAST} to "
-        f"{_MOST} batches), one at a time. Throughput is the slope between that run and one of {_SHORT} batches, so "
-        "what a run pays once (its first and last round trips, filling, draining) is not in it. Ratios are taken "
-        "within such a pair; medians over the rounds. Figures hold for an idle machine."
+        "that, before it on one line and after it on the next, on the unshaped one, for about "
+        f"{options.seconds:g} s each ({_LEAST} to {_MOST} batches), one at a time. Throughput is "
+        f"the slope between that run and one of {_SHORT} batches, so what a run pays once (its first and last round "
+        "trips, filling, draining) is not in it. Ratios are taken within such a pair; medians over the rounds. Figures "
+        "hold for an idle machine."
     )  # fmt: skip
     parts = [
         "# Shaped line",

@@ -1,8 +1,7 @@
 """Stages: the two halves of an edge whose variable lambda and multiplier kappa belong to samples of the data set.
 
     serial phase     F: send X          B: take the gradient, p = B dJ/dX        the last one records lambda and kappa
-    parallel phase   E: send lambda     F: X = f(lambda below)   B: J   S   A: take p, move lambda and kappa
-                     in a sweep A comes before B, so that J is taken at the moved lambda
+    parallel phase   E: send lambda     F: X = f(lambda below)   B: J   S   A: take p, move both   (sweep: A B S)
 
     lambda, kappa (batch, *features): by sample index, as the filter's D leaves them; X stands for D(X) in what follows
     J       = sum_i (beta/2) ||X[i] - lambda[i]||^2 + <kappa[i], X[i] - lambda[i]>  over the batch size
