@@ -205,7 +205,7 @@ OPTIONS = {
         "sweep": False,
         "downsample": None,
     },
-    "auxnet": {"beta": 0.01, "eta": 5.0, "width": 16},
+    "auxnet": {"beta": 0.1, "eta": 5.0, "width": 16},
     "uniform": {"boss": "backprop", "fraction": 0.5},
     "autoassist": {"boss": "backprop", "gamma": 0.3, "gate": True, "lag": 0},
     "selective_backprop": {"boss": "backprop", "beta": 2.0, "stale": 1},

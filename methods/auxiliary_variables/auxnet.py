@@ -28,7 +28,7 @@ from decoupled.retention import KeepNothing
 
 
 @register("auxnet")
-def auxnet(beta: float = 0.01, eta: float = 5.0, width: int = 16) -> Method:
+def auxnet(beta: float = 0.1, eta: float = 5.0, width: int = 16) -> Method:
     """Layer-parallel penalty method whose variables small networks generate from the raw batch."""
     facts = Facts(exact=False, reach=own, locks=("forward", "backward", "update"))
     return Method(Generated(Rule(beta, eta), width), rounds(), facts, KeepNothing)

@@ -147,6 +147,7 @@ def test_a_host_does_not_wait_for_ever() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # some twenty processes come up, one after the other
 def test_the_whole_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = speed.Options(rounds=1, batches=2, blocks=4, out=tmp_path, setting=TINY)
     monkeypatch.setattr(speed, "parse", lambda arguments: small)
