@@ -469,17 +469,18 @@ def test_statistics_of_batch_norm_can_be_estimated_again_before_a_test():
     torch.testing.assert_close(norm.running_mean, hidden.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_processes_agree_with_the_simulator_across_phases():
-    spec = {"name": "hybrid", "parallel": 2, "downsample": 2}
+@pytest.mark.parametrize("more", [{}, {"sigma": None, "sweep": True}], ids=str)
+def test_threads_and_processes_agree_with_the_simulator_across_phases(more):
+    spec = {"name": "hybrid", "parallel": 2, "downsample": 2} | more
     found = []
-    for runtime in ("simulated", {"name": "processes", "processes": 2}):
+    for runtime in ("simulated", "threads", {"name": "processes", "processes": 2}):
         blocks = convolutions()
         with decoupled.Trainer(
             blocks, spec, loss=F.cross_entropy, optimizer=OPTIMIZERS["momentum"], runtime=runtime
         ) as trainer:
             trainer.fit(BATCHES, epochs=5)
             found.append(torch.cat([flat(block) for block in trainer.model]))
-    assert torch.equal(*found)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
