@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import xml.etree.ElementTree as ET
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from decoupled.benchmarks import plot, shaped_link, slow_block
-from decoupled.benchmarks.peers.contest import Measurement
+from decoupled.benchmarks.peers.contest import Group, Measurement
 from decoupled.benchmarks.peers.network import Link, Network, Unavailable
 from decoupled.benchmarks.peers.setting import Setting
 from decoupled.benchmarks.peers.slowed import STEPS, Jitter, Slowed
@@ -83,6 +84,28 @@ def test_axes_are_logarithmic_from_zero() -> None:
 def test_every_rate_meets_every_delay() -> None:
     links = shaped_link.parse(["--rates", "10", "20", "--delays", "0", "3"]).links()
     assert links == [Link(10, 0), Link(10, 3), Link(20, 0), Link(20, 3)]
+
+
+def test_the_unshaped_line_comes_first_on_one_line_and_second_on_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Line:
+        now = Link()
+
+        def shape(self, link: Link) -> None:
+            self.now = link
+
+    line, seen = Line(), dict[str, list[bool]]()
+    options = shaped_link.Options(rounds=2, rates=[100], delays=[0, 1, 2])
+    monkeypatch.setattr(shaped_link.contest, "start", lambda *_: nullcontext(shaped_link.groups(options.credit)))
+
+    def measure(group: Group, run: str, *_: object) -> Run:
+        seen.setdefault(group.runs[run], []).append(line.now == Link())
+        return Run(1.0, (1.0, 1.0))
+
+    monkeypatch.setattr(shaped_link, "_measure", measure)
+    list(shaped_link.hold_rounds(options, line, lambda said: None))  # type: ignore[arg-type]
+    once = [True, False, False, True, True, False]
+    assert set(seen) == {*shaped_link.DECOUPLED, "torch 1F1B", "DDP"}
+    assert all(found == once + [not first for first in once] for found in seen.values())
 
 
 @pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--delays", "-1"], ["--rates", "0"]])
