@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "rounds": "of the timed part",
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
-    add("--envs", nargs="+", default=list(Options.envs), help="of the suite (default HalfCheetah-v5)")
+    add("--envs", nargs="+", default=list(Options.envs), help="of the suite: NAME or NAME:STEPS (HalfCheetah-v5)")
     add("--out", type=Path, default=RESULTS, help="folder of rl.md")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
@@ -231,45 +231,41 @@ def _random_batch(size: int) -> Batch:
 
 def suite(options: Options, keep: Keep) -> None:
     """One run after the other, seed by seed; what is cut off leaves the runs that ended."""
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     config = read(CompareConfig, ["suite=rl_small"])
     for seed in range(options.seeds):
         for env in options.envs:
-            setting = RLSetting.prepare(changed(config, {"env": env, "steps": options.steps}))
+            name, _, steps = env.partition(":")
+            setting = RLSetting.prepare(changed(config, {"env": name, "steps": int(steps or config.steps)}))
             for spec in config.methods:
                 record, _ = setting.run_method(spec, seed, lambda steps: None)
-                runs.setdefault((env, record["label"]), []).append(record)
-                keep(_suite(runs, options))
+                runs.setdefault(setting.summary, {}).setdefault(record["label"], []).append(record)
+                keep(_suite(runs, options.seeds))
 
 
-def _suite(runs: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], options: Options) -> str:
-    rows = []
-    for (env, label), records in runs.items():
-        ends, best = ([r["measures"][name] for r in records] for name in ("Return at the end", "Best return"))
-        curve = [
-            statistics.fmean(p["validation_score"] for p in points)
-            for points in zip(*(r["curve"] for r in records), strict=True)
-        ]
-        ranks = [r["measures"].get("Effective rank", float("nan")) for r in records]
-        rows.append([
-            f"{env}, {label}", str(len(records)), Spread.of(ends).text(".0f"), f"{statistics.fmean(best):.0f}",
-            f"{statistics.fmean(ranks):.0f}", f"{statistics.fmean(r['wall_seconds'] for r in records):.0f}",
-            " ".join(f"{x:.0f}" for x in curve),
-        ])  # fmt: skip
-    header = [
-        "environment, method",
-        "seeds",
-        "return at the end",
-        "best",
-        "effective rank",
-        "s",
-        "return after each tenth",
-    ]
-    return (
-        f"Suite rl_small at {options.steps:,} steps, {options.seeds} seed(s) asked for, *seeds* is how many have "
-        "ended; median (least .. most) of 20 episodes at the end, others are means. The seconds were not taken on a "
-        "quiet machine.\n\n" + table(header, rows)
+def _suite(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], seeds: int) -> str:
+    text = (
+        f"Suite rl_small, {seeds} seed(s) asked for, *seeds* is how many have ended; median (least .. most) of 20 "
+        "episodes at the end, others are means. The seconds were not taken on a quiet machine."
     )
+    header = ["method", "seeds", "return at the end", "best", "effective rank", "age, steps", "lag, updates", "s",
+              "return after each tenth"]  # fmt: skip
+    return "\n\n".join(
+        [text, *(f"{env}:\n\n{table(header, [_row(*one) for one in of.items()])}" for env, of in runs.items())]
+    )
+
+
+def _row(label: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    def mean(name: str) -> str:
+        return f"{statistics.fmean(r['measures'].get(name, float('nan')) for r in records):.0f}"
+
+    ends = Spread.of([r["measures"]["Return at the end"] for r in records])
+    curves = zip(*([p["validation_score"] for p in r["curve"]] for r in records), strict=True)
+    return [
+        label, str(len(records)), ends.text(".0f"), mean("Best return"), mean("Effective rank"), mean("Age, steps"),
+        mean("Lag, updates"), f"{statistics.fmean(r['wall_seconds'] for r in records):.0f}",
+        " ".join(f"{statistics.fmean(points):.0f}" for points in curves),
+    ]  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Options, Keep], None]] = {
