@@ -50,7 +50,7 @@ class Options:
     steps: int = 10_000
     updates: int = 10_000
     rounds: int = 5
-    envs: tuple[str, ...] = ("HalfCheetah-v5",)
+    envs: tuple[str, ...] = ("Hopper-v5",)
     out: Path = RESULTS
 
 
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "rounds": "of the timed part",
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
-    add("--envs", nargs="+", default=list(Options.envs), help="of the suite: NAME or NAME:STEPS (HalfCheetah-v5)")
+    add("--envs", nargs="+", default=list(Options.envs), help="of the suite: NAME or NAME:STEPS (Hopper-v5)")
     add("--out", type=Path, default=RESULTS, help="folder of rl.md")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
