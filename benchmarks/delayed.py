@@ -1,8 +1,9 @@
 """The page of a comparison that swept blocks and optimizers: `python -m decoupled.benchmarks.delayed DIR [DIR ...]`.
 
     DIR/results.json, written by `decoupled compare suite=delayed --out DIR`
-      -> one table per recipe: methods down, numbers of blocks across, test accuracy as mean (min..max) over seeds
-      -> what each correction changes against its method without one, at the same point and seed
+      -> of several learning rates the best one per method, optimizer and number of blocks, by validation loss
+      -> one table per optimizer: methods down, numbers of blocks across, accuracy or loss as mean (min..max) over seeds
+      -> what each correction changes against its method without one, at the same blocks, optimizer and seed
 
 The page is benchmarks/results/delayed.md. A cell says how many seeds it has if some are missing.
 """
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +24,25 @@ from decoupled.benchmarks.page import table
 from decoupled.benchmarks.publish import ROOT
 
 Record = Mapping[str, Any]
+Name = Callable[[Record], str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a table shows: a field of the records, times `scale`."""
+
+    field: str
+    words: str
+    scale: float
+    digits: int
+
+    def of(self, record: Record) -> float:
+        return self.scale * record[self.field]
+
+
+ACCURACY = Measure("test_accuracy", "Test accuracy in %", 100.0, 1)
+LOSS = Measure("test_loss", "Test loss, nats (lower is better)", 1.0, 3)
+TEXTS = {"python_source"}  # whose loss says more than the accuracy
 
 
 def main() -> None:
@@ -36,41 +59,78 @@ def section(results: Mapping[str, Any]) -> str:
     """The part of the page for one comparison."""
     records, machine = results["records"], results["environment"]
     recipe, seeds = results["config"]["recipe"], results["config"]["seeds"]
+    measure = LOSS if results["data"].partition("(")[0] in TEXTS else ACCURACY
+    optimizer, rate = optimizer_of(results), rate_of(results)
     seconds = sum(record["wall_seconds"] or 0.0 for record in records)
+    groups = grouped(records, lambda r: f"{r['label']} {r['blocks']} {optimizer(r)}")
+    chosen = [record for group in groups.values() for record in best(group, rate)]
+    rates = {name: sorted({rate(r) for r in of}, key=float) for name, of in grouped(records, optimizer).items()}
+    several = any(len(found) > 1 for found in rates.values())
+    tuned = (
+        "; of the learning rates the best by mean validation loss, which stands behind the figure" if several else ""
+    )
     lines = [
         f"## Suite {results['suite']}",
         f"`{results['command']}`: {results['data']}, {json.dumps(results['config']['model'])}, "
         f"{max((r['samples'] for r in records), default=0)} training samples in {recipe['epochs']} epochs, batch "
-        f"{recipe['batch_size']}, {recipe['schedule']} schedule, runtime {results['runtime']}. Test accuracy in %, "
-        f"mean (min..max) over seeds, [n] where n of {seeds} seeds were run. Training took {seconds / 60:.1f} minutes. "
+        f"{recipe['batch_size']}, {recipe['schedule']} schedule, runtime {results['runtime']}. {measure.words}, "
+        f"mean (min..max) over seeds, [n] where n of {seeds} seeds ended well{tuned}. Training took "
+        f"{seconds / 60:.1f} minutes. "
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, "
         f"{results['created'][:10]}.",
     ]
-    for name, of_recipe in grouped(records, recipe_of(results)).items():
-        by_blocks = grouped(of_recipe, lambda record: str(record["blocks"]))
+    for name, of_optimizer in grouped(chosen, optimizer).items():
+        by_blocks = grouped(of_optimizer, lambda record: str(record["blocks"]))
         header = ["method", *(f"K = {K}" for K in by_blocks)]
-        lines += [f"### {name}", table(header, rows(of_recipe, list(by_blocks), seeds))]
-    gains = [gain for gain in map(gain_of(records), records) if gain is not None]
+        shown = rate if several else None
+        lines += [
+            f"### {name}, lr {' or '.join(rates[name])}",
+            table(header, rows(of_optimizer, list(by_blocks), seeds, measure, shown)),
+        ]
+    gains = [gain for gain in map(gain_of(chosen, optimizer, measure), chosen) if gain is not None]
     if gains:
-        lines += ["### What a correction changes", differences(gains)]
-    if refused := sorted({f"- {r['label']}: {r['error']}" for r in records if r["status"] != "ok"}):
-        lines += ["Failed or refused:", "\n".join(refused)]
+        lines += ["### What a correction changes", differences(gains, measure)]
+    if failed := Counter(f"{r['label']}: {reason(r['error'])}" for r in records if r["status"] != "ok"):
+        lines += ["Failed or refused:", "\n".join(f"- {text} ({n} runs)" for text, n in sorted(failed.items()))]
     return "\n\n".join(lines)
 
 
-def recipe_of(results: Mapping[str, Any]) -> Any:
-    """record -> the recipe that it was trained with, in words."""
-    base = results["config"]["recipe"]
+def optimizer_of(results: Mapping[str, Any]) -> Name:
+    """record -> the optimizer that it was trained with, in words."""
 
     def name(record: Record) -> str:
-        recipe = base | (record.get("point") or {}).get("recipe", {})
-        momentum = f" with momentum {recipe['momentum']}" if recipe["optimizer"] == "sgd" else ""
-        return f"{recipe['optimizer']}{momentum}, lr {recipe['lr']}"
+        recipe = recipe_of(results, record)
+        return recipe["optimizer"] + (f" with momentum {recipe['momentum']}" if recipe["optimizer"] == "sgd" else "")
 
     return name
 
 
-def grouped(records: Sequence[Record], key: Any) -> dict[str, list[Record]]:
+def rate_of(results: Mapping[str, Any]) -> Name:
+    """record -> the learning rate that it was trained with."""
+    return lambda record: f"{recipe_of(results, record)['lr']:g}"
+
+
+def recipe_of(results: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
+    """The recipe of a record: that of the suite, but for what was swept."""
+    return results["config"]["recipe"] | (record.get("point") or {}).get("recipe", {})
+
+
+def best(records: Sequence[Record], rate: Name) -> list[Record]:
+    """The records of the learning rate with most seeds that ended well, and of these the least validation loss."""
+
+    def rank(of_rate: Sequence[Record]) -> tuple[int, float]:
+        losses = [r["curve"][-1]["validation_loss"] for r in of_rate if r["status"] == "ok"]
+        return -len(losses), fmean(losses) if losses else 0.0
+
+    return min(grouped(records, rate).values(), key=rank)
+
+
+def reason(error: str) -> str:
+    """An error without the block and the batch where it happened."""
+    return re.sub(r"^.*?\(batch \d+\) \(method '[^']*'\): ", "", error)
+
+
+def grouped(records: Sequence[Record], key: Name) -> dict[str, list[Record]]:
     """Records by what `key` makes of them, in the order of the first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -78,49 +138,51 @@ def grouped(records: Sequence[Record], key: Any) -> dict[str, list[Record]]:
     return groups
 
 
-def rows(records: Sequence[Record], columns: Sequence[str], seeds: int) -> list[list[str]]:
+def rows(
+    records: Sequence[Record], columns: Sequence[str], seeds: int, measure: Measure, rate: Name | None
+) -> list[list[str]]:
     """One row per method, one cell per number of blocks."""
     return [
-        [label, *(cell([r for r in mine if str(r["blocks"]) == column], seeds) for column in columns)]
+        [label, *(cell([r for r in mine if str(r["blocks"]) == column], seeds, measure, rate) for column in columns)]
         for label, mine in grouped(records, lambda record: record["label"]).items()
     ]
 
 
-def cell(records: Sequence[Record], seeds: int) -> str:
-    """Mean and range of the accuracy over the seeds that ended well."""
-    good = [100 * r["test_accuracy"] for r in records if r["status"] == "ok"]
+def cell(records: Sequence[Record], seeds: int, measure: Measure, rate: Name | None = None) -> str:
+    """Mean and range over the seeds that ended well."""
+    good, digits = [measure.of(r) for r in records if r["status"] == "ok"], measure.digits
     if not good:
         return "failed" if records else ""
     some = f" [{len(good)}]" if len(good) < seeds else ""
-    return f"{fmean(good):.1f} ({min(good):.1f}..{max(good):.1f}){some}"
+    at = f" at {rate(records[0])}" if rate else ""
+    return f"{fmean(good):.{digits}f} ({min(good):.{digits}f}..{max(good):.{digits}f}){some}{at}"
 
 
-def gain_of(records: Sequence[Record]) -> Any:
-    """record -> (correction, method, blocks, difference in points) against the same method without, or None."""
-    plain = {
-        (r["method"], json.dumps(r["point"]), r["seed"]): r["test_accuracy"]
-        for r in records
-        if r["status"] == "ok" and r["label"] == r["method"]
-    }
+def gain_of(records: Sequence[Record], optimizer: Name, measure: Measure) -> Any:
+    """record -> (correction, method, blocks, difference) against the same method without, or None."""
+
+    def place(record: Record) -> tuple[Any, ...]:
+        return record["method"], optimizer(record), record["blocks"], record["seed"]
+
+    plain = {place(r): measure.of(r) for r in records if r["status"] == "ok" and r["label"] == r["method"]}
 
     def gain(record: Record) -> tuple[str, str, int, float] | None:
-        spec = record["config"]["method"]
-        without = plain.get((record["method"], json.dumps(record["point"]), record["seed"]))
+        spec, without = record["config"]["method"], plain.get(place(record))
         if isinstance(spec, str) or "corrections" not in spec or record["status"] != "ok" or without is None:
             return None
-        return record["label"], record["method"], record["blocks"], 100 * (record["test_accuracy"] - without)
+        return record["label"], record["method"], record["blocks"], measure.of(record) - without
 
     return gain
 
 
-def differences(gains: Sequence[tuple[str, str, int, float]]) -> str:
-    """Mean difference in points per correction and number of blocks, over recipes and seeds."""
-    columns = sorted({blocks for _, _, blocks, _ in gains})
+def differences(gains: Sequence[tuple[str, str, int, float]], measure: Measure) -> str:
+    """Mean difference per correction and number of blocks, over optimizers and seeds."""
+    columns, d = sorted({blocks for _, _, blocks, _ in gains}), measure.digits
     lines = []
     for label in dict.fromkeys(gain[0] for gain in gains):
         cells = [[g[3] for g in gains if g[0] == label and g[2] == K] for K in columns]
-        lines.append([label, *(f"{fmean(c):+.1f} ({min(c):+.1f}..{max(c):+.1f})" if c else "" for c in cells)])
-    return table(["difference, points", *(f"K = {K}" for K in columns)], lines)
+        lines.append([label, *(f"{fmean(c):+.{d}f} ({min(c):+.{d}f}..{max(c):+.{d}f})" if c else "" for c in cells)])
+    return table(["difference", *(f"K = {K}" for K in columns)], lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The page of suite delayed: the better learning rate stands in it, and corrections beside what they correct."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from decoupled.benchmarks import delayed
+
+
+def record(label: str, lr: float, seed: int, loss: float, validation: float, status: str = "ok") -> dict[str, Any]:
+    name, _, corrected = label.partition("+")
+    method = {"name": name, "corrections": [corrected]} if corrected else name
+    return {
+        "label": label, "method": name, "config": {"method": method}, "blocks": 2, "seed": seed, "status": status,
+        "point": {"blocks": [1], "recipe": {"optimizer": "sgd", "momentum": 0.9, "lr": lr}}, "wall_seconds": 1.0,
+        "test_loss": loss, "test_accuracy": 0.5, "curve": [{"validation_loss": validation}], "samples": 10,
+        "error": None if status == "ok" else "block1, operation B7 (batch 7) (method 'ddg'): NonFiniteError: nan",
+    }  # fmt: skip
+
+
+def page(data: str, records: list[dict[str, Any]]) -> str:
+    config = {"recipe": {"epochs": 1, "batch_size": 2, "schedule": "cosine"}, "seeds": 2, "model": "mlp"}
+    environment = {"cpu": "a cpu", "threads": 1, "torch": "2", "python": "3"}
+    return delayed.section({
+        "suite": "delayed", "command": "c", "data": data, "config": config, "environment": environment,
+        "records": records, "runtime": "simulated", "created": "2026-11-27T00:00",
+    })  # fmt: skip
+
+
+def test_the_rate_with_the_least_validation_loss_is_shown_not_the_one_with_the_least_test_loss() -> None:
+    records = [record("ddg", 0.1, seed, 1.0 + seed, 5.0) for seed in range(2)]
+    records += [record("ddg", 0.4, seed, 2.0 + seed, 4.0) for seed in range(2)]
+    text = page("python_source(length=4)", records)
+    assert "### sgd with momentum 0.9, lr 0.1 or 0.4" in text
+    assert "| ddg | 2.500 (2.000..3.000) at 0.4 |" in text
+
+
+def test_a_rate_where_a_seed_failed_comes_after_one_where_none_did() -> None:
+    records = [record("ddg", 0.1, seed, 1.0, 9.0) for seed in range(2)]
+    records += [record("ddg", 0.4, 0, 1.0, 1.0), record("ddg", 0.4, 1, 1.0, 1.0, "failed")]
+    text = page("python_source", records)
+    assert "at 0.1 |" in text and "[1]" not in text
+    assert "- ddg: NonFiniteError: nan (1 runs)" in text
+
+
+def test_a_correction_is_held_against_the_best_rate_of_its_method() -> None:
+    records = [record("ddg", 0.1, 0, 3.0, 3.0), record("ddg", 0.4, 0, 2.0, 2.0)]
+    records += [record("ddg+spike", 0.1, 0, 1.75, 1.0), record("ddg+spike", 0.4, 0, 9.0, 9.0)]
+    assert "| ddg+spike | -0.250 (-0.250..-0.250) |" in page("python_source", records)
+
+
+def test_images_are_shown_by_accuracy() -> None:
+    text = page("digits", [record("ddg", 0.1, seed, 1.0, 1.0) for seed in range(2)])
+    assert "| ddg | 50.0 (50.0..50.0) |" in text and "### sgd with momentum 0.9, lr 0.1\n" in text
