@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from decoupled.benchmarks.page import table
+from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.publish import ROOT
 
 Record = Mapping[str, Any]
@@ -52,7 +52,7 @@ def main() -> None:
     directories = parser.parse_args().directories
     parts = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in directories]
     path = ROOT / "benchmarks" / "results" / "delayed.md"
-    path.write_text("# Delayed gradients\n\n" + "\n\n".join(map(section, parts)) + "\n", encoding="utf-8")
+    write(path, "# Delayed gradients\n\n" + "\n\n".join(map(section, parts)) + "\n")
 
 
 def section(results: Mapping[str, Any]) -> str:

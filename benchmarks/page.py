@@ -1,7 +1,12 @@
-"""What the benchmarks' commands have in common: how they end, and pieces of their pages in ``results/``."""
+"""What the benchmarks' commands have in common: how they end, and pieces of their pages in ``results/``.
+
+What a person wrote about a page's figures stands between ``<!-- notes -->`` and ``<!-- /notes -->`` below its title,
+and stays when the page is measured anew.
+"""
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -11,6 +16,8 @@ from typing import Any
 
 from decoupled.benchmarks.peers.host import HostError
 from decoupled.benchmarks.peers.setting import Setting
+
+NOTES = re.compile("<!-- notes -->.*?<!-- /notes -->", re.DOTALL)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -65,6 +72,15 @@ def produce(make: Callable[[Callable[[str], None]], Mapping[str, str]], out: Pat
         return 130
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8")
+        write(out / name, text)
     print("\n" + "\n".join(text for name, text in files.items() if name.endswith(".md")))
     return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page or picture; the notes of the page that was there stay, below the new title."""
+    if path.suffix == ".md" and path.is_file() and (notes := NOTES.search(path.read_text(encoding="utf-8"))):
+        title, _, rest = text.partition("\n\n")
+        text = f"{title}\n\n{notes[0]}\n\n{rest}"
+        print(f"{path}: the notes stay; see whether they still hold", file=sys.stderr)
+    path.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from decoupled.benchmarks.page import table
+from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.publish import by_label, provenance
 from decoupled.benchmarks.speed import RESULTS
 from decoupled.observe import claims, frontier
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = page(json.loads(source.read_text(encoding="utf-8")))
     given.out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (given.out / name).write_text(text, encoding="utf-8")
+        write(given.out / name, text)
         print(given.out / name)
     return 0
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from decoupled.benchmarks.page import write
+
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
     "| method | test accuracy, % | speed-up over backprop | utilisation | held, MiB | KiB/sample up / down | late |\n"
@@ -52,7 +54,7 @@ def publish(directory: Path, only: Sequence[str] | None = None, missing: bool = 
     table = "\n".join([HEADER, *rows.values()])
     path = ROOT / "benchmarks" / "results" / f"{suite}.md"
     table += as_trained(by_label(results))
-    path.write_text(f"# Suite {suite}\n\n{where}\n\n{table}\n", encoding="utf-8")
+    write(path, f"# Suite {suite}\n\n{where}\n\n{table}\n")
     fill(ROOT / "README.md", suite, f"{table}\n\n{where}")
     for card in (ROOT / "methods").glob("*/*.md"):
         if card.stem not in own or (only is not None and card.stem not in only):

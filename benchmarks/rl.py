@@ -28,6 +28,7 @@ import torch
 
 from decoupled import registry
 from decoupled.benchmarks.page import environment, table, verdict
+from decoupled.benchmarks.page import write as keep_notes
 from decoupled.benchmarks.speed import RESULTS, Spread, machine
 from decoupled.config import CompareConfig, changed, read
 from decoupled.rl import RLTrainer, Roles
@@ -297,7 +298,7 @@ def write(page: Path, part: str, text: str) -> None:
         sections = dict(zip(pieces[::2], pieces[1::2], strict=True))
     sections[part] = text
     body = [f"## {name}\n\n{sections[name].strip()}\n" for name in PARTS if name in sections]
-    page.write_text("\n".join([f"{TITLE}\n", *body]), encoding="utf-8")
+    keep_notes(page, "\n".join([f"{TITLE}\n", *body]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from decoupled.benchmarks.page import table
+from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.pareto import alone
 from decoupled.benchmarks.publish import by_label, provenance
 from decoupled.benchmarks.speed import RESULTS
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comparisons.append(json.loads((directory / "results.json").read_text(encoding="utf-8")))
     given.out.mkdir(parents=True, exist_ok=True)
     for name, text in page(comparisons, not given.without_times).items():
-        (given.out / name).write_text(text, encoding="utf-8")
+        write(given.out / name, text)
         print(given.out / name)
     return 0
 
