@@ -22,7 +22,13 @@ from decoupled.config import read as read_config
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = registry.methods(object)
 FAMILIES = sorted({registry.family(name) for name in METHODS})
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"methods/{family}/README.md" for family in FAMILIES)]
+DOCUMENTS = [
+    "README.md",
+    "benchmarks/README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"methods/{family}/README.md" for family in FAMILIES),
+]
 FENCED = re.MULTILINE | re.DOTALL
 PAPERS_NOT_READ = "the paper's equations could not be read"
 
