@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "compare methods under equal conditions")
     configured(sub, "suite=quick methods=[pipedream,greedy_local] seeds=1")
     sub.add_argument("--out", metavar="DIR", type=Path, help="a new directory (default: results/compare-DATE)")
+    sub.add_argument("--resume", action="store_true", help="go on with the comparison in --out: what has ended stays")
     sub.add_argument("--quiet", action="store_true", help="no progress")
     sub.add_argument("--json", action="store_true", help="print results.json")
 
@@ -135,9 +136,11 @@ def _compare(options: argparse.Namespace) -> None:
     if under_torchrun():
         raise UserError("`compare` starts its own processes: run it with runtime=processes, without torchrun")
     config = read(CompareConfig, options.words, options.config)
+    if options.resume and options.out is None:
+        raise UserError("--resume needs the directory of the comparison: --out DIR")
     out = options.out or Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     words = shlex.join([*options.words, *(["--config", options.config] if options.config else [])])
-    results = compare(config, out, f"decoupled compare {words}".strip(), options.quiet)
+    results = compare(config, out, f"decoupled compare {words}".strip(), options.quiet, options.resume)
     if options.json:
         print(json.dumps(json.loads((out / "results.json").read_text(encoding="utf-8"))))
         return

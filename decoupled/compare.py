@@ -3,6 +3,9 @@
 DIR/results.json   one record per method and seed
 DIR/report.html    the same for a reader
 DIR/trace.json     the first operations of every method, for Perfetto
+
+results.json is written after every run, so that an interrupted comparison can be resumed: what has ended well stays,
+and only the rest is run.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -25,13 +29,17 @@ from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
-from decoupled.observe.trace import write_trace
+from decoupled.observe.trace import Span, write_trace
 from decoupled.records import environment
 
 Spec = str | Mapping[str, Any]
+Run = tuple[int, str, str]  # seed, point and what was trained
+MORE = {"methods", "seeds", "sweep", "controls", "claims", "cutoffs", "baseline", "suite"}  # may change: no run does
 
 
-def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False) -> dict[str, Any]:
+def compare(
+    config: CompareConfig, out: Path, command: str, quiet: bool = False, resume: bool = False
+) -> dict[str, Any]:
     """Run a comparison and write its files.
 
     A method that fails is recorded with its error; the others go on. On Ctrl-C what is finished is still written.
@@ -40,12 +48,15 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
         config: what to compare. out: a directory that does not exist yet, or is empty.
         command: how this was called, for the report.
         quiet: say nothing.
+        resume: go on with the comparison in `out`: its runs that ended well are kept, with the cuts they had. Methods,
+            seeds and points of the sweep may have been added since.
 
     Returns:
         The content of results.json.
 
     Raises:
-        UserError: nothing to compare, an unknown name, or `out` holds files.
+        UserError: nothing to compare, an unknown name, `out` holds files, or to be resumed it holds none, or those of
+            another comparison.
     """
     given = config.methods if isinstance(config.methods, list) else [config.methods]
     kind = sweep.kind(config)
@@ -57,33 +68,73 @@ def compare(config: CompareConfig, out: Path, command: str, quiet: bool = False)
     for spec in specs:
         registry.make(spec, kind.trains)  # wrong names are refused before anything runs
     check(config.claims, config.cutoffs)
-    settings = sweep.settings(config)
-    fresh_directory(out)
-    records: list[dict[str, Any]] = []
-    recorders: list[Recorder] = []
+    found = {_run(record): record for record in _kept(out, config)} if resume else {}
+    settings = sweep.settings(config, {describe(record["point"]): record["cuts"] for record in found.values()})
+    if not resume:
+        fresh_directory(out, "choose another --out, remove it, or go on with a comparison by --resume")
     contestants: list[Spec] = [*specs, *(kind.controls if config.controls else ())]
-    results: dict[str, Any] = {}
-    samples = sum(setting.samples for _, setting in settings)
-    with Reporter(samples * len(contestants) * config.seeds, quiet) as reporter:
+    asked = {
+        (seed, describe(point), _name(spec, kind.controls)): (seed, point, setting, spec)
+        for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants)
+    }
+    missing = [run for run in asked if run not in found]
+    recorders: list[Recorder] = []
+
+    def results() -> dict[str, Any]:
+        records = [found[run] for run in dict.fromkeys([*asked, *found]) if run in found]
+        return _results(config, settings[0][1], records, command)
+
+    with Reporter(sum(asked[run][2].samples for run in missing), quiet) as reporter:
         try:
-            for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants):
+            for run in missing:
+                seed, point, setting, spec = asked[run]
                 traced = recorders if seed == 0 and point == settings[0][0] else []
-                record = _one(setting, point, spec, seed, reporter, traced)
-                records.append(record)
+                found[run] = _one(setting, point, spec, seed, reporter, traced)
+                _save(out, results())
         finally:
-            results = _results(config, settings[0][1], records, command)
-            _write(out, results, recorders)
-    return results
+            _write(out, results(), recorders)
+    return results()
 
 
-def fresh_directory(out: Path) -> None:
+def _name(spec: Spec, controls: Mapping[str, str]) -> str:
+    return f"control {spec}" if isinstance(spec, str) and spec in controls else label(spec)
+
+
+def _run(record: Mapping[str, Any]) -> Run:
+    name = f"control {record['method']}" if record["kind"] == "control" else record["label"]
+    return record["seed"], describe(record["point"]), name
+
+
+def _kept(out: Path, config: CompareConfig) -> list[dict[str, Any]]:
+    """The records in `out` that ended well."""
+    path = out / "results.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before, records = found["config"], [record for record in found["records"] if record["status"] == "ok"]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, so there is nothing to resume; leave out --resume") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not a result of `decoupled compare` ({error}); choose another --out") from None
+    now = json.loads(json.dumps(_finite(plain(config))))
+    if other := sorted(
+        key for key in now.keys() | before.keys() if key not in MORE and now.get(key) != before.get(key)
+    ):
+        was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in other)
+        raise UserError(f"{out} was made with {was}; ask for the same, or choose another --out without --resume")
+    return records
+
+
+def fresh_directory(out: Path, remedy: str = "choose another --out, or remove it") -> None:
     """Make `out`; refuse to write where files are.
+
+    Args:
+        remedy: what to do where there are files.
 
     Raises:
         UserError: it exists and is not an empty directory.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; nothing was overwritten: choose another --out, or remove it")
+        raise UserError(f"{out} exists already; nothing was overwritten: {remedy}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -138,11 +189,11 @@ def _results(
 ) -> dict[str, Any]:
     baseline = setting.baseline or config.baseline
     base = [r for r in records if r["label"] == baseline and r["status"] == "ok"]
-    pace = {(r["seed"], describe(r["point"])): r["samples_per_second"] for r in base}
+    pace = {_beside(r): r["samples_per_second"] for r in base}
     if config.runtime == "simulated":  # one thread did all the work: its pace says nothing
         pace = {}
     for record in records:
-        reference, own = pace.get((record["seed"], describe(record["point"]))), record["samples_per_second"]
+        reference, own = pace.get(_beside(record)), record["samples_per_second"]
         record["speedup_over_backprop"] = own / reference if reference and own else None
     trained = config.env or config.task or config.data
     data, model = (spec if isinstance(spec, str) else label(spec) for spec in (trained, config.model))
@@ -163,13 +214,34 @@ def _results(
     }
 
 
-def _write(out: Path, results: dict[str, Any], recorders: list[Recorder]) -> None:
+def _beside(record: Mapping[str, Any]) -> tuple[int, str, str]:
+    """Paces are compared at the same seed and point, on the same machine."""
+    return record["seed"], describe(record["point"]), json.dumps(record["environment"], sort_keys=True)
+
+
+def _save(out: Path, results: dict[str, Any]) -> None:
+    """Write results.json in one piece: whoever is killed leaves the old or the new one."""
     text = json.dumps(_finite(results), indent=1, allow_nan=False)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    (out / "results.json.new").write_text(text + "\n", encoding="utf-8")
+    os.replace(out / "results.json.new", out / "results.json")
+
+
+def _write(out: Path, results: dict[str, Any], recorders: list[Recorder]) -> None:
+    _save(out, results)
     spans = [span for recorder in recorders for span in recorder.spans]
-    write_trace(spans, [flow for recorder in recorders for flow in recorder.flows], out / "trace.json")
+    flows = [flow for recorder in recorders for flow in recorder.flows]
+    write_trace([*_kept_spans(results, {span.process for span in spans}), *spans], flows, out / "trace.json")
     if results["records"]:
         write_report(results, out / "report.html")
+
+
+def _kept_spans(results: Mapping[str, Any], but: set[str]) -> list[Span]:
+    """The operations that records remember: of the first run of every method `but` those recorded now."""
+    first: dict[str, Any] = {}
+    for record in results["records"]:
+        if record["timeline"] and record["label"] not in but:
+            first.setdefault(record["label"], record["timeline"])
+    return [Span(name, e["actor"], e["op"], e["start"], e["end"]) for name, spans in first.items() for e in spans]
 
 
 def _finite(value: Any) -> Any:

@@ -21,6 +21,7 @@ from decoupled.config import CompareConfig, Recipe, Task, changed
 from decoupled.errors import UserError
 from decoupled.experiment import Setting
 from decoupled.graph.experiment import GraphSetting
+from decoupled.observe.points import describe
 from decoupled.rl.experiment import RLSetting
 
 Point = dict[str, Any]
@@ -52,13 +53,20 @@ def kind(config: Task) -> type[AnySetting]:
     return Setting if config.task is None else GraphSetting
 
 
-def settings(config: CompareConfig) -> list[tuple[Point, AnySetting]]:
-    """One setting per point. Data are loaded and the network is cut once for all points that agree on both."""
+def settings(config: CompareConfig, cuts: Mapping[str, list[int]] | None = None) -> list[tuple[Point, AnySetting]]:
+    """One setting per point. Data are loaded and the network is cut once for all points that agree on both.
+
+    Args:
+        cuts: where the network was cut before, by point in words, instead of by measured time now.
+    """
     found, known = [], {}
     for point in points(config):
         task = changed(config, point)
         same = json.dumps([task.data, task.model, task.task, task.env, task.blocks], sort_keys=True)
         if same not in known:
             known[same] = kind(task).prepare(task)
-        found.append((point, replace(known[same], task=task)))
+        setting = replace(known[same], task=task)
+        if isinstance(setting, Setting):
+            setting.cuts = (cuts or {}).get(describe(point), setting.cuts)
+        found.append((point, setting))
     return found
