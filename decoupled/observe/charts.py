@@ -131,7 +131,7 @@ def byte_unit(most: float) -> tuple[str, float]:
 
 def short(text: str, room: float) -> str:
     """`text`, cut with an ellipsis to what fits into `room` pixels."""
-    most = max(1, int(room / CHARACTER))
+    most = max(1, int(room / CHARACTER + 1e-6))  # room is often just so many characters
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

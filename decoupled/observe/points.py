@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 Record = Mapping[str, Any]
+_TEXT = json.JSONEncoder(separators=(",", ":"))  # so that a comma and a space are between keys only
 
 
 def describe(point: Mapping[str, Any]) -> str:
@@ -21,7 +22,7 @@ def describe(point: Mapping[str, Any]) -> str:
     flat: dict[str, Any] = {}
     for key, value in point.items():
         flat |= value if isinstance(value, Mapping) and key == "recipe" else {key: value}
-    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items())
+    return ", ".join(f"{key}={value if isinstance(value, str) else _TEXT.encode(value)}" for key, value in flat.items())
 
 
 def by_point(records: Sequence[Record]) -> dict[str, list[Record]]:

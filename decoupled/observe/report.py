@@ -266,7 +266,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     """A config as words, nested entries side by side; what the page says elsewhere is left out."""
     nested = [value for key, value in config.items() if isinstance(value, Mapping) and key != "sweep"]
     flat = {k: v for value in nested for k, v in value.items() if k != "name"}
-    flat |= {k: v for k, v in config.items() if not isinstance(v, Mapping | list) and k not in SAID}
+    said = SAID if config.get("env") else {*SAID, "steps"}
+    flat |= {k: v for k, v in config.items() if not isinstance(v, Mapping | list | None) and k not in said}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 

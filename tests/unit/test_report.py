@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from decoupled.observe import charts
-from decoupled.observe.report import findings, render, summarise, table, write_report
+from decoupled.observe.report import _settings, findings, render, summarise, table, write_report
 
 
 def record(method="backprop", seed=0, blocks=2, **changes):
@@ -297,3 +297,9 @@ def test_spread_keeps_order_distance_and_place():
 def test_significant_digits():
     numbers = (0, 12345.6, 1.2345, 0.00012345, 999.6, math.nan)
     assert [charts.significant(n) for n in numbers] == ["0", "12,300", "1.23", "0.000123", "1,000", "not finite"]
+
+
+def test_settings_leave_out_what_does_not_apply():
+    config = {"task": None, "env": None, "steps": 9, "precision": "bf16", "method": {"name": "x", "sigma": None}}
+    assert _settings(config) == {"sigma": "null", "precision": "bf16"}
+    assert _settings(config | {"env": "Hopper-v5"})["steps"] == "9"

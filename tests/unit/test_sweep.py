@@ -67,6 +67,12 @@ def test_a_name_becomes_a_mapping_where_dots_reach_into_it() -> None:
 def test_describe_is_short() -> None:
     assert describe({}) == ""
     assert describe({"blocks": [2], "recipe": {"optimizer": "adam", "lr": 0.1}}) == "blocks=[2], optimizer=adam, lr=0.1"
+    assert describe({"blocks": [1, 2, 3], "lr": 1}).split(", ") == ["blocks=[1,2,3]", "lr=1"]
+
+
+@pytest.mark.parametrize("name", ["a", "sac", "ddg", "backprop", "features_replay"])
+def test_a_short_name_is_drawn_whole(name: str) -> None:
+    assert f">{name} <" in plane([Curve(name, "", [(0, 1), (1, 2)], text="96.3")], "t", Scale("x"), Scale("y"))
 
 
 def record(label: str, lr: float, losses: list[float | None], seed: int = 0) -> dict[str, Any]:
