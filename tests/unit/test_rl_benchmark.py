@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 
 from decoupled.benchmarks import rl
@@ -25,8 +28,8 @@ def test_parts_keep_a_page_at_a_small_size(tmp_path: Path, monkeypatch: pytest.M
     assert rl.main(["paper", "--out", str(tmp_path)]) == 0
     assert rl.main(["auxiliary", "--seeds", "1", "--steps", "300", "--updates", "20", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "rl.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith(("| batch |", "| layer |", "| none |", "| small |"))]
-    assert len(rows) == 4
+    rows = [line for line in text.splitlines() if line.startswith(("| MuJoCo's, ", "| Bullet's, ", "| small |"))]
+    assert len(rows) == 7
     assert "`python -m decoupled.benchmarks.rl auxiliary --seeds 1 --steps 300 --updates 20`" in text
 
 
@@ -44,3 +47,25 @@ def test_of_a_suite_what_has_ended_is_shown() -> None:
     text = rl._suite({"Hopper-v5": {"x": [record, record]}}, 3)
     assert "\n\nHopper-v5:\n\n| method |" in text
     assert "| x | 2 | -5 (-5 .. -5) | -3 | nan | nan | nan | 7 | -9 -4 |" in text
+
+
+def test_units_of_bullet_scale_each_observation_by_what_it_is() -> None:
+    pytest.importorskip("mujoco")
+    scaled, plain = rl.bullet_units(), gymnasium.make("HalfCheetah-v5")
+    model: Any = plain.unwrapped
+    names = ["z", "angle", *(f"joint {i}" for i in range(6)), "vx", "vz", "turning", *(f"speed {i}" for i in range(6))]
+    expected = {"z": 1.0, "angle": 1.0, "vx": 0.3, "vz": 0.3} | dict.fromkeys(["turning", *names[11:]], 0.1)
+    ranges = {f"joint {i}": model.model.jnt_range[3 + i] for i in range(6)}
+    for env in (scaled, plain):
+        env.reset(seed=0)
+    for _ in range(50):
+        action = plain.action_space.sample()
+        one, other = scaled.step(action)[0], plain.step(action)[0]
+        for name, now, before in zip(names, one, other, strict=True):
+            if name in ranges:
+                low, high = ranges[name]
+                assert now == pytest.approx(np.clip(np.interp(before, [low, high], [-1, 1]) if low <= before <= high
+                                                    else (2 * before - low - high) / (high - low), -5, 5))  # fmt: skip
+            else:
+                assert now == pytest.approx(np.clip(expected[name] * before, -5, 5))
+    assert scaled.observation_space.shape == (17,)
