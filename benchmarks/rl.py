@@ -170,7 +170,7 @@ CHEETAHS: dict[str, Any] = {"MuJoCo's": "HalfCheetah-v5", "Bullet's": bullet_uni
 
 
 def _held_out(trainer: RLTrainer) -> tuple[float, float, float]:
-    """On new random transitions, in inference mode: the loss, the targets' mean variance, the speeds' share of the loss."""
+    """On new random transitions, in inference mode: the loss, the targets' mean variance, the share of speeds in it."""
     made = trainer._own_acting()["learner"].make(2000, True)
     batch = batch_of(torch.from_numpy(made.rows), trainer.spaces, 1)
     net: Any = trainer.agent.networks.get_submodule("shared.features")
