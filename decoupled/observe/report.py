@@ -28,19 +28,8 @@ from decoupled.observe.trace import KINDS, Span, opening
 
 Measure = Callable[[Record], float | None]
 SAID = {
-    "suite",
-    "data",
-    "model",
-    "blocks",
-    "runtime",
-    "baseline",
-    "seeds",
-    "seed",
-    "method",
-    "controls",
-    "sweep",
-    "claims",
-}
+    "suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep", "claims",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
