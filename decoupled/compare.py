@@ -13,14 +13,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from decoupled import costs, registry, sweep
+from decoupled import costs, registry, resumed, sweep
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import OperationError, UserError
 from decoupled.experiment import label
@@ -33,8 +33,6 @@ from decoupled.observe.trace import Span, write_trace
 from decoupled.records import environment
 
 Spec = str | Mapping[str, Any]
-Run = tuple[int, str, str]  # seed, point and what was trained
-MORE = {"methods", "seeds", "sweep", "controls", "claims", "cutoffs", "baseline", "suite"}  # may change: no run does
 
 
 def compare(
@@ -48,15 +46,15 @@ def compare(
         config: what to compare. out: a directory that does not exist yet, or is empty.
         command: how this was called, for the report.
         quiet: say nothing.
-        resume: go on with the comparison in `out`: its runs that ended well are kept, with the cuts they had. Methods,
-            seeds and points of the sweep may have been added since.
+        resume: go on with the comparison in `out`: its runs that ended well are kept, with the cuts they had, and the
+            others are tried again. Methods, seeds and points of the sweep may be added, none may be missing.
 
     Returns:
         The content of results.json.
 
     Raises:
         UserError: nothing to compare, an unknown name, `out` holds files, or to be resumed it holds none, or those of
-            another comparison.
+            another comparison or of other data, or another process writes to it.
     """
     given = config.methods if isinstance(config.methods, list) else [config.methods]
     kind = sweep.kind(config)
@@ -68,60 +66,50 @@ def compare(
     for spec in specs:
         registry.make(spec, kind.trains)  # wrong names are refused before anything runs
     check(config.claims, config.cutoffs)
-    found = {_run(record): record for record in _kept(out, config)} if resume else {}
-    settings = sweep.settings(config, {describe(record["point"]): record["cuts"] for record in found.values()})
-    if not resume:
-        fresh_directory(out, "choose another --out, remove it, or go on with a comparison by --resume")
-    contestants: list[Spec] = [*specs, *(kind.controls if config.controls else ())]
-    asked = {
-        (seed, describe(point), _name(spec, kind.controls)): (seed, point, setting, spec)
-        for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants)
-    }
-    missing = [run for run in asked if run not in found]
-    recorders: list[Recorder] = []
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(resumed.alone(out))
+        before = resumed.read(out, config, kind.controls) if resume else {}
+        settings = sweep.settings(config, [(record["point"], record["cuts"]) for record in before.values()])
+        contestants: list[Spec] = [*specs, *(kind.controls if config.controls else ())]
+        asked = {
+            (seed, describe(point), label(spec)): (seed, point, setting, spec)
+            for seed, (point, setting), spec in itertools.product(range(config.seeds), settings, contestants)
+        }
+        if resume:
+            resumed.check(out, before, asked, settings[0][1].summary)
+        else:
+            fresh_directory(out, "choose another --out, remove it, or go on with a comparison by --resume")
+            stack.enter_context(resumed.alone(out))
+        return _compare(config, asked, before, out, command, quiet)
+
+
+def _compare(
+    config: CompareConfig,
+    asked: Mapping[resumed.Run, tuple[int, sweep.Point, sweep.AnySetting, Spec]],
+    before: Mapping[resumed.Run, dict[str, Any]],
+    out: Path,
+    command: str,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Run what is missing, and write the files."""
+    found, recorders = dict(before), list[Recorder]()
+    missing = [run for run in asked if run not in found or found[run]["status"] != "ok"]
+    _, first, main, _ = next(iter(asked.values()))
 
     def results() -> dict[str, Any]:
-        records = [found[run] for run in dict.fromkeys([*asked, *found]) if run in found]
-        return _results(config, settings[0][1], records, command)
+        return _results(config, main, [found[run] for run in asked if run in found], command)
 
     with Reporter(sum(asked[run][2].samples for run in missing), quiet) as reporter:
         try:
             for run in missing:
                 seed, point, setting, spec = asked[run]
-                traced = recorders if seed == 0 and point == settings[0][0] else []
+                traced = recorders if seed == 0 and point == first else []
                 found[run] = _one(setting, point, spec, seed, reporter, traced)
-                _save(out, results())
+                resumed.save(out, _finite(results()))
         finally:
             _write(out, results(), recorders)
     return results()
-
-
-def _name(spec: Spec, controls: Mapping[str, str]) -> str:
-    return f"control {spec}" if isinstance(spec, str) and spec in controls else label(spec)
-
-
-def _run(record: Mapping[str, Any]) -> Run:
-    name = f"control {record['method']}" if record["kind"] == "control" else record["label"]
-    return record["seed"], describe(record["point"]), name
-
-
-def _kept(out: Path, config: CompareConfig) -> list[dict[str, Any]]:
-    """The records in `out` that ended well."""
-    path = out / "results.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        before, records = found["config"], [record for record in found["records"] if record["status"] == "ok"]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so there is nothing to resume; leave out --resume") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is not a result of `decoupled compare` ({error}); choose another --out") from None
-    now = json.loads(json.dumps(_finite(plain(config))))
-    if other := sorted(
-        key for key in now.keys() | before.keys() if key not in MORE and now.get(key) != before.get(key)
-    ):
-        was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in other)
-        raise UserError(f"{out} was made with {was}; ask for the same, or choose another --out without --resume")
-    return records
 
 
 def fresh_directory(out: Path, remedy: str = "choose another --out, or remove it") -> None:
@@ -219,18 +207,12 @@ def _beside(record: Mapping[str, Any]) -> tuple[int, str, str]:
     return record["seed"], describe(record["point"]), json.dumps(record["environment"], sort_keys=True)
 
 
-def _save(out: Path, results: dict[str, Any]) -> None:
-    """Write results.json in one piece: whoever is killed leaves the old or the new one."""
-    text = json.dumps(_finite(results), indent=1, allow_nan=False)
-    (out / "results.json.new").write_text(text + "\n", encoding="utf-8")
-    os.replace(out / "results.json.new", out / "results.json")
-
-
 def _write(out: Path, results: dict[str, Any], recorders: list[Recorder]) -> None:
-    _save(out, results)
+    resumed.save(out, _finite(results))
     spans = [span for recorder in recorders for span in recorder.spans]
     flows = [flow for recorder in recorders for flow in recorder.flows]
-    write_trace([*_kept_spans(results, {span.process for span in spans}), *spans], flows, out / "trace.json")
+    if spans or not (out / "trace.json").exists():
+        write_trace([*_kept_spans(results, {span.process for span in spans}), *spans], flows, out / "trace.json")
     if results["records"]:
         write_report(results, out / "report.html")
 

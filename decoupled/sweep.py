@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from decoupled.config import CompareConfig, Recipe, Task, changed
 from decoupled.errors import UserError
 from decoupled.experiment import Setting
 from decoupled.graph.experiment import GraphSetting
-from decoupled.observe.points import describe
 from decoupled.rl.experiment import RLSetting
 
 Point = dict[str, Any]
@@ -53,20 +52,25 @@ def kind(config: Task) -> type[AnySetting]:
     return Setting if config.task is None else GraphSetting
 
 
-def settings(config: CompareConfig, cuts: Mapping[str, list[int]] | None = None) -> list[tuple[Point, AnySetting]]:
+def settings(config: CompareConfig, before: Sequence[tuple[Point, list[int]]] = ()) -> list[tuple[Point, AnySetting]]:
     """One setting per point. Data are loaded and the network is cut once for all points that agree on both.
 
     Args:
-        cuts: where the network was cut before, by point in words, instead of by measured time now.
+        before: points and where the network was cut there, which holds again instead of measured time.
     """
+    cuts = {_same(changed(config, point)): where for point, where in before}
     found, known = [], {}
     for point in points(config):
         task = changed(config, point)
-        same = json.dumps([task.data, task.model, task.task, task.env, task.blocks], sort_keys=True)
+        same = _same(task)
         if same not in known:
             known[same] = kind(task).prepare(task)
-        setting = replace(known[same], task=task)
-        if isinstance(setting, Setting):
-            setting.cuts = (cuts or {}).get(describe(point), setting.cuts)
-        found.append((point, setting))
+            if isinstance(known[same], Setting):
+                known[same].cuts = cuts.get(same, known[same].cuts)
+        found.append((point, replace(known[same], task=task)))
     return found
+
+
+def _same(task: Task) -> str:
+    """Tasks for which this is equal have the same data and cuts."""
+    return json.dumps([task.data, task.model, task.task, task.env, task.blocks], sort_keys=True)

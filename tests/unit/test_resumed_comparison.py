@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from decoupled import cli, sweep
+from decoupled import cli, resumed, sweep
 from decoupled import compare as comparison
 from decoupled.compare import compare
 from decoupled.config import CompareConfig, read
@@ -89,23 +89,97 @@ def test_what_failed_is_tried_again_and_seeds_may_be_added(tmp_path: Path, monke
     ]  # fmt: skip
 
 
-def test_the_network_stays_cut_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, one = tmp_path / "run", ["controls=false", "sweep=null"]
-    compare(config(*one, "seeds=1"), out, "c", quiet=True)
-    usual = sweep.settings
+def test_the_network_stays_cut_where_it_was_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, one = tmp_path / "run", ["controls=false", "seeds=1"]
+    compare(config(*one, "sweep={lr: [0.1]}"), out, "c", quiet=True)
     cut = json.loads((out / "results.json").read_text())["cuts"]
     elsewhere = [1 if cut != [1] else 2]
+    prepare = Setting.prepare
 
     def moved(task: Any) -> Setting:
         setting = prepare(task)
         setting.cuts = elsewhere
         return setting
 
-    prepare = Setting.prepare
     monkeypatch.setattr(Setting, "prepare", moved)
-    assert [setting.cuts for _, setting in usual(config(*one))] == [elsewhere]
+    assert [setting.cuts for _, setting in sweep.settings(config(*one))] == [elsewhere] * 2
     results = compare(config(*one), out, "c", quiet=True, resume=True)
-    assert {tuple(record["cuts"]) for record in results["records"]} == {tuple(cut)}
+    assert len(results["records"]) == 4 and {tuple(record["cuts"]) for record in results["records"]} == {tuple(cut)}
+
+
+def test_a_run_that_failed_stays_until_it_has_been_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1"]
+    compare(config(*one), out, "c", quiet=True)
+    results = json.loads((out / "results.json").read_text())
+    results["records"][1] |= {"status": "failed", "error": "power cut"}
+    (out / "results.json").write_text(json.dumps(results))
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "_one", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config(*one), out, "c", quiet=True, resume=True)
+    assert [r["error"] for r in json.loads((out / "results.json").read_text())["records"]] == [None, "power cut"]
+
+
+def test_a_finished_comparison_keeps_its_trace(tmp_path: Path) -> None:
+    out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1"]
+    compare(config(*one), out, "c", quiet=True)
+    before = (out / "trace.json").read_bytes()
+    compare(config(*one), out, "c", quiet=True, resume=True)
+    assert (out / "trace.json").read_bytes() == before
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    text, out = tmp_path / "a.txt", tmp_path / "run"
+    words = [
+        f"data={{name: text, path: {text}, length: 8}}", "model={name: transformer, width: 8, depth: 1}", "blocks=1",
+        "methods=[backprop]", "controls=false", "seeds=1", "epochs=1", "runtime=simulated",
+    ]  # fmt: skip
+    text.write_text("abcdefgh" * 200)
+    compare(read(CompareConfig, words), out, "c", quiet=True)
+    text.write_text("hgfedcba" * 200)
+    with pytest.raises(UserError, match="was made with other data"):
+        compare(read(CompareConfig, [*words, "seeds=2"]), out, "c", quiet=True, resume=True)
+
+
+def test_only_one_writes_to_a_directory(tmp_path: Path) -> None:
+    out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1", "methods=[backprop]"]
+    compare(config(*one), out, "c", quiet=True)
+    with resumed.alone(out), pytest.raises(UserError, match="another process writes"):
+        compare(config(*one), out, "c", quiet=True, resume=True)
+    assert len(compare(config(*one), out, "c", quiet=True, resume=True)["records"]) == 1
+
+
+DAMAGE: dict[str, Any] = {
+    "no config": lambda r: r.pop("config"), "config null": lambda r: r.update(config=None),
+    "config a list": lambda r: r.update(config=[]), "no data": lambda r: r.pop("dataset"),
+    "records null": lambda r: r.update(records=None), "a record null": lambda r: r.update(records=[None]),
+    **{f"no {key}": lambda r, key=key: r["records"][0].pop(key) for key in sorted(resumed.NEEDED)},
+    "point null": lambda r: r["records"][0].update(point=None),
+}  # fmt: skip
+
+
+def test_damaged_results_are_refused_in_one_line_and_left_alone(tmp_path: Path) -> None:
+    out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1", "methods=[backprop]"]
+    whole = compare(config(*one), out, "c", quiet=True)
+    for what, damage in DAMAGE.items():
+        results = json.loads(json.dumps(whole))
+        damage(results)
+        (out / "results.json").write_text(json.dumps(results))
+        with pytest.raises(UserError) as caught:
+            compare(config(*one), out, "c", quiet=True, resume=True)
+        assert "\n" not in str(caught.value) and str(out) in str(caught.value), what
+        assert json.loads((out / "results.json").read_text()) == results, what
+
+
+def test_what_is_there_must_be_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    compare(config("controls=false", "seeds=1", "sweep={lr: [0.1]}"), out, "c", quiet=True)
+    for fewer in (["methods=[backprop]"], ["sweep={lr: [0.2]}"], ["sweep=null"]):
+        with pytest.raises(UserError, match="not asked for, the first is"):
+            compare(config("controls=false", "seeds=1", *fewer), out, "c", quiet=True, resume=True)
 
 
 def test_speed_is_not_compared_across_machines(tmp_path: Path) -> None:
