@@ -1,7 +1,8 @@
 """The page of a comparison that swept blocks and optimizers: `python -m decoupled.benchmarks.delayed DIR [DIR ...]`.
 
     DIR/results.json, written by `decoupled compare suite=delayed --out DIR`
-      -> of several learning rates the best one per method, optimizer and number of blocks, by validation loss
+      -> of several learning rates one per method, optimizer and number of blocks: with most seeds that ended well, and
+         of these the least mean validation loss
       -> one table per optimizer: methods down, numbers of blocks across, accuracy or loss as mean (min..max) over seeds
       -> what each correction changes against its method without one, at the same blocks, optimizer and seed
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 
 from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.publish import ROOT
+from decoupled.observe.points import by_point, last_loss
 
 Record = Mapping[str, Any]
 Name = Callable[[Record], str]
@@ -63,7 +66,7 @@ def section(results: Mapping[str, Any]) -> str:
     optimizer, rate = optimizer_of(results), rate_of(results)
     seconds = sum(record["wall_seconds"] or 0.0 for record in records)
     groups = grouped(records, lambda r: f"{r['label']} {r['blocks']} {optimizer(r)}")
-    chosen = [record for group in groups.values() for record in best(group, rate)]
+    chosen = [record for group in groups.values() for record in best(group)]
     rates = {name: sorted({rate(r) for r in of}, key=float) for name, of in grouped(records, optimizer).items()}
     several = any(len(found) > 1 for found in rates.values())
     tuned = (
@@ -112,17 +115,24 @@ def rate_of(results: Mapping[str, Any]) -> Name:
 
 def recipe_of(results: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
     """The recipe of a record: that of the suite, but for what was swept."""
-    return results["config"]["recipe"] | (record.get("point") or {}).get("recipe", {})
+    base, point = results["config"]["recipe"], record.get("point") or {}
+    single = {key.removeprefix("recipe."): value for key, value in point.items()}
+    return base | {key: value for key, value in single.items() if key in base} | point.get("recipe", {})
 
 
-def best(records: Sequence[Record], rate: Name) -> list[Record]:
-    """The records of the learning rate with most seeds that ended well, and of these the least validation loss."""
+def ended_well(record: Record) -> bool:
+    """With finite losses."""
+    return record["status"] == "ok" and math.isfinite(last_loss(record)) and record["test_loss"] is not None
 
-    def rank(of_rate: Sequence[Record]) -> tuple[int, float]:
-        losses = [r["curve"][-1]["validation_loss"] for r in of_rate if r["status"] == "ok"]
+
+def best(records: Sequence[Record]) -> list[Record]:
+    """The records of the point with most seeds that ended well, and of these the least mean validation loss."""
+
+    def rank(of_point: Sequence[Record]) -> tuple[int, float]:
+        losses = [last_loss(record) for record in of_point if ended_well(record)]
         return -len(losses), fmean(losses) if losses else 0.0
 
-    return min(grouped(records, rate).values(), key=rank)
+    return min(by_point(records).values(), key=rank)
 
 
 def reason(error: str) -> str:
@@ -150,7 +160,7 @@ def rows(
 
 def cell(records: Sequence[Record], seeds: int, measure: Measure, rate: Name | None = None) -> str:
     """Mean and range over the seeds that ended well."""
-    good, digits = [measure.of(r) for r in records if r["status"] == "ok"], measure.digits
+    good, digits = [measure.of(r) for r in records if ended_well(r)], measure.digits
     if not good:
         return "failed" if records else ""
     some = f" [{len(good)}]" if len(good) < seeds else ""
@@ -164,11 +174,11 @@ def gain_of(records: Sequence[Record], optimizer: Name, measure: Measure) -> Any
     def place(record: Record) -> tuple[Any, ...]:
         return record["method"], optimizer(record), record["blocks"], record["seed"]
 
-    plain = {place(r): measure.of(r) for r in records if r["status"] == "ok" and r["label"] == r["method"]}
+    plain = {place(r): measure.of(r) for r in records if ended_well(r) and r["label"] == r["method"]}
 
     def gain(record: Record) -> tuple[str, str, int, float] | None:
         spec, without = record["config"]["method"], plain.get(place(record))
-        if isinstance(spec, str) or "corrections" not in spec or record["status"] != "ok" or without is None:
+        if isinstance(spec, str) or "corrections" not in spec or not ended_well(record) or without is None:
             return None
         return record["label"], record["method"], record["blocks"], measure.of(record) - without
 

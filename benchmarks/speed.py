@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from decoupled.benchmarks.page import write
 from decoupled.benchmarks.peers import contest, simulator
 from decoupled.benchmarks.peers.contest import Measurement
 from decoupled.benchmarks.peers.setting import Setting
@@ -309,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = markdown(record)
-    (options.out / "speed.md").write_text(page, encoding="utf-8")
+    write(options.out / "speed.md", page)
     print(f"\n{page}")
     return 0
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from decoupled.benchmarks.page import write
 from decoupled.benchmarks.speed import RESULTS, Spread, machine
 from decoupled.messages import Message, Up
 from decoupled.runtime import memory
@@ -318,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = measure(options.rounds, options.mebibytes << 20, lambda line: print(line, flush=True))
     page = markdown(found, machine(started), time.monotonic() - begun)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page, encoding="utf-8")
+    write(options.out, page)
     print(f"\n{page}")
     return 0
 

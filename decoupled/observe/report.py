@@ -270,6 +270,7 @@ def render(results: dict[str, Any]) -> str:
     environment.filters["percent"] = percent
     return folder.load(environment, "report.html.j2").render(
         results=results,
+        machines=len({json.dumps(r.get("environment"), sort_keys=True) for r in results.get("records") or []}),
         found=findings(summaries),
         columns=columns,
         rows=rows,

@@ -19,7 +19,11 @@ def record(label: str, lr: float, seed: int, loss: float, validation: float, sta
 
 
 def page(data: str, records: list[dict[str, Any]]) -> str:
-    config = {"recipe": {"epochs": 1, "batch_size": 2, "schedule": "cosine"}, "seeds": 2, "model": "mlp"}
+    config = {
+        "recipe": {"epochs": 1, "batch_size": 2, "schedule": "cosine", "lr": 1.0, "optimizer": "sgd", "momentum": 0.9},
+        "seeds": 2,
+        "model": "mlp",
+    }
     environment = {"cpu": "a cpu", "threads": 1, "torch": "2", "python": "3"}
     return delayed.section({
         "suite": "delayed", "command": "c", "data": data, "config": config, "environment": environment,
@@ -52,3 +56,14 @@ def test_a_correction_is_held_against_the_best_rate_of_its_method() -> None:
 def test_images_are_shown_by_accuracy() -> None:
     text = page("digits", [record("ddg", 0.1, seed, 1.0, 1.0) for seed in range(2)])
     assert "| ddg | 50.0 (50.0..50.0) |" in text and "### sgd with momentum 0.9, lr 0.1\n" in text
+
+
+def test_a_rate_may_be_swept_by_itself_and_null_losses_are_no_results() -> None:
+    records = [record("ddg", 0.1, 0, 3.0, 1.0), record("ddg", 0.4, 0, 1.0, 2.0)]
+    for one, key in zip(records, ("lr", "recipe.lr"), strict=True):
+        one["point"] = {"blocks": [1], key: one["point"]["recipe"]["lr"]}
+    assert "| ddg | 3.000 (3.000..3.000) [1] at 0.1 |" in page("python_source", records)
+    records[0]["curve"] = [{"validation_loss": None}]
+    assert "| ddg | 1.000 (1.000..1.000) [1] at 0.4 |" in page("python_source", records)
+    records[1]["test_loss"] = None
+    assert "| ddg | failed |" in page("python_source", records)

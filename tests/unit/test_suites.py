@@ -1,0 +1,20 @@
+"""Suites: what they compare with is among what they compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from decoupled import sweep
+from decoupled.config import CompareConfig, read
+from decoupled.experiment import label
+
+SUITES = sorted(path.stem for path in Path("benchmarks/suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_baseline_is_one_of_the_methods(suite: str) -> None:
+    config = read(CompareConfig, [f"suite={suite}"])
+    if sweep.kind(config).baseline is None and config.methods:  # no methods: all there are
+        assert config.baseline in map(label, config.methods)
