@@ -146,8 +146,8 @@ def auxiliary(options: Options, keep: Keep) -> None:
             "BY571/OFENet]), whose default environment is HalfCheetahBulletEnv-v0 [code: its sac_ofenet.py]. That one "
             "observes speeds of joints times 0.1, of the body times 0.3, positions of joints scaled to their range, "
             "and clips all to 5 [code: pybullet's robot_bases.py and robot_locomotors.py]; MuJoCo's does not scale. "
-            "*Bullet's*: MuJoCo's HalfCheetah, all 17 observations, in those units, the body's turning times 0.1; not the "
-            "port's task, whose 17 targets are other quantities of another simulator.\n\n"
+            "*Bullet's*: MuJoCo's HalfCheetah, all 17 observations, in those units, the body's turning times 0.1; not "
+            "the port's task, whose 17 targets are other quantities of another simulator.\n\n"
             + table(
                 ["units, norm", "seed", "after", "reached", "share", "held out", "of it speeds", "after each fifth"],
                 sorted(rows),
