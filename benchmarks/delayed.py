@@ -69,15 +69,13 @@ def section(results: Mapping[str, Any]) -> str:
     chosen = [record for group in groups.values() for record in best(group)]
     rates = {name: sorted({rate(r) for r in of}, key=float) for name, of in grouped(records, optimizer).items()}
     several = any(len(found) > 1 for found in rates.values())
-    tuned = (
-        "; of the learning rates the best by mean validation loss, which stands behind the figure" if several else ""
-    )
+    tuned = "; of the learning rates, that with most such seeds and then the least validation loss, named behind"
     lines = [
         f"## Suite {results['suite']}",
         f"`{results['command']}`: {results['data']}, {json.dumps(results['config']['model'])}, "
         f"{max((r['samples'] for r in records), default=0)} training samples in {recipe['epochs']} epochs, batch "
         f"{recipe['batch_size']}, {recipe['schedule']} schedule, runtime {results['runtime']}. {measure.words}, "
-        f"mean (min..max) over seeds, [n] where n of {seeds} seeds ended well{tuned}. Training took "
+        f"mean (min..max) over seeds, [n] where n of {seeds} seeds ended well{tuned if several else ''}. Training took "
         f"{seconds / 60:.1f} minutes. "
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, "
         f"{results['created'][:10]}.",
