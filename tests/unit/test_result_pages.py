@@ -8,6 +8,7 @@ import pytest
 
 from decoupled.benchmarks import rl
 from decoupled.benchmarks.page import NOTES, write
+from decoupled.benchmarks.publish import ROOT
 
 NOTE = "<!-- notes -->\nReached.\n\n- but barely\n<!-- /notes -->"
 
@@ -38,7 +39,7 @@ def test_a_page_of_sections_keeps_its_notes(tmp_path: Path) -> None:
     assert page.read_text() == f"{rl.TITLE}\n\n{NOTE}\n\n## pendulum\n\none\n\n## paper\n\ntwo\n"
 
 
-@pytest.mark.parametrize("page", sorted(Path("benchmarks/results").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted((ROOT / "benchmarks" / "results").glob("*.md")), ids=lambda page: page.stem)
 def test_marks_of_notes_come_in_pairs_below_a_title(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("<!-- notes -->") == text.count("<!-- /notes -->") == len(NOTES.findall(text)) <= 1

@@ -31,7 +31,7 @@ def run_of(record: dict[str, Any]) -> tuple[Any, ...]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was trained, in order; the run whose number is in `stops` is interrupted."""
+    """What was trained, in order; the sixth run is interrupted."""
     seen: list[tuple[Any, ...]] = []
     for name in ("run_method", "run_control"):
         usual = getattr(Setting, name)
@@ -53,7 +53,7 @@ def test_an_interrupted_comparison_runs_only_what_is_missing(tmp_path: Path, ran
     first = json.loads((out / "results.json").read_text())["records"]
     assert len(first) == 5
     before = list(ran)
-    ran[:] = [("not", "the", "fifth")] * 6  # so that nothing is interrupted any more
+    ran[:] = [("not", "the", "sixth")] * 6  # so that nothing is interrupted any more
     results = compare(config(), out, "c", quiet=True, resume=True)
     again = ran[6:]
     assert len(again) == 11 and not set(again) & set(before)
@@ -73,12 +73,17 @@ def _events(out: Path) -> list[dict[str, Any]]:
     return found["traceEvents"] if isinstance(found, dict) else found
 
 
-def test_what_failed_is_tried_again_and_seeds_may_be_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1"]
-    compare(config(*one), out, "c", quiet=True)
+def with_a_failure(out: Path, words: list[str]) -> None:
+    """A comparison whose second run failed."""
+    compare(config(*words), out, "c", quiet=True)
     results = json.loads((out / "results.json").read_text())
     results["records"][1] |= {"status": "failed", "error": "power cut"}
     (out / "results.json").write_text(json.dumps(results))
+
+
+def test_what_failed_is_tried_again_and_seeds_may_be_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1"]
+    with_a_failure(out, one)
     calls: list[tuple[str, int]] = []
     usual = comparison._one
     monkeypatch.setattr(comparison, "_one", lambda *a: calls.append((str(a[2]), a[3])) or usual(*a))
@@ -109,10 +114,7 @@ def test_the_network_stays_cut_where_it_was_at_every_point(tmp_path: Path, monke
 
 def test_a_run_that_failed_stays_until_it_has_been_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1"]
-    compare(config(*one), out, "c", quiet=True)
-    results = json.loads((out / "results.json").read_text())
-    results["records"][1] |= {"status": "failed", "error": "power cut"}
-    (out / "results.json").write_text(json.dumps(results))
+    with_a_failure(out, one)
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt

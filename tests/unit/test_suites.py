@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from decoupled import sweep
+from decoupled.benchmarks.publish import ROOT
 from decoupled.config import CompareConfig, read
 from decoupled.experiment import label
 
-SUITES = sorted(path.stem for path in Path("benchmarks/suites").glob("*.yaml"))
+SUITES = sorted(path.stem for path in (ROOT / "benchmarks" / "suites").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("suite", SUITES)
