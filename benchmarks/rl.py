@@ -3,11 +3,12 @@
     pendulum     SAC on Pendulum-v1: mean return of 10 evaluation episodes, every 1,000 of 10,000 steps
     auxiliary    OFENet's loss on HalfCheetah-v5 after 10,000 random steps and 10,000 updates: each norm, two units
     asynchrony   an actor and the learner on two workers against one loop, at the same ratio; two loops as the limit
-    suite        the methods of suite=rl_small, one run after the other: return, effective rank, seconds
+    small        the methods of suite=rl_small, one run after the other: return, effective rank, seconds
+    pendulums    the same of suite=rl_pendulums: one update for every step
     paper        updates per second of the paper's sizes on this machine, and what a run would take (extrapolated)
 
 Every part is a section of ``benchmarks/results/rl.md`` with its command, written anew after every run that ends: what
-is cut off leaves what it has. The suite of short comparisons is `decoupled compare suite=rl_small`.
+is cut off leaves what it has. The suites are also there for `decoupled compare`, with a report and `--resume`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ class Options:
     steps: int = 10_000
     updates: int = 10_000
     rounds: int = 5
-    envs: tuple[str, ...] = ("Hopper-v5",)
+    envs: tuple[str, ...] = ()
     out: Path = RESULTS
 
 
@@ -70,7 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         "rounds": "of the timed part",
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
-    add("--envs", nargs="+", default=list(Options.envs), help="of the suite: NAME or NAME:STEPS (Hopper-v5)")
+    add("--envs", nargs="+", default=[], help="of the suites: NAME or NAME:STEPS (default: the suite's own)")
     add("--out", type=Path, default=RESULTS, help="folder of rl.md")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
@@ -265,23 +267,23 @@ def _random_batch(size: int) -> Batch:
     return Batch(obs, action, torch.randn(size, 1), torch.full((size, 1), 0.99), after, after)
 
 
-def suite(options: Options, keep: Keep) -> None:
+def suite(options: Options, keep: Keep, name: str) -> None:
     """One run after the other, seed by seed; what is cut off leaves the runs that ended."""
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    config = read(CompareConfig, ["suite=rl_small"])
+    config = read(CompareConfig, [f"suite={name}"])
     for seed in range(options.seeds):
-        for env in options.envs:
-            name, _, steps = env.partition(":")
-            setting = RLSetting.prepare(changed(config, {"env": name, "steps": int(steps or config.steps)}))
+        for env in options.envs or (config.env,):
+            world, _, steps = env.partition(":")
+            setting = RLSetting.prepare(changed(config, {"env": world, "steps": int(steps or config.steps)}))
             for spec in config.methods:
                 record, _ = setting.run_method(spec, seed, lambda steps: None)
                 runs.setdefault(setting.summary, {}).setdefault(record["label"], []).append(record)
-                keep(_suite(runs, options.seeds))
+                keep(_suite(name, runs, options.seeds))
 
 
-def _suite(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], seeds: int) -> str:
+def _suite(name: str, runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], seeds: int) -> str:
     text = (
-        f"Suite rl_small, {seeds} seed(s) asked for, *seeds* is how many have ended; median (least .. most) of 20 "
+        f"Suite {name}, {seeds} seed(s) asked for, *seeds* is how many have ended; median (least .. most) of 20 "
         "episodes at the end, others are means. The seconds were not taken on a quiet machine."
     )
     header = ["method", "seeds", "return at the end", "best", "effective rank", "age, steps", "lag, updates", "s",
@@ -305,7 +307,8 @@ def _row(label: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Options, Keep], None]] = {
-    "pendulum": pendulum, "auxiliary": auxiliary, "asynchrony": asynchrony, "suite": suite, "paper": paper,
+    "pendulum": pendulum, "auxiliary": auxiliary, "asynchrony": asynchrony,
+    "small": partial(suite, name="rl_small"), "pendulums": partial(suite, name="rl_pendulums"), "paper": paper,
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_of_a_suite_what_has_ended_is_shown() -> None:
         "measures": {"Return at the end": -5.0, "Best return": -3.0}, "wall_seconds": 7.0,
         "curve": [{"validation_score": -9.0}, {"validation_score": -4.0}],
     }  # fmt: skip
-    text = rl._suite({"Hopper-v5": {"x": [record, record]}}, 3)
+    text = rl._suite("rl_small", {"Hopper-v5": {"x": [record, record]}}, 3)
     assert "\n\nHopper-v5:\n\n| method |" in text
     assert "| x | 2 | -5 (-5 .. -5) | -3 | nan | nan | nan | 7 | -9 -4 |" in text
 
