@@ -4,7 +4,7 @@ w, w'  weights of the block now and one update ago      lr, m  learning rate and
 w_F    weights of the forward that g belongs to         v      momentum buffer after the step, m v + g
 
 name                 acts on   equation                                                        source
-delay_compensation   B         g + strength * g * g * (w - w_F)                                Zheng 2017
+delay_compensation   B         g + strength * M g * g * (w - w_F)                              Zheng 2017
 gap_aware            B         g / (1 + ||w - w_F|| / average ||w - w'||), per tensor          Barkai 2020
 spike_compensation   S         w - lr (a v + b g),   a = m ** D,  b = (1 - m ** D) / (1 - m)   Kosson 2021
 rescale              S         lr / max(1, D) ** (1 - min(t / anneal, 1))                      Yang 2021 (T1)
@@ -23,13 +23,16 @@ from torch.optim import SGD
 
 from decoupled.correction import Correction, Gradients, Site, Weights, named
 from decoupled.errors import UserError
-from decoupled.prediction import Remembers
+from decoupled.prediction import Remembers, below_one
 
 
 @named("delay_compensation")
 @dataclass(frozen=True)
 class DelayCompensation(Correction):
-    """First-order estimate of the gradient at today's weights; g * g stands for the diagonal of the Hessian."""
+    """First-order estimate of the gradient at today's weights; g * g stands for the diagonal of the Hessian.
+
+    Of M passes that make one update each brings a share g of 1 / M: its estimate is that share of (M g) * (M g).
+    """
 
     needs: ClassVar[str] = "stale"
 
@@ -45,11 +48,11 @@ class DelayCompensation(Correction):
 
 class _Taylor(Correction):
     def __init__(self, site: Site, strength: float) -> None:
-        self._site, self._strength = site, strength
+        self._site, self._factor = site, strength * site.passes
 
     def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
         rows = zip(grads, self._site.trainable, weights, strict=True)
-        return [None if g is None else g + self._strength * g * g * (p.detach() - w.detach()) for g, p, w in rows]
+        return [None if g is None else g + self._factor * g * g * (p.detach() - w.detach()) for g, p, w in rows]
 
 
 @named("gap_aware")
@@ -87,8 +90,8 @@ class _Gap(Remembers):
     def _gap(self, now: Tensor, then: Tensor, length: Tensor, scale: float) -> Tensor | float:
         return 1 + (now.detach() - then.detach()).norm() * scale / length if length > 0 else 1.0
 
-    def after_step(self) -> None:
-        super().after_step()
+    def settle(self) -> None:
+        super().settle()
         assert self.change is not None
         self._count += 1
         for length, change in zip(self._lengths, self.change, strict=True):
@@ -113,6 +116,10 @@ class SpikeCompensation(Correction):
 
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.scale < 0:
+            raise UserError(f"spike compensation needs a scale of at least 0, got {self.scale}")
+
     def at(self, site: Site) -> Correction | None:
         if not site.delay or site.optimizer is None:
             return None
@@ -122,6 +129,7 @@ class SpikeCompensation(Correction):
                 "spike compensation is written for SGD with momentum, without dampening and nesterov, got "
                 f"{type(site.optimizer).__name__}; use that, or leave it out"
             )
+        below_one(site.optimizer, "spike compensation")
         return _Spike(site, self.scale * site.delay)
 
 
@@ -164,7 +172,7 @@ class _Rated(Correction):
         for group in self._site.optimizer.param_groups:
             group["lr"] = group["lr"] / max(1.0, self._site.delay) ** power
 
-    def after_step(self) -> None:
+    def settle(self) -> None:
         assert self._site.optimizer is not None
         for group, rate in zip(self._site.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
@@ -217,7 +225,7 @@ class _Clipping(Correction):
     def __init__(self, site: Site, limit: float) -> None:
         self._parameters, self._limit = site.trainable, limit
 
-    def before_step(self) -> None:
+    def clip(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)
 
 
@@ -259,7 +267,7 @@ class _GlobalNorm(Correction):
         if way == "up" or self._bottom:
             self._total = number + (self._own if self._bottom else 0.0)
 
-    def before_step(self) -> None:
+    def clip(self) -> None:
         grads = [p.grad for p in self._parameters if p.grad is not None]
         self._own = float(torch.nn.utils.get_total_norm(grads)) ** 2 if grads else 0.0
         scale = self._limit / (max(self._total, self._own) ** 0.5 + 1e-6)

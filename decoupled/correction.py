@@ -6,8 +6,13 @@ changes nothing.
     F/B recording(weights)           around the run whose graph is used      (feedback alignment)
         cotangent(gradient)          every gradient from above               shrink
         gradients(grads, weights)    weight gradients of one pass            delay_compensation, gap_aware
-    S   before_step, after_step      around the optimizer step               spike_compensation, rescale, clip
+    S   clip                         gradients of a step, first of all       clip, clip_global
+        before_step, after_step      around the optimizer step               spike_compensation, lookahead, rescale
+        settle                       last of all: what the step has become   (all that look at changes of weights)
         tell, hear                   a number with every message             clip_global
+
+In a step every correction does `clip` before any does `before_step`, and `after_step` before any does `settle`: so
+whatever the order in the list, what reads gradients reads clipped ones, and what looks at w - w' sees the whole change.
 
 `forward` and `backward` get copies and return copies: live weights are never predicted in place, so there is nothing to
 undo. What is listed in a method is the configuration; `at(site)` makes what acts at one block (with that block's delay
@@ -20,6 +25,7 @@ Shrink(factor)   the gradient from above is multiplied by `factor` at every hop,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -33,7 +39,10 @@ from decoupled.specs import parse
 
 Weights = list[Tensor]
 Gradients = Sequence[Tensor | None]
-HOOKS = ("at", "forward", "backward", "recording", "cotangent", "gradients", "before_step", "after_step", "tell")
+HOOKS = (
+    "at", "forward", "backward", "recording", "cotangent", "gradients", "clip", "before_step", "after_step", "settle",
+    "tell",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Site:
     Attributes:
         k, K: the block's number, and how many there are.
         delay: own updates between forward and backward of a pass in the steady state, on average.
+        passes: that make one update; each brings its share of the gradient.
         parameters: of the block, in the order of all weight lists.
         optimizer: of the block; None if it has nothing to train.
     """
@@ -52,6 +62,7 @@ class Site:
     delay: float
     parameters: Sequence[Tensor]
     optimizer: Optimizer | None
+    passes: int = 1
 
     @property
     def trainable(self) -> list[Tensor]:
@@ -105,11 +116,17 @@ class Correction:
         """Called with the weight gradients of a pass and the weights (trainable ones) that they were taken at."""
         return grads
 
+    def clip(self) -> None:
+        """Called with the gradients of a step in `.grad`, to bound them before anything reads them."""
+
     def before_step(self) -> None:
         """Called before the optimizers' step, with the gradients in `.grad`."""
 
     def after_step(self) -> None:
-        """Called after the optimizers' step, before gradients are forgotten and schedulers tick."""
+        """Called after the optimizers' step, to change it."""
+
+    def settle(self) -> None:
+        """Called when nothing changes the step any more, before gradients are forgotten and schedulers tick."""
 
     def tell(self, way: str) -> float:
         """A number that goes with every message "up" or "down"; a correction that tells acts at every block."""
@@ -157,11 +174,15 @@ class Acting:
 
     def before_step(self) -> None:
         for part in self.parts:
+            part.clip()
+        for part in self.parts:
             part.before_step()
 
     def after_step(self) -> None:
         for part in reversed(self.parts):
             part.after_step()
+        for part in self.parts:
+            part.settle()
 
     def tell(self, way: str) -> tuple[float, ...]:
         return tuple(part.tell(way) for part in self._telling)
@@ -199,6 +220,7 @@ def hooks(correction: Correction) -> set[str]:
 # --- names, for configurations ------------------------------------------------------------------------------------
 
 _named: dict[str, type[Correction]] = {}
+_SHORT = {"dc": "delay_compensation"}  # as papers call it
 
 
 def named(name: str) -> Callable[[type], type]:
@@ -225,6 +247,7 @@ def make(spec: str | Mapping[str, Any]) -> Correction:
         UserError: unknown name or option (with the nearest one), or a value that it refuses.
     """
     name, given = parse("correction", spec)
+    name = _SHORT.get(name, name)
     if name not in _named:
         raise unknown("correction", name, names())
     known: dict[str, Any] = {field.name: field for field in dataclasses.fields(_named[name])}  # type: ignore[arg-type]
@@ -234,6 +257,8 @@ def make(spec: str | Mapping[str, Any]) -> Correction:
         kinds = {"float": (int, float), "int": int, "bool": bool, "str": str}[known[key].type]
         if not isinstance(value, kinds) or (isinstance(value, bool) and known[key].type != "bool"):
             raise UserError(f"correction {name!r}: option {key!r} must be {known[key].type}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"correction {name!r}: option {key!r} must be a finite number, got {value}")
     missing = [key for key, field in known.items() if key not in given and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"correction {name!r} needs {', '.join(missing)}; write {{name: {name}, {missing[0]}: ...}}")

@@ -149,7 +149,7 @@ def corrected(method: Method, more: Sequence[Correction]) -> Method:
         if correction.about_delay and not late:
             raise UserError(f"{name} is about late gradients, and those of {method.name!r} never are; leave it out")
         if correction.needs == "gradient" and "gradient" not in method.coupling.down:
-            raise UserError(f"{name} changes gradients from above, and {method.name!r} sends none down; leave it out")
+            raise UserError(f"{name} needs gradients that go down from block to block; those of {method.name!r} do not")
         if correction.needs == "stale" and method.retention.today:
             raise UserError(
                 f"{name} compares today's weights with those of the forward, which {method.name!r} does not keep "

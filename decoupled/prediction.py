@@ -5,7 +5,7 @@
 
     name                in the        equation                                                           source
     linear_prediction   F             w - lr D v, or w + D (w - w')                                      Kosson 2021
-    lookahead           F, B, S       w + gamma (w - w'); step with (1 - gamma) g, plus gamma (w - w')   Ajanthan 2025
+    lookahead           F, B, S       w + gamma (w - w'); 1 - gamma times the step, plus gamma (w - w')  Ajanthan 2025
     discrepancy         B             w - D d,   d <- c d + (1 - c)(w - w'),   c = decay ** (1 / D)      Yang 2021 (T2)
 
 What they see and return are copies: no live weight is touched outside of the optimizer step.
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 
 from decoupled.correction import Correction, Site, Weights, named
 from decoupled.errors import UserError
@@ -48,6 +48,16 @@ def motion(site: Site, parameter: Tensor) -> Tensor | None:
     return lr * (step + decay * parameter.detach())
 
 
+def below_one(optimizer: Optimizer, who: str) -> None:
+    """Refuse SGD whose momentum never runs out.
+
+    Raises:
+        UserError: a momentum of 1 or more.
+    """
+    if any(group["momentum"] >= 1 for group in optimizer.param_groups):
+        raise UserError(f"{who} needs SGD with a momentum below 1; lower it, or leave the correction out")
+
+
 class Remembers(Correction):
     """Knows the last change of every trainable parameter: `change` = w - w' (None before the first step)."""
 
@@ -59,7 +69,7 @@ class Remembers(Correction):
     def before_step(self) -> None:
         self._before = [p.detach().clone() for p in self.site.trainable]
 
-    def after_step(self) -> None:
+    def settle(self) -> None:
         assert self._before is not None
         self.change = [p.detach() - old for p, old in zip(self.site.trainable, self._before, strict=True)]
         self._before = None
@@ -116,13 +126,27 @@ class Prediction(Correction):
                 f"prediction in the form {self.form!r} cannot read the momentum of {type(site.optimizer).__name__}; "
                 "use form: weight"
             )
+        if self.form == "coasting":
+            below_one(site.optimizer, "prediction in the form 'coasting'")
         return _Predicting(site, self.form, *self.horizon(site))
 
 
 class _Predicting(Remembers):
     def __init__(self, site: Site, form: str, ahead: float, ahead_backward: float) -> None:
         super().__init__(site)
+        assert site.optimizer is not None
         self._form, self._ahead, self._ahead_backward = form, ahead, ahead_backward
+        self._momentum = site.optimizer.param_groups[0].get("momentum")
+        # Without momentum v is the last gradient, and lr v the last change.
+        self._goes_on = form == "weight" or self._momentum == 0
+
+    def before_step(self) -> None:
+        if self._goes_on:  # else the last change is not read
+            super().before_step()
+
+    def settle(self) -> None:
+        if self._goes_on:
+            super().settle()
 
     def forward(self, weights: Weights) -> Weights:
         return self._predicted(weights, self._ahead)
@@ -131,15 +155,13 @@ class _Predicting(Remembers):
         return self._predicted(weights, self._ahead_backward)
 
     def _predicted(self, weights: Weights, ahead: float) -> Weights:
-        assert self.site.optimizer is not None
-        momentum = self.site.optimizer.param_groups[0].get("momentum", None)
-        if self._form == "weight" or momentum == 0:  # without momentum v is the last gradient, and lr v the last change
+        if self._goes_on:
             return self.moved(weights, self.change, 0.0 if self._form == "coasting" else ahead)
         found = [motion(self.site, p) for p in self.site.trainable]
         motions = [torch.zeros_like(p) if m is None else m for m, p in zip(found, self.site.trainable, strict=True)]
         if self._form == "coasting":
-            assert momentum is not None
-            ahead = (momentum - momentum ** (ahead + 1)) / (1 - momentum)
+            assert self._momentum is not None
+            ahead = (self._momentum - self._momentum ** (ahead + 1)) / (1 - self._momentum)
         return self.moved(weights, motions, -ahead)
 
 
@@ -149,6 +171,11 @@ class LinearPrediction(Prediction):
     """Looks `scale` times the delay ahead in the forward."""
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale < 0:
+            raise UserError(f"prediction looks at least 0 times the delay ahead, got scale {self.scale}")
 
     def horizon(self, site: Site) -> tuple[float, float]:
         return self.scale * site.delay, 0.0
@@ -160,7 +187,8 @@ class Lookahead(Correction):
     """Nesterov's point w + gamma (w - w') in every pass, and a step that goes on from it; off in one block.
 
     Attributes:
-        gamma: in [0, 1); 0 is off. The gradient is multiplied by 1 - gamma: the optimizer should have no momentum.
+        gamma: in [0, 1); 0 is off. The optimizer's step is multiplied by 1 - gamma (for plain SGD: the gradient, as in
+            the paper); an optimizer with momentum has two then.
         adaptive: gamma grows towards 0.99 with the delay: gamma + D (0.99 - gamma) / K.
     """
 
@@ -192,16 +220,13 @@ class _Ahead(Remembers):
 
     backward = forward
 
-    def before_step(self) -> None:
-        super().before_step()
-        for p in self.site.trainable:
-            p.grad = None if p.grad is None else (1 - self._gamma) * p.grad
-
     def after_step(self) -> None:
+        assert self._before is not None
         with torch.no_grad():
-            for p, change in zip(self.site.trainable, self.change or [], strict=self.change is not None):
-                p.add_(change, alpha=self._gamma)
-        super().after_step()
+            for n, (p, old) in enumerate(zip(self.site.trainable, self._before, strict=True)):
+                p.lerp_(old, self._gamma)
+                if self.change is not None:
+                    p.add_(self.change[n], alpha=self._gamma)
 
 
 @named("discrepancy")
@@ -232,8 +257,8 @@ class _Drift(Remembers):
     def backward(self, weights: Weights) -> Weights:
         return self.moved(weights, self._average, -self.site.delay)
 
-    def after_step(self) -> None:
-        super().after_step()
+    def settle(self) -> None:
+        super().settle()
         assert self.change is not None
         for average, change in zip(self._average, self.change, strict=True):
             average.mul_(self._keep).add_(change, alpha=1 - self._keep)

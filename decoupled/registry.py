@@ -144,7 +144,8 @@ def _coerce(name: str, key: str, value: object, wanted: object) -> object:
     kinds = wanted if isinstance(wanted, type) else typing.get_args(wanted) or object
     if isinstance(kinds, tuple):
         kinds = tuple(kind for kind in kinds if isinstance(kind, type))
-    if not isinstance(value, kinds) or (isinstance(value, bool) and wanted in (int, float)):
+    wrong = isinstance(value, bool) and not {bool, object} & {*(kinds if isinstance(kinds, tuple) else [kinds])}
+    if wrong or not isinstance(value, kinds):
         text = getattr(wanted, "__name__", str(wanted))
         raise UserError(f"method {name!r}: option {key!r} must be {text}, got {value!r}")
     if isinstance(value, float) and math.isnan(value):

@@ -269,7 +269,7 @@ class Tap(Observer):
 
 
 def cases(
-    blocks: tuple[int, int] = (1, 5), batches: tuple[int, int] = (1, 8), size: tuple[int, int] = (1, 5)
+    blocks: tuple[int, int] = (1, 6), batches: tuple[int, int] = (1, 8), size: tuple[int, int] = (1, 5)
 ) -> SearchStrategy[Case]:
     """Cases of any depth, widths and cuts; least and most `blocks`, `batches`, and `size` of all but the last batch."""
     from hypothesis import strategies as st

@@ -67,15 +67,15 @@ class Worker(Actor):
         scaling: Scaling | None = None,
         losses: SampleLosses | None = None,
     ) -> None:
-        self.name, self.place, self.k, self.K = block.name, place, place.k, place.K
-        self.block, self.lower, self.upper, self.retention, self.order = block, lower, upper, retention, order
+        self.name, self.place, self.k, self.K, self.block = block.name, place, place.k, place.K, block
+        self.lower, self.upper, self.retention, self.order = lower, upper, retention, order
         self.device, self.steps, self.counters, self.scaling = block.device, steps, Counters(), scaling or Scaling()
         self._on_nonfinite, self._method, self.losses = on_nonfinite, method, losses
         if order.sees is not None and retention.today:
             kept = type(retention).__name__
             raise UserError(f"order {order} runs with older weights, {kept} with today's; keep graphs")
-        delays = order.delays(place.k, place.K)
-        site = Site(place.k, place.K, sum(delays) / len(delays), block.parameters, steps.block_optimizer)
+        late = order.delays(place.k, place.K)
+        site = Site(place.k, place.K, sum(late) / len(late), block.parameters, steps.block_optimizer, order.period)
         self.corrections = steps.corrections = Acting(corrections, site)
         retention.records = lower.has_objective or lower.awaits == "B"
         retention.forward_weights, retention.backward_weights = self.corrections.forward, self.corrections.backward

@@ -4,6 +4,7 @@
 `backward` makes of today's, and steps; every method below is those three functions, in a few lines of arithmetic.
 """
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace as Record
 from typing import Any
@@ -18,8 +19,8 @@ from decoupled import registry
 from decoupled.compensation import Rescale, SpikeCompensation
 from decoupled.correction import Site
 from decoupled.errors import OperationError, UserError
-from decoupled.prediction import Discrepancy, LinearPrediction, motion
-from decoupled.testing import OPTIMIZERS, Case, compare, flat, train
+from decoupled.prediction import Discrepancy, LinearPrediction, Remembers, motion
+from decoupled.testing import OPTIMIZERS, Case, compare, flat, label, train, variants
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (4,))
 K = CASE.K
@@ -169,9 +170,15 @@ def test_xpipe_looks_equally_far_in_all_micro_batches(micro, optimizer):
         compare(*runs, tolerance=0.0)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "momentum"])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("stash", [True, False])
-def test_async_nesterov(stash, adaptive):
+def test_async_nesterov(stash, adaptive, optimizer):
+    """1 - gamma times the optimizer's step (for plain SGD: the gradient), from the look-ahead point."""
+
+    def steps_to(s, g):
+        return s.w - 0.2 * g if optimizer == "sgd" else adam(s, g) if optimizer == "adam" else sgd(s, g)
+
     def gamma(s):
         return 0.8 + (ONE[s.k] * (0.99 - 0.8) / K if adaptive else 0.0)
 
@@ -179,10 +186,10 @@ def test_async_nesterov(stash, adaptive):
         return s.w + gamma(s) * (s.w - s.old)
 
     def step(s, g):
-        return point(s) - 0.2 * (1 - gamma(s)) * g
+        return point(s) + (1 - gamma(s)) * (steps_to(s, g) - s.w)
 
     spec = {"name": "async_nesterov", "gamma": 0.8, "stash": stash, "adaptive": adaptive}
-    check(spec, by_hand(ONE, forward=point, backward=None if stash else point, step=step), optimizer="sgd")
+    check(spec, by_hand(ONE, forward=point, backward=None if stash else point, step=step), optimizer)
 
 
 def test_async_nesterov_without_look_ahead_is_pipedream():
@@ -219,6 +226,13 @@ def test_delay_compensation_on_pipedream():
     check({"name": "pipedream", "corrections": [{"name": "delay_compensation", "strength": 0.7}]}, expected)
 
 
+@pytest.mark.parametrize("micro", [2, 3])
+def test_delay_compensation_of_a_share_is_its_share_of_the_compensation(micro):
+    """The mean over micro-batches of g + s g g (w - w_F), of which each pass brings 1 / M."""
+    expected = by_hand(TWO, gradient=lambda s, g, met: g + 0.7 * micro * g * g * (s.w - met), micro=micro)
+    check({"name": "adl", "microbatches": micro, "corrections": [{"name": "dc", "strength": 0.7}]}, expected)
+
+
 def test_gap_aware_on_pipedream():
     """Per tensor: two of them (weight, bias) in each layer."""
     sizes = [[p.numel() for p in block.parameters()] for block in CASE.blocks()]
@@ -253,7 +267,67 @@ def test_corrections_compose_by_config():
         {"name": "linear_prediction", "scale": 2},
     ]
     expected = by_hand(ONE, forward=lambda s: s.w - LR * 2 * ONE[s.k] * s.v, backward=today, step=step)
-    check({"name": "features_replay", "corrections": names}, expected)
+    for listed in itertools.permutations(names):
+        check({"name": "features_replay", "corrections": list(listed)}, expected)
+
+
+@pytest.mark.parametrize("limit", ["clip", "clip_global"])
+@pytest.mark.parametrize("spec", [s for s in variants() if getattr(registry.make(s), "corrections", ())], ids=label)
+def test_clipping_bounds_the_step_of_a_method_with_corrections_of_its_own(spec, limit):
+    """A step of at most lr (1 + m + m^2 ..) limit, however a correction changes it, or reads the gradient."""
+    with_clip = (spec if isinstance(spec, dict) else {"name": spec}) | {"corrections": [{"name": limit, "limit": 1e-9}]}
+    weights = train(CASE, with_clip, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)).weights
+    for versions in weights:
+        for old, new in itertools.pairwise(versions):
+            assert (new - old).norm() < 0.1 * 10 * 1e-9 * 1.001
+
+
+ORDERLESS = [
+    {"name": "clip", "limit": 0.3}, "spike_compensation", {"name": "rescale", "anneal": 3}, "gap_aware",
+    {"name": "linear_prediction", "form": "weight"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(ORDERLESS))[::7], ids=str)
+def test_a_step_does_not_depend_on_the_order_of_the_list(names):
+    """Gradients are clipped before anything reads them, and what remembers a step remembers the whole of it."""
+    w, v = torch.tensor([3.0, -1.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    p = torch.nn.Parameter(w.clone())
+    made = torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.01)
+    acting = corrections.Acting([corrections.make(name) for name in names], site(made, 3, p))
+    remembering: Any = [part for part in acting.parts if isinstance(part, Remembers)]
+    assert len(remembering) == 2
+    for n in range(5):
+        before = p.detach().clone()
+        p.grad = torch.tensor([0.5 - n, 2.0], dtype=torch.float64)
+        g = p.grad * 0.3 / (p.grad.norm() + 1e-6) + 0.01 * w
+        v = 0.9 * v + g
+        w = w - 0.1 / 3 ** (1 - min(n / 3, 1)) * (0.9**3 * v + (1 - 0.9**3) / 0.1 * g)
+        acting.before_step()
+        made.step()
+        acting.after_step()
+        for part in remembering:
+            torch.testing.assert_close(part.change, [p.detach() - before], rtol=0, atol=0)
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", ["async_nesterov", {"name": "async_nesterov", "stash": False}], ids=str)
+def test_what_follows_a_look_ahead_remembers_the_whole_step(spec):
+    more = "gap_aware" if spec == "async_nesterov" else "discrepancy"
+    given = (spec if isinstance(spec, dict) else {"name": spec}) | {"corrections": [more]}
+    found = train(CASE, given, optimizer=OPTIMIZERS["sgd"])
+    for worker, weights in zip(found.trainer.workers, found.weights, strict=True):
+        remembering: Any = worker.corrections.parts
+        for part in remembering:
+            change = torch.cat([t.reshape(-1) for t in part.change])
+            torch.testing.assert_close(change, weights[-1] - weights[-2], rtol=0, atol=1e-15)
+
+
+def test_a_prediction_from_momentum_keeps_no_copy_of_the_weights():
+    for optimizer, keeps in (("momentum", False), ("adam", False), ("sgd", True)):
+        found = train(CASE, "pipeoptim", optimizer=OPTIMIZERS[optimizer])
+        parts: list[Any] = [part for worker in found.trainer.workers for part in worker.corrections.parts]
+        assert parts and all((part.change is not None) == keeps for part in parts)
 
 
 @pytest.mark.parametrize(("name", "delays"), [("backprop", [0] * K), ("gpipe", [0] * K), ("pipedream", ONE)])
@@ -310,6 +384,7 @@ def test_under_a_constant_gradient_predictions_come_true(kind, form):
         acting.before_step()
         made.step()
         acting.after_step()
+        acting.settle()
 
     for _ in range(400):
         step()
@@ -359,6 +434,7 @@ def test_a_constant_drift_is_corrected_exactly():
         with torch.no_grad():
             p.add_(c)
         acting.after_step()
+        acting.settle()
     torch.testing.assert_close(acting.backward([p.detach().clone()])[0], p.detach() - 3 * c)
 
 
@@ -375,6 +451,7 @@ def test_the_rescaled_rate_is_back_before_the_scheduler_looks():
         seen.append(made.param_groups[0]["lr"])
         made.step()
         acting.after_step()
+        acting.settle()
         schedule.step()
     assert seen == pytest.approx([0.8 / 4, 0.4 / 2, 0.2, 0.1])
     assert Rescale(2).at(site(made, 1, p)) is None
@@ -448,6 +525,12 @@ def test_corrections_have_state_of_their_own():
         ("pipedream", [{"name": "gap_aware", "decay": "x"}], "option 'decay' must be float, got 'x'"),
         ("pipedream", [{"name": "rescale", "anneal": True}], "option 'anneal' must be int, got True"),
         ("pipedream", ["clip"], "correction 'clip' needs limit"),
+        ("dfa", [{"name": "clip_global", "limit": 1}], "go down from block to block; those of 'dfa' do not"),
+        ("pipedream", [{"name": "linear_prediction", "scale": float("nan")}], "must be a finite number, got nan"),
+        ("pipedream", [{"name": "clip", "limit": float("inf")}], "must be a finite number, got inf"),
+        ("pipedream", [{"name": "linear_prediction", "scale": -3}], "at least 0 times the delay ahead, got scale -3"),
+        ("pipedream", [{"name": "spike_compensation", "scale": -2}], "a scale of at least 0, got -2"),
+        ({"name": "dsp", "queue": True}, [], r"option 'queue' must be int \| list, got True"),
         ("pipedream", "clip", "corrections must be a list, got 'clip'"),
         ("pipedream", [{"name": "linear_prediction", "form": "quadratic"}], "no form 'quadratic'; use one of velocity"),
         ("pipedream", [{"name": "discrepancy", "decay": 1.0}], r"a decay in \[0, 1\), got 1.0"),
@@ -467,6 +550,10 @@ def test_optimizers_that_a_correction_cannot_read_are_refused():
     assert LinearPrediction("weight").at(site(torch.optim.RMSprop([p]), 3, p)) is not None
     with pytest.raises(UserError, match=r"written for SGD with momentum, .* got Adam; use that, or leave it out"):
         SpikeCompensation().at(site(torch.optim.Adam([p]), 3, p))
+    forever = torch.optim.SGD([p], momentum=1.0)
+    for part in (SpikeCompensation(), LinearPrediction("coasting")):
+        with pytest.raises(UserError, match=r"needs SGD with a momentum below 1; lower it"):
+            part.at(site(forever, 3, p))
     with pytest.raises((UserError, OperationError), match="spike compensation is written for SGD"):
         train(CASE, "pipelined_backprop", optimizer=OPTIMIZERS["adam"])
 
