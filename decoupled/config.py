@@ -60,6 +60,7 @@ class TrainConfig(Task):
     seed: int = 0
     on_nonfinite: str = "stop"  # stop | skip
     resume: str | None = None  # a checkpoint written by an earlier run
+    other_method: bool = False  # with resume: of another method (a warm-up), whose own state is left behind
 
 
 @dataclass

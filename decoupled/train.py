@@ -47,10 +47,9 @@ def train(
     Raises:
         UserError: an unknown name, an impossible value, `out` holds files, or torchrun without runtime=processes.
     """
+    _check(config, rollout)
     if config.env is not None:
         return train_rl(config, out, events, quiet, rollout)
-    if rollout:
-        raise UserError("only a policy has a rollout; leave out --rollout, or train with env=NAME")
     if config.task is not None:
         return train_graph(config, out, events, quiet)
     registry.make(config.method)
@@ -72,7 +71,7 @@ def train(
         more = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance, "observers": logs}
         with make_trainer(setting, config.method, config.seed, **more) as trainer:
             if config.resume:
-                trainer.load_state_dict(state)
+                trainer.load_state_dict(state, other_method=config.other_method)
             while trainer.epoch < config.recipe.epochs:
                 history.append(_epoch(trainer, setting, config.seed, out, reporter))
                 for log in logs:
@@ -90,6 +89,14 @@ def train(
     found = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
     found["dataset"] = setting.dataset.summary
     return found | {"startup_seconds": trainer.runtime.startup_seconds} if first else None
+
+
+def _check(config: TrainConfig, rollout: bool) -> None:
+    """Refuse what goes with other things to train."""
+    if rollout and config.env is None:
+        raise UserError("only a policy has a rollout; leave out --rollout, or train with env=NAME")
+    if config.other_method and (config.resume is None or config.env is not None or config.task is not None):
+        raise UserError("other_method=True goes with resume=CHECKPOINT of a network cut into blocks; leave it out")
 
 
 def _epoch(trainer: Trainer, setting: Setting, seed: int, out: Path | None, reporter: Reporter) -> dict[str, Any]:

@@ -39,9 +39,9 @@ class Timing:
     bandwidth: float = 0.0
 
     def __post_init__(self) -> None:
-        durations = np.atleast_1d(np.concatenate([np.ravel(x) for x in (self.forward, self.backward, self.step)]))
-        others = (self.latency, self.jitter, self.bandwidth, *(self.slow or {0: 0.0}).values())
-        if not 0 <= min(durations.min(), *others) < float("inf"):
+        durations = np.concatenate([np.ravel(x) for x in (self.forward, self.backward, self.step)])
+        others = (self.latency, self.jitter, self.bandwidth, *(self.slow or {}).values())
+        if not all(0 <= x < float("inf") for x in (*durations, *others)):  # which nan is not
             raise UserError(
                 "forward, backward, step, latency, jitter, bandwidth and slow must be 0 or more, and finite"
             )

@@ -43,6 +43,10 @@ class Load:
     optimizer: float = 1.0
     memory: Numbers | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.optimizer < float("inf"):
+            raise UserError(f"optimizer (copies of the weights) must be 0 or more, and finite, got {self.optimizer}")
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -194,13 +198,13 @@ def per_block(name: str, numbers: Numbers, blocks: int) -> list[float]:
     """One number per block.
 
     Raises:
-        UserError: another number of them, or one below 0.
+        UserError: another number of them, or one below 0 or not finite.
     """
     found = [float(numbers)] * blocks if isinstance(numbers, int | float) else [float(x) for x in numbers]
     if len(found) != blocks:
         raise UserError(f"{name} has {len(found)} numbers for {blocks} blocks; give one for all, or one per block")
-    if min(found) < 0:
-        raise UserError(f"{name} must not be negative, got {min(found):g}")
+    if wrong := [x for x in found if not 0 <= x < float("inf")]:  # which nan is not
+        raise UserError(f"{name} must be 0 or more, and finite, got {wrong[0]:g}")
     return found
 
 

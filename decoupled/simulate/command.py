@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from decoupled import registry
 from decoupled.compare import fresh_directory
 from decoupled.config import SimulateConfig
 from decoupled.errors import UserError, unknown
@@ -92,6 +93,8 @@ def _one(config: SimulateConfig, profile: Profile | None, recorder: Recorder | N
                 "train with so many"
             )
         blocks = profile.blocks
+        if config.graph is None:
+            _check_graphs(config, profile)
 
     def given(name: str, default: Any) -> Any:
         value = getattr(config, name)
@@ -108,6 +111,17 @@ def _one(config: SimulateConfig, profile: Profile | None, recorder: Recorder | N
     )  # fmt: skip
     count = 4 if blocks is None else blocks
     return simulate(config.method, count, config.batches, timing, [recorder] if recorder else [], load)
+
+
+def _check_graphs(config: SimulateConfig, profile: Profile) -> None:
+    """A run that keeps no graphs does not tell how large they are."""
+    measured, asked, K = registry.make(profile.method), registry.make(config.method), profile.blocks
+    unknown_ = [k for k in range(K) if asked.keeps(k, K) == "graph" and measured.keeps(k, K) != "graph"]
+    if unknown_:
+        raise UserError(
+            f"profile {config.profile} is of {label(profile.method)}, which keeps no graph at block {unknown_[0]}, but "
+            f"{label(config.method)} does: profile a method that does, or give graph=BYTES"
+        )
 
 
 def _numbers(name: str, value: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decoupled.build import halves
+from decoupled.correction import Site
 from decoupled.coupling import Place
 from decoupled.messages import End, Message
 from decoupled.method import Method
@@ -76,7 +77,8 @@ class Planned(Actor):
         self.version = self.most = self.forwards = 0
         self.staleness: Counter[int] = Counter()
         late = method.order.rule is None or method.order.delay(place.k, place.K) > 0
-        moved = any(correction.moves_forward for correction in method.corrections)
+        site = Site(place.k, place.K, float(late), (), None)
+        moved = any(correction.moves(site) for correction in method.corrections)
         kept = {"graph": sizes.graph, "input": sizes.input, "nothing": 0.0}
         self.sizes, self._pass = sizes, kept[method.keeps(place.k, place.K)]
         self.replays = method.replays(place.k, place.K)

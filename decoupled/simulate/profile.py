@@ -6,7 +6,7 @@
 
 Times are those of a minibatch on one device per block. On a GPU an operation is recorded when it has been queued, not
 when it is done: profiles are for runs on CPUs. Of a method that replays, the replay is taken out of the backward, so
-that another method can be simulated from the profile.
+that another method can be simulated from the profile; what its graphs take has to be measured with graphs, or given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """Speed: what the simulator measures is what the closed forms of the notes say (methods.md 0.6 and 1.2, F10)."""
 
-import pytest
+import time
 
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled import Trainer
 from decoupled.coupling import Gradient
 from decoupled.method import Facts, Method, top
 from decoupled.order import lockstep, one_f_one_b, tick, tick_backward_first
@@ -111,3 +117,45 @@ def test_greedy_blocks_wait_only_for_their_first_input(K):
 def test_recomputing_is_paid_for_in_the_backward(reach):
     timing = Timing(forward=1.0, backward=2.0, recompute=True)
     assert period(one_f_one_b, reach, timing) == pytest.approx(4.0)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(NAP)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        time.sleep(NAP)
+        return gradient
+
+
+class Sleepy(nn.Module):
+    """A block that takes `NAP` seconds in either direction, and no processor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return _Sleep.apply(self.linear(x))
+
+
+NAP, PASSES = 0.03, 16
+
+
+@pytest.mark.parametrize("runtime", ["threads", {"name": "processes", "processes": 2}], ids=str)
+@pytest.mark.parametrize(("method", "together"), [("pipedream", True), ("greedy_local", True), ("backprop", False)])
+def test_two_blocks_work_at_the_same_time_in_reality(method, together, runtime):
+    """F10 by the clock, with blocks that sleep; the control cannot overlap anything."""
+    batches = [(torch.randn(2, 4), torch.randint(4, (2,)))] * PASSES
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.01)  # noqa: E731
+    with Trainer([Sleepy(), Sleepy()], method, loss=F.cross_entropy, optimizer=sgd, runtime=runtime) as trainer:
+        trainer.fit(batches[:2])  # starts what has to be started
+        begun = time.perf_counter()
+        trainer.fit(batches)
+        seconds = time.perf_counter() - begun
+    alone = 2 * NAP * PASSES  # of one block
+    assert seconds > alone
+    assert (seconds < 1.4 * alone) == together, seconds / alone

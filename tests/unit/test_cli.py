@@ -78,6 +78,7 @@ def test_plain_pytorch_and_backprop_learn_the_same(tmp_path: Path) -> None:
         (["train", "method=backprop", "runtime=thread"], "Did you mean 'threads'"),
         (["train", "method=backprop", "optimizer=sgdd"], "Did you mean 'sgd'"),
         (["train", "method=backprop", "resume=nothing.pt"], "nothing.pt does not exist"),
+        (["train", "method=backprop", "other_method=True"], "other_method=True goes with resume=CHECKPOINT"),
         (["simulate", "method=gpipe", "blocks=0"], "at least 1"),
         (["info", "pipedreams"], "Did you mean 'pipedream'"),
         (["report", "nowhere"], "nowhere"),
@@ -119,6 +120,19 @@ def test_train_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert torch.equal(value, b["block"]["module"][key])
     assert (tmp_path / "whole" / "config.yaml").is_file()
     assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_train_goes_on_with_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PipeMare's T3: a synchronous warm-up; the error names the remedy in words that the command takes."""
+    words = ["train", "blocks=[1]", *SMALL]
+    assert run(*words, "method=one_f_one_b", "epochs=1", "--out", str(tmp_path / "first")) == 0
+    after = [*words, "method=pipemare", f"resume={tmp_path / 'first' / 'checkpoint.pt'}", "--json"]
+    capsys.readouterr()
+    assert run(*after) == 2
+    assert "other_method=True takes over" in capsys.readouterr().err
+    assert run(*after, "other_method=True") == 0
+    history = json.loads(capsys.readouterr().out)["history"]
+    assert [epoch["epoch"] for epoch in history] == [2]
 
 
 def test_simulate_list_and_info_speak_json(capsys: pytest.CaptureFixture[str]) -> None:

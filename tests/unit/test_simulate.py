@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -113,9 +115,15 @@ def test_a_device_that_is_too_small_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pipedream", "ddg", "fdg", "features_replay", "gpipe", "one_f_one_b", "pipedream_2bw"]
-)
-def test_held_memory_is_what_the_real_workers_hold(name: str) -> None:
+    "name",
+    [
+        "pipedream", "ddg", "fdg", "features_replay", "gpipe", "one_f_one_b", "pipedream_2bw", "spectrain",
+        {"name": "spectrain", "stash": True}, "async_nesterov", "pipeoptim", "pipelined_backprop",
+        {"name": "pipedream", "corrections": ["linear_prediction"]}, {"name": "ddg", "recompute": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_held_memory_is_what_the_real_workers_hold(name: Any) -> None:
     K, batch, width = 3, 8, 5
     layers = [nn.Linear(width, width) for _ in range(K)]
     batches = [(torch.randn(batch, width), torch.randint(width, (batch,))) for _ in range(12)]

@@ -13,6 +13,14 @@ from decoupled.cli import main
     [
         (["latency=-1"], "0 or more"),
         (["bandwidth=-1"], "0 or more"),
+        (["bandwidth=.nan"], "0 or more, and finite"),
+        (["latency=.inf"], "0 or more, and finite"),
+        (["jitter=.nan"], "0 or more, and finite"),
+        (["forward=[1,.nan,1,1]"], "0 or more, and finite"),
+        (["slow={0: .nan}"], "0 or more, and finite"),
+        (["weights=.nan", "memory=3"], "weights must be 0 or more, and finite, got nan"),
+        (["memory=.inf"], "memory must be 0 or more, and finite, got inf"),
+        (["optimizer=-5"], "optimizer (copies of the weights) must be 0 or more"),
         (["forward=[1,2]"], "one per block"),
         (["activation=fast"], "must be a number"),
         (["profile=nowhere"], "decoupled train"),
@@ -62,3 +70,8 @@ def test_a_profile_is_simulated(tmp_path: Path, capsys):
     assert found["held"][-1] == pytest.approx(blocks[-1]["peak_held_bytes"])  # the top block keeps its graph
     assert main(["simulate", "method=pipedream", f"profile={out}", "blocks=3"]) == 2
     assert "2 blocks, asked for are 3" in capsys.readouterr().err
+    assert main(["simulate", "method=pipedream", f"profile={out}"]) == 2  # how large would its graph be?
+    error = capsys.readouterr().err
+    assert "which keeps no graph at block 0" in error and "give graph=BYTES" in error and error.count("\n") == 1
+    assert main(["simulate", "method=pipedream", f"profile={out}", "graph=5e5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["held"][0] > 1e6
