@@ -204,15 +204,13 @@ class Findings:
         return all(ratio >= KEEPS for ratio in kept) if kept else None
 
 
-def page(found: Findings, options: Options, relayed: bool, facts: Mapping[str, Any], seconds: float) -> str:
+def page(found: Findings, options: Options, line: str, facts: Mapping[str, Any], seconds: float) -> str:
     """The results as a page."""
     how = (
-        "Host a holds block 0 (or a replica), host b block 1: two network namespaces joined by a veth pair, TCP; rate "
-        "(tbf) and delay hold in each direction, so a round trip has twice the delay. "
-        + ("The kernel has no netem: where there is a delay, packets pass a relay, which uses some of the cores. "
-           if relayed else "Delays are made by netem. ")
-        + f"The free order holds at most {options.credit} passes unanswered; torch 1F1B is Schedule1F1B with 4 "
-        f"micro-batches. {options.rounds} rounds; in each, every contestant is timed on every line and right beside "
+        "Host a holds block 0 (or a replica), host b block 1: two network namespaces joined by a veth pair; rate (tbf) "
+        f"and delay hold in each direction, so a round trip has twice the delay. {line} The free order holds at most "
+        f"{options.credit} passes unanswered; torch 1F1B is Schedule1F1B with 4 micro-batches. {options.rounds} "
+        "rounds; in each, every contestant is timed on every line and right beside "
         "that, before it on one line and after it on the next, on the unshaped one, for about "
         f"{options.seconds:g} s each ({_LEAST} to {_MOST} batches), one at a time. Throughput is "
         f"the slope between that run and one of {_SHORT} batches, so what a run pays once (its first and last round "
@@ -307,9 +305,13 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
     with Network() as network:
         passes = {**PASSES, "pipedream, free": options.credit}
         found = Findings(list(hold_rounds(options, network, say)), options.setting.batch_size, passes)
-        relayed = network.relays
+        line = f"TCP with {network.control[-1] if network.control else 'the congestion control of the system'}. " + (
+            "The kernel has no netem: where there is a delay, packets pass a relay, which uses some of the cores."
+            if network.relays
+            else "Delays are made by netem."
+        )
     facts, seconds = machine(started), time.monotonic() - begun
-    return {"shaped_link.md": page(found, options, relayed, facts, seconds), "shaped_link.svg": picture(found)}
+    return {"shaped_link.md": page(found, options, line, facts, seconds), "shaped_link.svg": picture(found)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

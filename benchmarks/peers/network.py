@@ -6,7 +6,9 @@
 
 Rate and delay hold in each direction, so a round trip has twice the delay. Without netem the addresses are routed over
 a second pair of interfaces, whose packets `decoupled.benchmarks.peers.relay` holds back; connections survive the
-change. `close` ends every process in the two namespaces and removes all that was made.
+change. So that they get used to the new line at once, TCP is cubic where the kernel has it (bbr takes the shortest
+round trip of the last ten seconds for the line's), and what it has learnt of one connection is not kept for the next.
+`close` ends every process in the two namespaces and removes all that was made.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _RELAYED = "far"
 _BURST, _QUEUE = "128kb", "50ms"  # of tbf: bytes sent at once, longest wait for a token
 _HELD = 20_000  # packets that netem may hold
 _CLONE_NEWNET = 0x40000000
+_CONTROL = ("congctl", "cubic")
 _counter = itertools.count()
 
 
@@ -77,6 +80,7 @@ class Network:
     Attributes:
         namespaces: their names.
         relays: whether delays go through the relay, because the kernel has no netem (known after the first delay).
+        control: what a route is told of TCP's congestion control; empty where the kernel does not let us choose.
 
     Raises:
         Unavailable: no permission, or no iproute2.
@@ -89,7 +93,7 @@ class Network:
             raise Unavailable(f"{' and '.join(missing)} not found; install iproute2")
         tag = f"decoupled-{os.getpid()}-{next(_counter)}"
         self.namespaces = (f"{tag}a", f"{tag}b")
-        self.relays = False
+        self.relays, self.control = False, _CONTROL
         self._relay: subprocess.Popen[str] | None = None
         _remove_orphans()
         try:
@@ -101,6 +105,7 @@ class Network:
             for name, address in zip(self.namespaces, ADDRESSES, strict=True):
                 _do("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
                 _do("ip", "-n", name, "link", "set", INTERFACE, "up")
+                self._forget(name, address)
         except BaseException:
             self.close()
             raise
@@ -147,6 +152,16 @@ class Network:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _forget(self, name: str, address: str) -> None:
+        """Have TCP there get used to a changed line, if the kernel lets us."""
+        line = ["10.77.0.0/24", "dev", INTERFACE, "proto", "kernel", "scope", "link", "src", address]
+        try:
+            _do("ip", "-n", name, "route", "replace", *line, *self.control)
+        except Unavailable:
+            self.control = ()
+        words = self.command(ADDRESSES.index(address), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save")
+        subprocess.run(words, capture_output=True, check=False)
+
     def _clear(self, name: str) -> None:
         """Take all shaping away; each of these may have nothing to do."""
         for words in (
@@ -184,7 +199,7 @@ class Network:
         self._relay.stdin.write(f"{delay}\n")
         self._relay.stdin.flush()
         for name, here, there in zip(self.namespaces, ADDRESSES, reversed(ADDRESSES), strict=True):
-            _do("ip", "-n", name, "route", "replace", f"{there}/32", "dev", _RELAYED, "src", here)
+            _do("ip", "-n", name, "route", "replace", f"{there}/32", "dev", _RELAYED, "src", here, *self.control)
 
     def _start_relay(self) -> None:
         """Start it, and move the interfaces that it makes into the namespaces."""

@@ -58,12 +58,15 @@ def test_ratios_are_taken_within_a_pair() -> None:
 
 def test_the_page_says_where_what_falls() -> None:
     found = lines(greedy_local=(0.95, 0.45), pipedream=(0.75, 0.4), DDP=(0.4, 0.3))
-    page = shaped_link.page(found, shaped_link.Options(rounds=1), True, FACTS, 60.0)
+    page = shaped_link.page(found, shaped_link.Options(rounds=1), "TCP with cubic. By a relay.", FACTS, 60.0)
     assert "| greedy_local | 1000 (1000 .. 1000) | 12500 | 100 | 100 | 1 of 1 | 0.95 | yes |" in page
     assert "| 200 Mbit/s, 5 ms | 0.95 | **0.75** of 0.75 | **0.40** |" in page
     assert "| 50 Mbit/s, 5 ms | 0.45 of 0.50 | 0.40 of 0.48 | 0.30 of 0.50 |" in page
     assert "| DDP | the line can carry its bytes | 200 Mbit/s, 5 ms (0.40) |" in page
-    assert "--rates 1000 500 50" in page and "no netem" in page
+    assert (
+        "--rates 1000 500 50" in page
+        and "a round trip has twice the delay. TCP with cubic. By a relay. The free" in page
+    )
 
 
 def test_the_picture_is_well_formed_and_has_every_line() -> None:

@@ -122,6 +122,16 @@ def test_what_a_killed_process_left_is_removed(network: Network) -> None:
     assert orphan not in left and {*network.namespaces, *another.namespaces} <= set(left)
 
 
+def test_tcp_forgets_the_line_that_was(network: Network) -> None:
+    network.shape(Link(100.0, 5.0))
+    for host in (0, 1):
+        saved = network.command(host, "cat", "/proc/sys/net/ipv4/tcp_no_metrics_save")
+        routes = network.command(host, "ip", "route")
+        assert subprocess.run(saved, capture_output=True, text=True, check=True).stdout.strip() == "1"
+        told = subprocess.run(routes, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert told and all(" ".join(network.control) in route for route in told)
+
+
 @pytest.mark.slow
 def test_rate_and_delay_hold(network: Network) -> None:
     """Round trips take twice the delay, and a stream no less than the rate allows; the other way is as before."""
