@@ -292,7 +292,7 @@ def gantt(spans: Sequence[Span], title: str) -> Markup:
     for span in spans:
         y = top + tracks.index(span.track) * row + 2
         begin, end = x((span.start - first) * 1e3), x((span.end - first) * 1e3)
-        kind = span.name[:1] if operation_kind(span.name) != "other" else "other"
+        kind = span.name[:1] if operation_kind(span.name, span.track) != "other" else "other"
         hint = tag("title", f"{span.track} {span.name}: {(span.end - span.start) * 1e3:.3g} ms")
         marks.append(_rect(begin, y, max(end - begin, 0.6), row - 4, f"op op-{kind}", hint))
         if len(span.name) * CHARACTER + 3 <= end - begin and row > 20:

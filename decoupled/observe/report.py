@@ -24,7 +24,7 @@ from markupsafe import Markup
 from decoupled.observe import charts, claims, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
 from decoupled.observe.points import Record, best, describe
-from decoupled.observe.trace import KINDS, Span, opening
+from decoupled.observe.trace import KINDS, Span, opening, operation_kind
 
 Measure = Callable[[Record], float | None]
 SAID = {
@@ -242,13 +242,17 @@ def _staleness(summaries: Sequence[Summary]) -> dict[str, Any]:
 
 
 def _timelines(summaries: Sequence[Summary]) -> dict[str, Any]:
-    figures, letters = [], set()
+    figures: list[tuple[str, Markup]] = []
+    words: dict[str, list[str]] = {}
     for m in summaries:
         for run in [run for run in m.runs if run.get("timeline")][:1]:
             spans = opening([Span("", e["actor"], e["op"], e["start"], e["end"]) for e in run["timeline"]], 18)
-            letters |= {span.name[:1] for span in spans}
+            for letter, kind in {(span.name[:1], operation_kind(span.name, span.track)) for span in spans}:
+                if kind != "other" and kind not in words.setdefault(letter, []):
+                    words[letter].append(kind)
             figures.append((f"{m.label}, seed {run['seed']}", charts.gantt(spans, f"First steps of {m.label}")))
-    return {"figures": figures, "legend": {letter: kind for letter, kind in KINDS.items() if letter in letters}}
+    known = [*KINDS, *sorted({*words} - {*KINDS})]
+    return {"figures": figures, "legend": {x: " / ".join(sorted(words[x])) for x in known if x in words}}
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:

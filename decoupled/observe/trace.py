@@ -26,14 +26,11 @@ from typing import Any
 
 # What the first letter of an operation stands for; the report's legend and the trace's categories use the same words.
 KINDS = {
-    "F": "forward",
-    "B": "backward",
-    "I": "input gradient",
-    "W": "weight gradient",
-    "S": "step",
-    "E": "emit",
+    "F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "S": "step", "E": "emit",
     "A": "answer",
-}
+}  # fmt: skip
+_BLOCKS = KINDS | {"P": "probe"}
+_OTHERS = KINDS | {"E": "act", "A": "draw", "P": "pretrain", "C": "choose", "L": "learn"}  # policies, selectors
 _OPERATION = re.compile(r"([A-Z])(?:(\d*)\*?$| )")  # after a space: anything
 _MICRO = 1e6  # trace-event times are in microseconds
 _NANO = 1e-9  # Perfetto's resolution, in seconds
@@ -78,10 +75,15 @@ class Counter:
     value: float
 
 
-def operation_kind(name: str) -> str:
-    """The word for the operation's letter (`"F3"` -> `"forward"`), or `"other"` for a name that is no operation."""
+def operation_kind(name: str, track: str = "") -> str:
+    """The word for the operation's letter (`"F3"` -> `"forward"`), or `"other"` for a name that is no operation.
+
+    A letter's meaning depends on the track: `"E3"` of a block is emit, of any other actor act. Without one only the
+    letters of `KINDS` are known.
+    """
+    kinds = (_BLOCKS if track.startswith("block") else _OTHERS) if track else KINDS
     match = _OPERATION.match(name)
-    return KINDS.get(match[1], "other") if match else "other"
+    return kinds.get(match[1], "other") if match else "other"
 
 
 def operation_batch(name: str) -> int | None:
@@ -172,7 +174,7 @@ def _complete(span: Span, pid: int, tid: int) -> dict[str, Any]:
     return {
         "ph": "X",
         "name": span.name,
-        "cat": span.kind or operation_kind(span.name),
+        "cat": span.kind or operation_kind(span.name, span.track),
         "pid": pid,
         "tid": tid,
         "ts": span.start * _MICRO,

@@ -4,12 +4,13 @@ import itertools
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from decoupled.observe import charts
-from decoupled.observe.report import _settings, findings, render, summarise, table, write_report
+from decoupled.observe.report import _settings, _timelines, findings, render, summarise, table, write_report
 
 
 def record(method="backprop", seed=0, blocks=2, **changes):
@@ -303,3 +304,12 @@ def test_settings_leave_out_what_does_not_apply():
     config = {"task": None, "env": None, "steps": 9, "precision": "bf16", "method": {"name": "x", "sigma": None}}
     assert _settings(config) == {"sigma": "null", "precision": "bf16"}
     assert _settings(config | {"env": "Hopper-v5"})["steps"] == "9"
+
+
+def test_the_legend_of_timelines_says_what_a_letter_means_for_whom() -> None:
+    spans = [("block0", "F0"), ("block0", "E0"), ("actor 0", "E0"), ("learner", "L0"), ("evaluator", "evaluation")]
+    timeline = [{"actor": a, "op": op, "start": n, "end": n + 1.0} for n, (a, op) in enumerate(spans)]
+    one: Any = SimpleNamespace(label="x", runs=[{"seed": 0, "timeline": timeline}])
+    found = _timelines([one])
+    assert found["legend"] == {"F": "forward", "E": "act / emit", "L": "learn"}
+    assert 'class="op op-L"' in found["figures"][0][1] and 'class="op op-other"' in found["figures"][0][1]

@@ -116,6 +116,23 @@ def test_operation_names():
     assert sorted(["block10", "block2", "actor", "2"], key=natural_key) == ["2", "actor", "block2", "block10"]
 
 
+@pytest.mark.parametrize(
+    ("track", "kinds"),
+    [
+        ("block0 (rank 1)", {"E3": "emit", "A3": "answer", "S": "step", "P3": "probe", "C3": "other", "L3": "other"}),
+        ("learner", {"S3": "step", "P0": "pretrain", "E3": "act"}),
+        ("actor1", {"E3": "act"}),
+        ("replay", {"A3": "draw"}),
+        ("selector (rank 0)", {"C3": "choose", "L3": "learn"}),
+        ("worker0", {"F recurrent (0, 1)": "forward", "B recurrent (0, 1)": "backward"}),
+    ],
+)
+def test_what_a_letter_stands_for_depends_on_the_actor(tmp_path, track, kinds):
+    """Environment steps were called emit, drawn batches answer, and what only other actors do was other."""
+    write_trace([Span("p", track, name, n, n + 1) for n, name in enumerate(kinds)], [], tmp_path / "t.json")
+    assert {e["name"]: e["cat"] for e in events(tmp_path / "t.json", "X")} == kinds
+
+
 def test_an_opening_ends_where_the_first_track_has_done_so_many_operations():
     slow = [Span("p", "block0", f"F{n}", 3 * n, 3 * n + 3) for n in range(9)]
     fast = [Span("p", "block1", f"F{n}", n, n + 1) for n in range(9)]
