@@ -5,7 +5,8 @@
     python -m decoupled.benchmarks.selection results/selection*
 
 DIR/results.json --> benchmarks/results/selection.md                    one section per comparison
-                     benchmarks/results/selection_SUITE_AXIS.svg        accuracy against samples trained, updates, FLOPs
+                     benchmarks/results/SUITE_AXIS.svg                  accuracy against samples trained, updates, FLOPs
+                     benchmarks/results/SUITE_loss.svg                  validation loss against samples trained
 
 A method is shown at its best point (least validation loss at the end), all methods having had the same ones. The
 target of a seed is the validation accuracy of the baseline, which trains on everything, after its last epoch; a method
@@ -34,6 +35,7 @@ CLAIM = (0.3, 0.4)  # of the operations are saved, says the paper
 ASSISTANT = "autoassist"
 COUNTS = ("updates", "trained", "samples", "scored")
 AXES = {"trained": "samples trained", "updates": "updates of the boss", "flops": "FLOPs, the selector's included"}
+PICTURES = {**{axis: (axis, "accuracy") for axis in AXES}, "loss": ("trained", "loss")}  # by the end of the file's name
 STYLES = ("kb", "kc", "k0", "k1", "k2", "k3", "k4", "k5", "kc", "k2", "k3")
 
 
@@ -94,8 +96,8 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
             _reached(reached(runs, goal, "trained")), _reached(reached(runs, goal, "flops")),
         ]  # fmt: skip
         if times:
-            share = fmean(run["selection"]["busy_seconds"] / run["wall_seconds"] for run in runs)
-            row += [f"{100 * share:.1f}", _spread([run["wall_seconds"] for run in runs], 1)]
+            shares = [100 * run["selection"]["busy_seconds"] / run["wall_seconds"] for run in runs]
+            row += [f"{fmean(shares):.1f}" if all(shares) else "-", _spread([run["wall_seconds"] for run in runs], 1)]
         rows.append(row)
     header = ["method", "best point", "test accuracy, %", "test loss", "updates", "trained", "scanned", "looked at",
               "GFLOP", "samples to the target", "FLOPs to the target"]  # fmt: skip
@@ -105,14 +107,15 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
         if label.split("(")[0] == ASSISTANT:
             parts.append(f"30 to 40 % fewer samples with `{label}`: **{verdict(reached(runs, goal, 'trained'))}**.")
     pictures = {}
-    for key, what in AXES.items():
+    for end, (axis, value) in PICTURES.items():
         curves = [
-            Curve(label, STYLES[i % len(STYLES)], _mean(runs, key)) for i, (label, runs) in enumerate(groups.items())
+            Curve(label, STYLES[i % len(STYLES)], _mean(runs, axis, value))
+            for i, (label, runs) in enumerate(groups.items())
         ]
-        name = f"{suite}_{key}.svg"
-        chart = plane(curves, f"{suite}: accuracy against {what}", Scale(what), Scale("accuracy, %"))
-        pictures[name] = alone(str(chart))
-        parts.append(f"![{what}]({name})")
+        name, title = f"{suite}_{end}.svg", f"{value} against {AXES[axis]}"
+        scale = Scale("accuracy, %" if value == "accuracy" else value)
+        pictures[name] = alone(str(plane(curves, f"{suite}: {title}", Scale(AXES[axis]), scale)))
+        parts.append(f"![{title}]({name})")
     return "\n\n".join(parts), pictures
 
 
@@ -125,10 +128,10 @@ def _noise(groups: Mapping[str, Sequence[Record]], baseline: str) -> str:
     return f"{text}{': the order of the methods means nothing here' if seeds >= methods else ''}."
 
 
-def _mean(runs: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    """The curve, mean over the seeds."""
-    points = zip(*(run["curve"] for run in runs), strict=True)
-    return [(fmean(p[key] for p in ps), 100 * fmean(p["validation_accuracy"] or 0 for p in ps)) for ps in points]
+def _mean(runs: Sequence[Record], axis: str, value: str) -> list[tuple[float, float]]:
+    """The curve on the validation set, mean over the seeds."""
+    points, factor = zip(*(run["curve"] for run in runs), strict=True), 100 if value == "accuracy" else 1
+    return [(fmean(p[axis] for p in ps), factor * fmean(p[f"validation_{value}"] or 0 for p in ps)) for ps in points]
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

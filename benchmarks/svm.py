@@ -154,18 +154,14 @@ def problems(name: str, penalty: float | None) -> list[Problem]:
     """One problem per class (one, if there are two); `penalty`: default 1/n.
 
     Raises:
-        UserError: an unknown name that is no file either, or a file that is not in LIBSVM's format.
+        UserError: an unknown name that is no file either, or a file without classes in LIBSVM's format.
     """
     from sklearn import datasets
 
     if name in ("breast_cancer", "digits"):
         x, labels = getattr(datasets, f"load_{name}")(return_X_y=True)
     elif Path(name).is_file():
-        try:
-            x, labels = datasets.load_svmlight_file(name)
-        except ValueError as error:
-            raise UserError(f"{name} is not in LIBSVM's format ({error}); lines are: label index:value ...") from None
-        x = x.toarray()
+        x, labels = _file(name)
     else:
         raise UserError(f"data {name!r} is neither breast_cancer nor digits nor a file; give the path of a LIBSVM file")
     x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1.0)
@@ -175,6 +171,23 @@ def problems(name: str, penalty: float | None) -> list[Problem]:
     positive = classes[1:] if len(classes) == 2 else classes
     strength = penalty or 1 / len(x)
     return [_problem(x, np.where(labels == c, 1.0, -1.0), strength) for c in positive]
+
+
+def _file(name: str) -> tuple[Array, Array]:
+    """Samples and labels of a file in LIBSVM's format, with two classes or more."""
+    from sklearn.datasets import load_svmlight_file
+
+    try:
+        x, labels = load_svmlight_file(name)
+    except ValueError as error:
+        raise UserError(f"{name} is not in LIBSVM's format ({error}); lines are: label index:value ...") from None
+    if (wrong := labels[labels != np.round(labels)]).size:  # nan, too
+        raise UserError(f"{name} has the label {wrong[0]:g}, which is no class; labels must be whole numbers")
+    if len(found := np.unique(labels)) < 2:
+        raise UserError(f"{name} has {len(found)} class(es) in {len(labels)} sample(s); give samples of at least two")
+    if not np.isfinite(x.data).all():
+        raise UserError(f"{name} has values that are not finite; replace them")
+    return x.toarray(), labels
 
 
 def _problem(x: Array, y: Array, penalty: float) -> Problem:

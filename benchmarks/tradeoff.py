@@ -82,8 +82,8 @@ def pages() -> dict[str, str]:
     ]
     text = [
         "# What delay buys, and what bubbles cost",
-        "`python -m decoupled.benchmarks.tradeoff`: the simulator's clock, equal blocks, forward 1, backward 2, no time "
-        "for steps; nothing here was measured, nothing is random. In brackets the closed form.",
+        "`python -m decoupled.benchmarks.tradeoff`: the simulator's clock, equal blocks, forward 1, backward 2, no "
+        "time for steps; nothing here was measured, nothing is random. In brackets the closed form.",
         "## Utilisation over latency",
         "Without a flush, in the steady state. A gradient that is twice as late hides twice the latency.",
         "![utilisation over latency](tradeoff_delay.svg)",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from decoupled.messages import Data, Losses
-from decoupled.methods.data_selection.plain import draws
+from decoupled.methods.data_selection.plain import are_tokens, draws, numbers, vocabulary
 from decoupled.selection import Choice, Chooser, Selection
 from decoupled.selector import take
 
@@ -96,7 +96,7 @@ class Tokens(Features):
 
     def _counts(self, samples: Data) -> Tensor:
         assert samples.inputs is not None
-        tokens = samples.inputs.flatten(1).cpu() % self._vocabulary
+        tokens = numbers(samples.inputs, self._vocabulary)
         return torch.zeros(len(tokens), self._vocabulary).scatter_add_(1, tokens, torch.ones(tokens.shape))
 
     def scan(self, samples: Data) -> None:
@@ -128,9 +128,8 @@ class Assisted(Selection):
     warmup: int = 1
 
     def chooser(self, inputs: Tensor, outputs: Sequence[int], seed: int) -> Chooser:
-        tokens = not inputs.is_floating_point() and inputs.dim() == 2
         classes = outputs[0] if outputs else 1
-        features = Tokens(max(256, classes)) if tokens else Values(inputs, classes)
+        features = Tokens(vocabulary(outputs)) if are_tokens(inputs) else Values(inputs, classes)
         return Assistant(features, self.gamma, self.gate, seed)
 
 

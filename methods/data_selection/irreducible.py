@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from decoupled.errors import UserError
 from decoupled.messages import Data
-from decoupled.methods.data_selection.plain import indices
+from decoupled.methods.data_selection.plain import indices, numbers, vocabulary
 from decoupled.selection import Choice, Chooser, Selection
 from decoupled.selector import take
 
@@ -76,6 +76,10 @@ class Rho(Chooser):
         self.scores = epoch > 0
 
     def choose(self, samples: Data, losses: Tensor | None) -> Choice:
+        assert samples.inputs is not None and samples.targets is not None
+        if self._known is None and _pairs(samples.inputs, samples.targets):
+            for tokens in (samples.inputs, samples.targets):
+                numbers(tokens, vocabulary((self._classes,)))
         held = self._held_out(indices(samples))
         if losses is None:
             if self._known is None and bool(held.any()):
@@ -117,7 +121,7 @@ class Rho(Chooser):
 
     def _learn(self, x: Tensor, y: Tensor) -> Tensor:
         if _pairs(x, y):
-            size = max(256, self._classes)
+            size = vocabulary((self._classes,))
             counts = torch.ones(size * size).index_add_(0, (x * size + y).flatten(), torch.ones(x.numel()))
             return (counts / counts.view(size, size).sum(1).repeat_interleave(size)).log().view(size, size)
         if y.dim() > 1 or y.is_floating_point():

@@ -1,4 +1,4 @@
-"""What the choosers share: draws per epoch, a table of numbers by sample index; and the plainest chooser, a coin.
+"""What the choosers share: draws per epoch, numbers by sample index, tokens; and the plainest chooser, a coin.
 
 uniform   keep i if u_i < fraction,   u_i ~ U(0, 1)
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.selection import Choice, Chooser, Selection
 
@@ -26,6 +27,32 @@ def indices(data: Data) -> Tensor:
     """The sample indices of candidates, on the CPU."""
     assert data.indices is not None
     return data.indices.cpu()
+
+
+def are_tokens(inputs: Tensor) -> bool:
+    """Whether inputs are sequences of token numbers (batch, length)."""
+    return not inputs.is_floating_point() and inputs.dim() == 2
+
+
+def vocabulary(outputs: Sequence[int]) -> int:
+    """How many different tokens are reckoned with: 256, or as many as the network has classes if these are more."""
+    return max(256, outputs[0] if outputs else 0)
+
+
+def numbers(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Token numbers as int64 on the CPU.
+
+    Raises:
+        UserError: one of them is not in 0 .. vocabulary - 1.
+    """
+    tokens = tokens.long().cpu()
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(
+            f"the selector's model knows tokens 0 to {vocabulary - 1} (256, or as many as the network has classes); "
+            f"the data have {low} to {high}; number them so, or use a method that reads no inputs: selective_backprop"
+        )
+    return tokens
 
 
 class Table:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from decoupled import flops
 from decoupled.messages import Data, Losses
-from decoupled.methods.data_selection.plain import Table, draws, indices
+from decoupled.methods.data_selection.plain import Table, are_tokens, draws, indices, numbers, vocabulary
 from decoupled.selection import Choice, Chooser, Selection
 
 UNTRAINED = 1000.0
@@ -68,7 +68,7 @@ class Paced(Remembering):
 
     def __init__(self, pace: int, seed: int) -> None:
         super().__init__(seed, UNTRAINED)
-        self._share = torch.linspace(0.25, 1, pace).tolist()
+        self._share = [*torch.linspace(0.25, 1, pace).tolist(), 1.0]
 
     def begin(self, epoch: int) -> None:
         super().begin(epoch)
@@ -133,19 +133,19 @@ class Screened(Selection):
     weighs: bool = True
 
     def chooser(self, inputs: Tensor, outputs: Sequence[int], seed: int) -> Chooser:
-        return Screener(inputs, self.margin, self.lr, seed)
+        return Screener(inputs, vocabulary(outputs) if are_tokens(inputs) else 0, self.margin, self.lr, seed)
 
 
 class Screener(Chooser):
-    """ScreenerNet."""
+    """ScreenerNet; `tokens`: how many different ones, 0 if inputs are none."""
 
-    def __init__(self, inputs: Tensor, margin: float, lr: float, seed: int) -> None:
+    def __init__(self, inputs: Tensor, tokens: int, margin: float, lr: float, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._network = screener(inputs)
-        self._margin, self._adam = margin, torch.optim.Adam(self._network.parameters(), lr)
-        kind = torch.float32 if inputs.is_floating_point() else inputs.dtype
-        self._cost = flops.count(self._network, inputs.shape[1:], kind)
+            self._network = screener(inputs, tokens)
+        self._tokens, self._margin = tokens, margin
+        self._adam = torch.optim.Adam(self._network.parameters(), lr)
+        self._cost = flops.count(self._network, inputs.shape[1:], torch.int64 if tokens else torch.float32)
 
     def choose(self, samples: Data, losses: Tensor | None) -> Choice:
         with torch.no_grad():
@@ -167,8 +167,8 @@ class Screener(Chooser):
 
     def _screen(self, samples: Data) -> Tensor:
         assert samples.inputs is not None
-        x = samples.inputs.cpu()
-        return torch.sigmoid(self._network(x.float() if x.is_floating_point() else x)[:, 0])
+        x = numbers(samples.inputs, self._tokens) if self._tokens else samples.inputs.float().cpu()
+        return torch.sigmoid(self._network(x)[:, 0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self._network.state_dict(), "adam": self._adam.state_dict()}
@@ -178,10 +178,10 @@ class Screener(Chooser):
         self._adam.load_state_dict(state["adam"])
 
 
-def screener(inputs: Tensor) -> nn.Module:
+def screener(inputs: Tensor, tokens: int) -> nn.Module:
     """Four convolutions 3x3 (4, 8, 16, 32 channels, ELU) for images, two layers of 32 for other inputs."""
-    if not inputs.is_floating_point():
-        return nn.Sequential(nn.EmbeddingBag(256, 32), nn.ELU(), nn.Linear(32, 1))
+    if tokens:
+        return nn.Sequential(nn.EmbeddingBag(tokens, 32), nn.ELU(), nn.Linear(32, 1))
     if inputs.dim() != 4:
         return nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 32), nn.ELU(), nn.Linear(32, 1))
     channels = [inputs.shape[1], 4, 8, 16, 32]

@@ -122,6 +122,43 @@ def test_features_of_text():
     torch.testing.assert_close(tokens(samples), torch.tensor(expected))
 
 
+WORDS = torch.tensor([[7, 299, 0], [3, 256, 299]])
+
+
+@pytest.mark.parametrize("name", ["autoassist", "screener_net", "rho_loss"])
+def test_tokens_from_256_on_are_known_where_the_network_has_as_many_classes(name):
+    """They met other tokens' weights in the assistant, and were an IndexError in the screener."""
+    selection = registry.make(name).selection
+    assert selection is not None
+    chooser, samples = selection.chooser(WORDS, (300, 3), 0), data(2, WORDS, WORDS.flip(1))
+    for epoch, losses in enumerate([None, torch.ones(2)]):
+        chooser.begin(epoch)
+        chooser.choose(samples, losses)
+        chooser.hear(told([1.0, 2.0]), samples)
+    few = selection.chooser(WORDS, (299, 3), 0)
+    few.begin(0)
+    with pytest.raises(UserError, match=r"tokens 0 to 298 .* the data have 0 to 299; number them so") as caught:
+        few.choose(samples, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("runtime", ["simulated", "threads"])
+@pytest.mark.parametrize("name", ["autoassist", "screener_net"])
+def test_tokens_that_nothing_tells_the_number_of_are_refused(name, runtime):
+    blocks = [nn.Sequential(nn.Embedding(300, 4), nn.Flatten()), nn.Linear(12, 3)]
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["sgd"], "runtime": runtime}
+    batch = (WORDS, torch.tensor([0, 2]), torch.arange(2))
+    with Trainer(blocks, name, **given) as trainer, pytest.raises(UserError, match="knows tokens 0 to 255"):
+        trainer.fit([batch])
+
+
+def test_whole_numbers_of_an_image_are_no_tokens():
+    images, selection = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8), registry.make("screener_net").selection
+    assert selection is not None
+    weights = selection.chooser(images, (3,), 0).choose(data(2, images), None).weights
+    assert weights is not None and weights.shape == (2,)
+
+
 # --- losses, sample by sample -------------------------------------------------------------------------------------
 
 
@@ -441,6 +478,17 @@ def test_self_paced_weights():
     raw = (1 - torch.tensor([0.0, 1.0, 2.0, 3.0]) / limit).clamp(min=0) ** (1 / 3) + 0.01
     assert weights is not None
     torch.testing.assert_close(weights, raw * 4 / raw.sum())
+
+
+@pytest.mark.parametrize("pace", [1, 2, 5])
+def test_self_paced_takes_all_in_after_its_pace(pace):
+    """With a pace of 1 the share stayed at 0.25 for ever."""
+    chooser = Paced(pace, 0)
+    chooser.begin(0)
+    chooser.hear(told([0.0, 1.0, 2.0, 3.0]), data(4))
+    for epoch, share in enumerate([*torch.linspace(0.25, 1, pace).tolist(), 1.0, 1.0]):
+        chooser.begin(epoch)
+        assert chooser._limit == pytest.approx(3 * share + 1e-6)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

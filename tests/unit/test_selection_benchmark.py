@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from decoupled.benchmarks.selection import crossing, main, page, reached, verdict
+from decoupled.benchmarks.selection import _mean, crossing, main, page, reached, verdict
 from decoupled.compare import compare
 from decoupled.config import CompareConfig, read
 
@@ -62,5 +62,26 @@ def test_a_comparison_is_run_priced_and_kept(tmp_path):
     text = (tmp_path / "page" / "selection.md").read_text()
     assert "30 to 40 % fewer samples with `autoassist(lag=2)`" in text
     assert (tmp_path / "page" / "selection_flops.svg").is_file()
+    assert "selection: loss against samples trained" in (tmp_path / "page" / "selection_loss.svg").read_text()
+    assert "![loss against samples trained](selection_loss.svg)" in text
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "selector's time, %" in page([stored], times=True)["selection.md"]
+    times = page([stored], times=True)["selection.md"]
+    assert all(share != "-" and float(share) > 0 for share in column(times, "selector's time, %"))
+    for record in stored["records"]:
+        record["selection"]["busy_seconds"] = 0.0  # as the simulator says; the page said 0.0 %
+    times = page([stored], times=True)["selection.md"]
+    assert column(times, "selector's time, %") == ["-"] * 5
+    assert "-" not in column(times, "seconds")
+
+
+def column(text, name):
+    """The cells of a column of the page's first table."""
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row[header.index(name)] for row in rows]
+
+
+def test_the_curve_of_the_loss_is_no_percentage():
+    points = [{"trained": 10, "validation_loss": 2.0, "validation_accuracy": 0.5}]
+    runs = [{"curve": points}, {"curve": [{**points[0], "validation_loss": 1.0}]}]
+    assert _mean(runs, "trained", "loss") == [(10, 1.5)]
+    assert _mean(runs, "trained", "accuracy") == [(10, 50.0)]
