@@ -1,6 +1,6 @@
 """Figures of reinforcement learning on the runtime; `python -m` this module.
 
-    pendulum     SAC on Pendulum-v1: mean return of 10 evaluation episodes, every 1,000 of 10,000 steps
+    pendulum     SAC and TD3 on Pendulum-v1: mean return of 10 evaluation episodes, every 1,000 of 10,000 steps
     auxiliary    OFENet's loss on HalfCheetah-v5 after 10,000 random steps and 10,000 updates: each norm, two units
     asynchrony   an actor and the learner on two workers against one loop, at the same ratio; two loops as the limit
     small        the methods of suite=rl_small, one run after the other: return, effective rank, seconds
@@ -82,26 +82,39 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def pendulum(options: Options, keep: Keep) -> None:
-    method = {"name": "sac", "units": 64, "warmup": 1000}
     rows: list[list[str]] = []
-    for seed in range(options.seeds):
+    for name, seed in itertools.product(("sac", "td3"), range(options.seeds)):
         found: list[float] = []
-        with RLTrainer("Pendulum-v1", method, seed=seed, optimizer=fast_adam) as trainer:
+        with RLTrainer(
+            "Pendulum-v1", {"name": name, "units": 64, "warmup": 1000}, seed=seed, optimizer=fast_adam
+        ) as trainer:
             for _ in range(max(1, options.steps // 1000)):
                 trainer.fit(min(1000, options.steps))
                 found.append(trainer.evaluate(10)["return"])
             steps = trainer.steps
         first = next((f"{1000 * (i + 1):,}" for i, value in enumerate(found) if value >= -200), "never")
         rows.append(
-            [str(seed), f"{found[-1]:.0f}", verdict(found[-1] >= -200), first, " ".join(f"{x:.0f}" for x in found)]
+            [
+                name,
+                str(seed),
+                f"{found[-1]:.0f}",
+                verdict(found[-1] >= -200),
+                first,
+                " ".join(f"{x:.0f}" for x in found),
+            ]
         )
-        mean = statistics.fmean(float(row[1]) for row in rows)
+        means = ", ".join(
+            f"{one} {statistics.fmean(float(row[2]) for row in rows if row[0] == one):.0f}"
+            for one in dict.fromkeys(row[0] for row in rows)
+        )
         keep(
-            f"SAC, 2 x 64 units, automatic temperature, Adam 1e-3, batch 256, one loop, 1,000 random steps first, "
+            f"2 x 64 units, SAC with automatic temperature, Adam 1e-3, batch 256, one loop, 1,000 random steps first, "
             f"{steps:,} steps in all; mean return of 10 episodes without exploration, starts of their own each time. "
-            f"Must reach -200 within 10,000 steps; mean of the seeds at the end: {mean:.0f}; {len(rows)} of "
-            f"{options.seeds} seeds.\n\n"
-            + table(["seed", "return at the end", "reached", "first at steps", "return every 1,000 steps"], rows)
+            f"Must reach -200 within 10,000 steps; means over the seeds at the end: {means}; {len(rows)} of "
+            f"{2 * options.seeds} runs.\n\n"
+            + table(
+                ["method", "seed", "return at the end", "reached", "first at steps", "return every 1,000 steps"], rows
+            )
         )
 
 
