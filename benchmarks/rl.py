@@ -268,9 +268,9 @@ def paper(options: Options, keep: Keep) -> None:
 ANT = Spaces(105, 8, 27)
 PAPER: dict[str, tuple[str, dict[str, Any]]] = {
     "SAC, MLP 2 x 256": ("sac", {}),
-    "SAC, OFENet 240, DenseNet 2 x 256": ("larger_rl", {}),
-    "SAC, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048}),
-    "TD3, OFENet 240, DenseNet 2 x 2048": ("larger_rl", {"units": 2048, "algorithm": "td3"}),
+    "SAC, OFENet 6 x 240, DenseNet 2 x 256": ("larger_rl", {"ofe_layers": 6}),
+    "SAC, OFENet 6 x 240, DenseNet 2 x 2048": ("larger_rl", {"ofe_layers": 6, "units": 2048}),
+    "TD3, OFENet 6 x 240, DenseNet 2 x 2048": ("larger_rl", {"ofe_layers": 6, "units": 2048, "algorithm": "td3"}),
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +51,14 @@ class Agent(ABC):
         networks: all of them. shared: the part that acting needs, a submodule.
         optimizers: by name.
         random: draws the noise of learning.
+        options: by name, those that a saved state cannot be put back without.
     """
 
     networks: nn.ModuleDict
     shared: nn.ModuleDict
     optimizers: dict[str, torch.optim.Optimizer]
     random: torch.Generator
+    options: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def act(self, obs: Tensor, random: Random) -> Tensor:

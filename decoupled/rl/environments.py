@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from decoupled.errors import UserError, first_line
 from decoupled.rl.agent import Spaces
-from decoupled.specs import parse
+from decoupled.specs import parse, positive
 
 Floats = NDArray[np.float32]
 Spec = str | Mapping[str, Any] | Callable[[], Any]  # a name, a mapping with name and options, or what makes one
+LONGEST = 10_000  # steps of an episode that is evaluated, in an environment without a time limit
 REMEDY = "install it with: pip install -c constraints.txt -e '.[rl]'"
 
 
@@ -55,22 +56,29 @@ def maker(spec: Spec, **more: Any) -> Callable[[], Any]:
     """A function that makes the environment; `more` are options of `gymnasium.make`.
 
     Raises:
-        UserError: the package is missing.
+        UserError: the package is missing, or a time limit that never comes.
     """
     gym = gymnasium()
     if callable(spec):
         return spec
     name, options = parse("env", spec)
+    if "max_episode_steps" in options:  # gymnasium takes -1 as "no limit": such an episode need not end
+        positive(f"env {name!r}", max_episode_steps=options["max_episode_steps"])
 
     def make() -> Any:
         try:
             if "mujoco" in str(gym.spec(name).entry_point):
                 _hush()
             return gym.make(name, disable_env_checker=True, **options, **more)
-        except (gym.error.Error, ImportError, TypeError) as error:
-            gone = isinstance(error, gym.error.DependencyNotInstalled | ModuleNotFoundError)
-            what = REMEDY if gone else "name one of gymnasium, e.g. env=Pendulum-v1 or env=HalfCheetah-v5"
-            raise UserError(f"env {name!r} cannot be made: {first_line(error)}; {what}") from None
+        except Exception as error:  # wrong options fail in as many ways as environments use them
+            what = "; check its options"
+            if isinstance(error, ModuleNotFoundError) and error.name == "mujoco":
+                what = f"; {REMEDY}"
+            elif isinstance(error, gym.error.DependencyNotInstalled):
+                what = ""  # it says itself what to install
+            elif isinstance(error, gym.error.Error | ImportError):
+                what = "; name one of gymnasium, e.g. env=Pendulum-v1 or env=HalfCheetah-v5"
+            raise UserError(f"env {name!r} cannot be made: {first_line(error)}{what}") from None
 
     return make
 
@@ -91,7 +99,7 @@ def spaces(spec: Spec) -> Spaces:
     """Sizes of an environment, which is made for that.
 
     Raises:
-        UserError: it cannot be made, or its spaces are not flat boxes.
+        UserError: it cannot be made or take a step, or its spaces are not flat boxes.
     """
     gym = gymnasium()
     with warnings.catch_warnings():  # that an old version is out of date; what is wrong with it is an error
@@ -107,6 +115,11 @@ def spaces(spec: Spec) -> Spaces:
             )
         if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 1:
             raise UserError(f"env {label!r} has observations {observation}; these methods need vectors")
+        try:  # some wrong options show themselves only here
+            env.reset(seed=0)
+            env.step(action.low)
+        except Exception as error:
+            raise UserError(f"env {labelled(spec)!r} fails: {first_line(error)}; check its options") from error
         (size,) = observation.shape
         structure = getattr(env.unwrapped, "observation_structure", None) or {}
         return Spaces(size, action.shape[0], size - int(structure.get("cfrc_ext", 0)))
@@ -140,6 +153,11 @@ class Environments:
         for i, env in enumerate(self._vector.envs):
             env.reset(seed=seed + i)
         self.obs, self.finished = self._reset(np.ones(self.count, bool)), []
+
+    @property
+    def longest(self) -> int:
+        """The time limit of an episode, `LONGEST` if there is none."""
+        return getattr(self._vector.envs[0].spec, "max_episode_steps", None) or LONGEST
 
     def step(self, actions: Floats) -> Stepped:
         """One step of each."""
@@ -200,13 +218,13 @@ class Environments:
 
 
 def play(envs: Environments, act: Callable[[Floats], Floats]) -> list[tuple[float, int]]:
-    """One whole episode in each environment: (return, length)."""
+    """One whole episode in each environment: (return, length). After `envs.longest` steps it counts as it is."""
     found: list[tuple[float, int] | None] = [None] * envs.count
     returns, length = np.zeros(envs.count), 0
     while any(one is None for one in found):
         stepped = envs.step(act(envs.obs))
         returns, length = returns + stepped.reward, length + 1
-        for i in np.flatnonzero(stepped.over | stepped.cut):
+        for i in np.flatnonzero(stepped.over | stepped.cut | (length >= envs.longest)):
             found[i] = found[i] or (float(returns[i]), length)
     return [one for one in found if one is not None]
 

@@ -5,11 +5,12 @@ learner --Weights--> evaluator: the best known action, no exploration --> return
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
-from decoupled.errors import OperationError
+from decoupled.errors import NonFiniteError, OperationError
 from decoupled.messages import Message
 from decoupled.rl.agent import Agent, packed, unpack
 from decoupled.rl.environments import Environments, Floats, Spec, play
@@ -72,6 +73,8 @@ class Evaluator(Actor):
                 self._envs = Environments(self._env, self._episodes, self._seed)
             self._envs.start(self._seed)
             self.found = play(self._envs, self._best)
+            if not math.isfinite(total := sum(total for total, _ in self.found)):
+                raise NonFiniteError(f"the returns add up to {total}: the policy has diverged; lower lr")
         except Exception as error:
             raise OperationError(self.name, "evaluation", error, self._method) from error
         self._done = True

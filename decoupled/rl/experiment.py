@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from decoupled import costs, registry
-from decoupled.config import Recipe, Task
+from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig
 from decoupled.errors import UserError
 from decoupled.experiment import label, optimizer_for
 from decoupled.observe.recorder import Recorder
@@ -27,6 +27,9 @@ from decoupled.specs import positive
 from decoupled.steps import MakeOptimizer
 
 EPISODES = 10  # of an evaluation
+# What says nothing of policies: of a task, of `train` and `compare`, and of a recipe.
+IGNORED = ("data", "model", "blocks", "precision", "on_nonfinite", "cutoffs", "claims")
+IGNORED_RECIPE = ("schedule", "augment")
 NOTHING = {"accuracy": math.nan, "loss": math.nan}  # a policy has neither
 
 
@@ -44,13 +47,23 @@ class RLSetting:
     @classmethod
     def prepare(cls, task: Task) -> RLSetting:
         """Look at the environment."""
+        return cls(task, spaces(task.env))
+
+    def __post_init__(self) -> None:
+        task = self.task
         positive("env", steps=task.steps, epochs=task.recipe.epochs)
         if task.task is not None:
             raise UserError("env= and task= are different things to train; leave one out")
+        refuse_ignored(task)
         if task.steps < task.recipe.epochs:
             raise UserError(f"steps={task.steps} cannot be cut into {task.recipe.epochs} epochs; raise steps")
         optimizer_for(task.recipe)
-        return cls(task, spaces(task.env))
+        for spec in methods(task):
+            if task.steps <= (warmup := registry.make(spec, Roles).warmup):
+                raise UserError(
+                    f"{label(spec)}: all of steps={task.steps} are random (warmup={warmup}): raise steps, or lower "
+                    "warmup"
+                )
 
     @property
     def cuts(self) -> list[int]:
@@ -120,6 +133,28 @@ class RLSetting:
     def run_control(self, control: str, seed: int, advance: Callable[[int], None]) -> dict[str, Any]:
         """There are none."""
         raise AssertionError(control)
+
+
+def refuse_ignored(task: Task) -> None:
+    """Refuse options that would change nothing.
+
+    Raises:
+        UserError: names the first one.
+    """
+    usual = type(task)(recipe=Recipe(**ENV_RECIPE))
+    pairs = [(name, task, usual) for name in IGNORED if hasattr(task, name)]
+    for name, given, default in [*pairs, *((name, task.recipe, usual.recipe) for name in IGNORED_RECIPE)]:
+        if (value := getattr(given, name)) != getattr(default, name):
+            raise UserError(f"{name}={value} means nothing for policies; leave it out where env= is given")
+
+
+def methods(task: Task) -> list[str | Mapping[str, Any]]:
+    """What is to be trained."""
+    if not isinstance(task, CompareConfig):
+        return [task.method] if isinstance(task, TrainConfig) else []
+    given = task.methods if isinstance(task.methods, list) else [task.methods]
+    found = given or list(registry.methods(Roles))
+    return found if task.baseline in map(label, found) else [task.baseline, *found]
 
 
 def point(found: Mapping[str, Any], held_out: Mapping[str, float], seconds: float) -> dict[str, Any]:

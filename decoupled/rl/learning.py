@@ -6,11 +6,12 @@ every `push` updates the weights, and the statistics of BatchNorm with them, go 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from decoupled.errors import OperationError
+from decoupled.errors import NonFiniteError, OperationError
 from decoupled.messages import End, Message
 from decoupled.rl.acting import Acting
 from decoupled.rl.agent import Agent, Spaces, packed
@@ -28,14 +29,31 @@ class Learning:
         self.agent, self._spaces, self._n = agent, spaces, n_step
 
     def update(self, drawn: Drawn) -> tuple[Tensor | None, float | None]:
-        """One update: the batch's |td| (None: features only), and the loss of the features (None: there are none)."""
+        """One update: the batch's |td| (None: features only), and the loss of the features (None: there are none).
+
+        Raises:
+            NonFiniteError: one of them is not finite.
+        """
         *batch, extra = drawn.payload
         auxiliary = self.agent.auxiliary(batch_of(extra, self._spaces, self._n)) if extra.numel() else None
+        if auxiliary is not None:
+            check("loss of the features", auxiliary, drawn)
         if not batch:
             return None, auxiliary
         rows, weights = batch
         errors = self.agent.learn(batch_of(rows, self._spaces, self._n), weights if weights.numel() else None)
-        return errors.detach().abs().to("cpu"), auxiliary
+        errors = errors.detach().abs().to("cpu")
+        check("mean |td| of the critics", errors.mean().item(), drawn)
+        return errors, auxiliary
+
+
+def check(what: str, value: float, drawn: Drawn) -> None:
+    """Refuse a value that is not finite."""
+    if not math.isfinite(value):
+        number = str(drawn.key).lstrip("-")
+        raise NonFiniteError(
+            f"the {what} is {value} in update {number} ({drawn.kind}); lower lr, or scale the rewards down"
+        )
 
 
 def operation(drawn: Drawn) -> str:

@@ -17,7 +17,11 @@ MOST = 200  # frames
 
 
 def write_gif(spec: Spec, agent: Agent, path: Path, seed: int = 0, size: int = 240) -> str:
-    """Play one episode with the best known actions and draw it; returns a line for the user."""
+    """Play one episode (without a time limit: its first `MOST` steps) with the best known actions and draw it.
+
+    Returns:
+        A line for the user.
+    """
     if "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen
     try:
@@ -38,9 +42,10 @@ def _frames(spec: Spec, agent: Agent, seed: int) -> list[Any]:
         obs, _ = env.reset(seed=seed)
         low, high = env.action_space.low, env.action_space.high
         frames, over = [], False
-        every = max(1, (getattr(env.spec, "max_episode_steps", None) or MOST) // MOST)
+        limit = getattr(env.spec, "max_episode_steps", None) or MOST
+        every = max(1, limit // MOST)
         step = 0
-        while not over:
+        while not over and step < limit:
             if step % every == 0:
                 frames.append(np.asarray(env.render()))
             with torch.no_grad():

@@ -119,17 +119,23 @@ class Replay:
         return kept
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Put back what `state_dict` returned.
+
+        Raises:
+            UserError: it is of a replay with another capacity, of other rows, or drawn from otherwise.
+        """
         full = len(state["rows"])
-        if full > self.capacity or state["rows"].shape[1:] != self._rows.shape[1:]:
+        shape, judged = (min(state["births"], self.capacity), self._rows.shape[1]), "priorities" in state
+        if tuple(state["rows"].shape) != shape or judged != (self._tree is not None):
             raise UserError(
-                f"the saved replay has {tuple(state['rows'].shape)} transitions, this one {self._rows.shape}; use the "
-                "environment and options of the run that was saved"
+                f"the saved replay holds {tuple(state['rows'].shape)} numbers, prioritized={judged}; this one takes "
+                f"{shape}, prioritized={self._tree is not None}: use the environment and options of the run that was "
+                "saved"
             )
         self.births = state["births"]
         self._rows[:full], self._born[:full] = state["rows"].numpy(), state["born"].numpy()
         self._versions[:full] = state["versions"].numpy()
-        if self._tree is not None and "priorities" in state:
+        if self._tree is not None:
             self._tree.set(np.arange(full), state["priorities"].numpy())
         restore(self._generator, state["random"])
 

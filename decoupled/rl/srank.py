@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def srank(features: Tensor, delta: float = 0.01) -> int:
-    """Effective rank of a (samples, width) matrix; 0 for the zero matrix."""
+    """Effective rank of a (samples, width) matrix; 0 for the zero matrix, and for one that is not finite."""
     x = features.double()
+    if not x.isfinite().all():
+        return 0
     gram = x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x  # its eigenvalues are the squares: far cheaper than an SVD
     sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
     total = sigma.cumsum(0)

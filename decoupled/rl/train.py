@@ -43,6 +43,8 @@ def train_rl(
     """
     if under_torchrun():
         raise UserError("env= starts its own processes (runtime=processes): leave out torchrun")
+    if rollout and out is None:
+        raise UserError("a rollout is a file of the run's directory: add --out DIR, or leave out --rollout")
     registry.make(config.method, Roles)
     state = checkpoint.load(config.resume) if config.resume else None
     setting, name, history = RLSetting.prepare(config), label(config.method), []

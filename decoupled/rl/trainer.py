@@ -25,7 +25,7 @@ from decoupled.build import make_runtime
 from decoupled.errors import UserError
 from decoupled.rl.acting import Acting, ActingActor
 from decoupled.rl.agent import Agent
-from decoupled.rl.environments import Spec, spaces
+from decoupled.rl.environments import Spec, labelled, spaces
 from decoupled.rl.evaluating import Evaluator, Sender
 from decoupled.rl.learning import Learning, LearningActor, Loop
 from decoupled.rl.memory import Memory, MemoryActor
@@ -145,7 +145,7 @@ class RLTrainer:
         if self._restored is not None:
             states = dict(self._restored)
         return {
-            "format": 1, "method": self.roles.name, "seed": self.seed, "epoch": self.epoch,
+            "format": 1, "method": self.roles.name, "seed": self.seed, "epoch": self.epoch, "options": self._options(),
             "agent": self.agent.state_dict(), "memory": self.memory.state_dict(), "acting": states,
         }  # fmt: skip
 
@@ -153,13 +153,20 @@ class RLTrainer:
         """Put back what `state_dict` returned.
 
         Raises:
-            UserError: it is of something else.
+            UserError: it is of something else, or of other options than it can go on with.
         """
-        if not {"agent", "memory", "acting", "epoch"} <= set(state) or state.get("method") != self.roles.name:
+        needed = {"agent", "memory", "acting", "epoch", "options"}
+        if not needed <= set(state) or state.get("method") != self.roles.name:
             raise UserError(
                 f"the state is of method {state.get('method')!r}, this trainer runs {self.roles.name!r}; give one that "
-                "the same method has written"
+                "the same method and version has written"
             )
+        for name, now in self._options().items():
+            if (before := state["options"].get(name)) != now:
+                raise UserError(
+                    f"the state was saved with {name}={before}, this trainer has {name}={now}: go on with "
+                    f"{name}={before}, or begin anew"
+                )
         try:
             self.agent.load_state_dict(state["agent"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -274,6 +281,12 @@ class RLTrainer:
 
     def _acting_states(self) -> dict[str, Any]:
         return {name: acting.state_dict() for name, acting in self._own_acting().items()}
+
+    def _options(self) -> dict[str, Any]:
+        """What a saved state depends on."""
+        names = ("actors", "envs", "capacity", "prioritized", "alpha", "n_step", "gamma")
+        own = {name: getattr(self.roles, name) for name in names}
+        return {"env": labelled(self.env), **own, **self.agent.options}
 
     def _make_agent(self) -> Agent:
         return self.roles.agent(self.spaces, self._optimizer, self.seed)

@@ -7,12 +7,14 @@ target    theta' <- theta' + tau (theta - theta')
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from decoupled.errors import UserError
 from decoupled.methods.larger_rl.networks import Network
 from decoupled.methods.larger_rl.ofenet import Features, OFENet
 from decoupled.rl.agent import Agent, Batch, Spaces
@@ -38,11 +40,14 @@ class ActorCritic(Agent):
     Args:
         outputs: of the actor per dimension of the action.
         optimizer: called for features, actor and critics, each with its own parameters.
+        scale: of the rewards.
     """
 
     def __init__(
-        self, spaces: Spaces, optimizer: MakeOptimizer, seed: int, shape: Shape, outputs: int, tau: float
+        self, spaces: Spaces, optimizer: MakeOptimizer, seed: int, shape: Shape, outputs: int, tau: float, scale: float
     ) -> None:
+        if not 0 < scale < math.inf:
+            raise UserError(f"reward_scale must be a positive number, got {scale}")
         self.random, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
         s, a, target = spaces
         off = shape.ofenet == "off"
@@ -60,7 +65,8 @@ class ActorCritic(Agent):
         self.optimizers = {"actor": make(optimizer, self.actor), "critics": make(optimizer, self.critics)}
         if not off:
             self.optimizers["features"] = make(optimizer, self.features_net)
-        self._tau = tau
+        self._tau, self._scale = tau, scale
+        self.options = {"algorithm": type(self).__name__.lower(), **asdict(shape)}
 
     @property
     def has_auxiliary(self) -> bool:

@@ -43,12 +43,13 @@ class SAC(ActorCritic):
         self, spaces: Spaces, optimizer: MakeOptimizer, seed: int, shape: Shape, *,
         tau: float = 0.005, temperature: float = 0.0, form: str = "q", scale: float = 1.0,
     ) -> None:  # fmt: skip
-        super().__init__(spaces, optimizer, seed, shape, 2, tau)
+        super().__init__(spaces, optimizer, seed, shape, 2, tau, scale)
         if form not in ("q", "v"):
             raise unknown("form of SAC:", form, ("q", "v"))
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise UserError(f"temperature must be positive, or 0 for an automatic one; got {temperature}")
-        self._scale, self._form, self._automatic = scale, form, temperature == 0
+        self._form, self._automatic = form, temperature == 0
+        self.options = {**self.options, "temperature": float(temperature), "form": form}
         self._entropy = -float(spaces.action)
         alpha = math.log(temperature) if temperature else 0.0
         self.log_alpha = nn.Parameter(torch.tensor([alpha]), requires_grad=self._automatic)

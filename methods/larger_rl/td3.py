@@ -31,8 +31,8 @@ class TD3(ActorCritic):
         self, spaces: Spaces, optimizer: MakeOptimizer, seed: int, shape: Shape, *,
         tau: float = 0.005, scale: float = 1.0,
     ) -> None:  # fmt: skip
-        super().__init__(spaces, optimizer, seed, shape, 1, tau)
-        self._scale, self._updates = scale, 0
+        super().__init__(spaces, optimizer, seed, shape, 1, tau, scale)
+        self._updates = 0
         self.target_actor = copy.deepcopy(self.actor)
         copy_(self.target_actor, self.actor)
         self.networks["target_actor"] = self.target_actor

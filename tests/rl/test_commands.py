@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 
 from decoupled import cli, registry
-from decoupled.config import CompareConfig, TrainConfig, read
-from decoupled.rl import Roles
+from decoupled.config import CompareConfig, TrainConfig, read, suites
+from decoupled.rl import Roles, Spaces, render
 from decoupled.rl.environments import labelled, maker
+from decoupled.rl.experiment import RLSetting
 from decoupled.rl.render import write_gif
+from decoupled.rl.testing import Line
 
 NAME = min(registry.methods(Roles), key=lambda name: len(registry.options(name)))
 SMALL = ["env={name: Pendulum-v1, max_episode_steps: 20}", "batch_size=16", "epochs=2", "runtime=threads"]
@@ -71,6 +76,13 @@ def test_with_an_environment_the_recipe_is_one_for_policies() -> None:
     assert read(CompareConfig, ["suite=rl_paper"]).recipe.lr == 3e-4
 
 
+@pytest.mark.parametrize("suite", [name for name in suites() if name.startswith("rl_")])
+def test_methods_of_a_suite_act_at_random_for_the_same_steps(suite: str) -> None:
+    config = read(CompareConfig, [f"suite={suite}"])
+    RLSetting(config, Spaces(1, 1, 1))  # nothing in it is refused
+    assert len({registry.make(spec, Roles).warmup for spec in config.methods}) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -84,6 +96,17 @@ def test_with_an_environment_the_recipe_is_one_for_policies() -> None:
         (["env=Pendulum-v1", "actors=-1"], "actors and pretrain must be 0 or more"),
         (["env=Pendulum-v1", "lr=0"], "lr must be positive"),
         (["env={name: Pendulum-v1, gravity: 1}"], "unexpected keyword argument 'gravity'"),
+        (["env={name: Pendulum-v1, g: abc}"], "env 'Pendulum-v1(g=abc)' fails: unsupported operand type(s)"),
+        (
+            ["env={name: Pendulum-v1, max_episode_steps: -1}", "steps=5"],
+            "max_episode_steps must be an integer of at least 1",
+        ),
+        (["env={name: HalfCheetah-v5, xml_file: nowhere.xml}"], "nowhere.xml does not exist; check its options"),
+        (["env=Pendulum-v1", "steps=1000"], f"{NAME}: all of steps=1000 are random (warmup=1000): raise steps, or"),
+        (["env=Pendulum-v1", "precision=bf16", "lr=0"], "precision=bf16 means nothing for policies; leave it out"),
+        (["env=Pendulum-v1", "schedule=cosine", "lr=0"], "schedule=cosine means nothing for policies"),
+        (["env=Pendulum-v1", "on_nonfinite=skip", "blocks=3", "lr=0"], "blocks=3 means nothing for policies"),
+        (["env=Pendulum-v1", "--rollout", "lr=0"], "a rollout is a file of the run's directory: add --out DIR"),
         ([], "trains policies in environments (env=NAME"),
         (["--rollout"], "only a policy has a rollout"),
     ],
@@ -93,6 +116,57 @@ def test_what_cannot_be_is_one_line(words: list[str], text: str, capsys: pytest.
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("decoupled:")]
     assert len(lines) == 1 and text in lines[0], error
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["steps=60"], f"{NAME}(units=8, warmup=60): all of steps=60 are random"),
+        (["steps=120", "sweep.steps=[120,60]"], "all of steps=60 are random"),
+        (["steps=120", f"baseline={NAME}"], f"{NAME}: all of steps=120 are random (warmup=1000)"),
+        (["steps=120", "cutoffs=[0.5]"], "cutoffs=[0.5] means nothing for policies"),
+        (["steps=120", "sweep.augment=[true]"], "augment=True means nothing for policies"),
+    ],
+)
+def test_compare_refuses_before_anything_runs(
+    words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", f"methods=[{method()}]", f"baseline={NAME}(units=8, warmup=60)", *SMALL, *words]
+    assert cli.main([*words, "--quiet", "--out", str(tmp_path / "out")]) == 2
+    assert text in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_is_one_line_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"method={method()}", *SMALL, "steps=400", "lr=1e30", "--quiet"]
+    assert cli.main(["train", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"NonFiniteError: the mean \|td\| of the critics is \w+ in update \d+ \(train\); lower lr", line)
+    words = [f"methods=[{method()},{method(layers=1)}]", f"baseline={NAME}(units=8, warmup=60)", "seeds=1", *SMALL]
+    words += ["steps=120", "sweep.lr=[1e30,0.001]", "--quiet", "--out", str(tmp_path / "out")]
+    assert cli.main(["compare", *words]) == 1
+    records = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
+    assert [r["status"] for r in records] == ["failed", "failed", "ok", "ok"]
+    assert "NonFiniteError" in records[0]["error"]
+
+
+def test_the_remedy_for_a_missing_package_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise gymnasium.error.DependencyNotInstalled("Box2D is not installed, run `pip install gymnasium[box2d]`")
+
+    monkeypatch.setattr(gymnasium, "make", missing)
+    assert cli.main(["train", f"method={NAME}", "env=Pendulum-v1"]) == 2
+    assert capsys.readouterr().err.endswith("run `pip install gymnasium[box2d]`\n")
+
+    def without(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    assert cli.main(["train", f"method={NAME}", "env=Hopper-v5"]) == 2
+    assert "No module named 'mujoco'; install it with: pip install" in capsys.readouterr().err
 
 
 def test_methods_for_networks_do_not_train_policies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,3 +204,18 @@ def test_a_rollout_is_a_gif_or_a_line_that_says_why(tmp_path: Path) -> None:
     else:
         assert said.startswith("no rollout: this machine cannot draw it (")
     assert "\n" not in said
+
+
+def test_a_rollout_without_a_time_limit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+
+    def endless() -> Any:
+        env = Line(limit=10**9, edge=10**9)()
+        env.render = lambda: shown.append(1)
+        return env
+
+    monkeypatch.setattr(render, "maker", lambda spec, **_: endless)
+    roles = registry.make({"name": NAME, "units": 8}, Roles)
+    agent = roles.agent((2, 1, 2), lambda p: torch.optim.SGD(p, 0.1), 0)  # type: ignore[arg-type]
+    render._frames(endless, agent, 0)
+    assert len(shown) == render.MOST

@@ -105,6 +105,19 @@ def test_a_replay_goes_on_where_it_was_saved(prioritized: bool) -> None:
         np.testing.assert_array_equal(a.births, b.births)
 
 
+@pytest.mark.parametrize(
+    ("capacity", "prioritized"), [(8, True), (3, True), (4, False)], ids=["more", "less", "uniform"]
+)
+def test_a_replay_does_not_take_the_rows_of_another_kind(capacity: int, prioritized: bool) -> None:
+    """Rows of more capacity would be memory that nobody has written, and without priorities weights are nan."""
+    first, second = filled([1.0] * 6, capacity=4), Replay(capacity, 1, prioritized)
+    for one, other in ((first, second), (second, first)):
+        if one is second:
+            one.add(rows(*range(8)), np.ones(8, np.float32), 0)
+        with pytest.raises(UserError, match=r"use the environment and options of the run that was saved"):
+            other.load_state_dict(one.state_dict())
+
+
 @given(st.integers(1, 4), st.lists(st.sampled_from(["go", "go", "over", "cut"]), min_size=1, max_size=25))
 def test_n_step_transitions_are_those_written_out(n: int, events: list[str]) -> None:
     """Every step becomes one row, with the rewards that follow it within n steps and its episode."""

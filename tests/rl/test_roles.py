@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from decoupled import registry
 from decoupled.errors import OperationError, UserError
-from decoupled.rl import RLTrainer, Roles
+from decoupled.rl import RLTrainer, Roles, environments
 from decoupled.rl.environments import Environments, spaces
 from decoupled.rl.pace import Pace
 from decoupled.rl.srank import srank
@@ -193,6 +193,67 @@ def test_a_state_of_something_else_is_refused() -> None:
             other.load_state_dict(one.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "text"),
+    [
+        ({"capacity": 60}, {"capacity": 80}, "capacity=60, this trainer has capacity=80: go on with capacity=60, or"),
+        ({"prioritized": False}, {"prioritized": True}, "prioritized=False, this trainer has prioritized=True"),
+        ({}, {"alpha": 0.5}, "alpha=0.6, this trainer has alpha=0.5"),
+        ({"n_step": 2}, {"n_step": 3}, "n_step=2, this trainer has n_step=3"),
+        ({}, {"gamma": 0.9}, "gamma=0.99, this trainer has gamma=0.9"),
+        ({}, {"envs": 1}, "envs=2, this trainer has envs=1"),
+        ({}, {"actors": 1}, "actors=0, this trainer has actors=1"),
+        ({}, {"temperature": 0.2}, "temperature=0.0, this trainer has temperature=0.2"),
+        ({}, {"algorithm": "td3"}, "algorithm=sac, this trainer has algorithm=td3"),
+        ({}, {"activation": "relu"}, "activation=swish, this trainer has activation=relu"),
+    ],
+)
+def test_a_state_of_other_options_is_refused(then: dict[str, Any], now: dict[str, Any], text: str) -> None:
+    with make(0, "simulated", **then) as one, make(now.pop("actors", 0), "simulated", **now) as other:
+        before = weights(other)
+        with pytest.raises(UserError, match="was saved with") as caught:
+            other.load_state_dict(one.state_dict())
+        assert text in str(caught.value) and "\n" not in str(caught.value)
+        assert torch.equal(before, weights(other))
+
+
+def test_a_state_of_another_environment_of_the_same_size_is_refused() -> None:
+    with make(0, env="Pendulum-v1") as one, make(0, env={"name": "Pendulum-v1", "g": 5}) as other:
+        with pytest.raises(UserError, match=r"env=Pendulum-v1, this trainer has env=Pendulum-v1\(g=5\)"):
+            other.load_state_dict(one.state_dict())
+
+
+def test_evaluation_ends_without_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "LONGEST", 7)
+    with make(0, name=plain(), env=Line(limit=10**9, edge=10**9)) as trainer:
+        assert trainer.evaluate(2)["length"] == 7
+    ((_, length),) = environments.play(Environments("Pendulum-v1", 1, 0), lambda obs: np.zeros((1, 1), np.float32))
+    assert length == 200  # its own limit counts
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+def test_a_run_that_diverges_is_an_error(actors: int) -> None:
+    with make(actors, "simulated", prioritized=False) as trainer:
+        trainer.fit(42)
+        with torch.no_grad():
+            for value in trainer.agent.networks["shared"]["critics"].parameters():  # type: ignore[index]
+                value.fill_(torch.nan)
+        with pytest.raises(OperationError, match=r"learner, operation S3 .*NonFiniteError: the mean .* in update 3 "):
+            trainer.fit(10)
+        for value in trainer.agent.shared.parameters():
+            value.data.fill_(torch.nan)
+        with pytest.raises(OperationError, match=r"evaluator.*the returns add up to nan"):
+            trainer.evaluate(2)
+
+
+def test_features_that_diverge_are_an_error() -> None:
+    with make(0, "simulated") as trainer:
+        for value in trainer.agent.networks["shared"]["features"].parameters():  # type: ignore[index]
+            value.data.fill_(torch.inf)
+        with pytest.raises(OperationError, match=r"operation P1 .*the loss of the features is nan in update 1 \(pretr"):
+            trainer.fit(50)
+
+
 def test_environments_come_back_to_where_they_were() -> None:
     first = Environments("Pendulum-v1", 2, 3)
     second = Environments("Pendulum-v1", 2, 8)
@@ -240,7 +301,7 @@ def test_effective_rank_by_hand() -> None:
     assert srank(torch.outer(torch.randn(50), torch.randn(7))) == 1
     assert srank(torch.eye(10)[:, :7]) == 7
     assert srank(torch.diag(torch.tensor([97.0, 2.5, 0.5]))) == 2
-    assert srank(torch.zeros(4, 3)) == 0
+    assert srank(torch.zeros(4, 3)) == srank(torch.full((4, 3), torch.nan)) == 0
     x = torch.randn(30, 60, dtype=torch.float64)
     sigma = torch.linalg.svdvals(x).cumsum(0)
     assert srank(x) == int((sigma < 0.99 * sigma[-1]).sum()) + 1
