@@ -220,7 +220,7 @@ def bar_chart(bars: Sequence[Bar], title: str, x_name: str, reference: float | N
             end = max(end, x(bar.high))
         marks.append(tag("g", *group, class_=bar.style))
         texts += [
-            _text(names - 8, y + 13, short(bar.label, names), "end"),
+            _text(names - 8, y + 13, short(bar.label, names - 14), "end"),
             _text(end + 6, y + 13, bar.text, kind="value"),
         ]
     if reference is not None:
@@ -239,7 +239,7 @@ def block_bars(rows: Sequence[tuple[str, str, Sequence[float]]], title: str) -> 
     marks = [_text(names + b * cell, 13, f"block {b}", kind="tick") for b in named]
     for i, (label, style, shares) in enumerate(rows):
         y = top + i * row
-        group = [_text(names - 8, y + 13, short(label, names), "end")]
+        group = [_text(names - 8, y + 13, short(label, names - 14), "end")]
         for b, share in enumerate(shares):
             x, full = names + b * cell, cell - room - (0 if room else min(6, cell / 5))
             group += [_rect(x, y + 2, full, 14, "track")]
@@ -287,7 +287,7 @@ def gantt(spans: Sequence[Span], title: str) -> Markup:
     x = Axis(0, max(span.end - first for span in spans) * 1e3, left, WIDTH - 24)
     marks = _x_axis(x, top, bottom, "", 6, " ms")
     for i, track in enumerate(tracks):
-        marks.append(_text(left - 8, top + (i + 0.5) * row + 4, short(track, left), "end", "tick"))
+        marks.append(_text(left - 8, top + (i + 0.5) * row + 4, short(track, left - 8), "end", "tick"))
         marks += [_line(left, top + i * row, x.end, top + i * row, "grid")] if i else []
     for span in spans:
         y = top + tracks.index(span.track) * row + 2

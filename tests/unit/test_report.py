@@ -313,3 +313,12 @@ def test_the_legend_of_timelines_says_what_a_letter_means_for_whom() -> None:
     found = _timelines([one])
     assert found["legend"] == {"F": "forward", "E": "act / emit", "L": "learn"}
     assert 'class="op op-L"' in found["figures"][0][1] and 'class="op op-other"' in found["figures"][0][1]
+
+
+def test_labels_of_bars_begin_inside_the_picture() -> None:
+    label = "larger_rl(units=16, ofe_units=8, ofe_layers=2)"
+    bars = charts.bar_chart([charts.Bar(label, "k0", [1.0], "1")], "x", "t")
+    blocks = charts.block_bars([(label, "k0", [0.5])], "t")
+    for picture in (bars, blocks):
+        found = re.search(r'<text x="([0-9.]+)"[^>]*text-anchor="end"[^>]*>(larger_rl[^<]*)<', str(picture))
+        assert found and float(found[1]) - len(found[2]) * charts.CHARACTER >= 0, picture
