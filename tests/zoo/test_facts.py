@@ -39,7 +39,7 @@ def drawn(data, **bounds):
 @settings(max_examples=6)
 @given(data=st.data())
 def test_staleness_and_passes_in_flight_are_as_declared_at_any_speed(spec, data):
-    case, runtime = drawn(data, batches=(14, 16), size=(5, 6))  # more than any pipeline holds
+    case, runtime = drawn(data, batches=(18, 20), size=(5, 6))  # more than any pipeline holds
     facts, K = point(spec).facts, case.K
     blocks = train(case, spec, runtime=runtime).trainer.statistics()
     for k, block in enumerate(blocks):
