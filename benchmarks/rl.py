@@ -85,28 +85,19 @@ def pendulum(options: Options, keep: Keep) -> None:
     rows: list[list[str]] = []
     for name, seed in itertools.product(("sac", "td3"), range(options.seeds)):
         found: list[float] = []
-        with RLTrainer(
-            "Pendulum-v1", {"name": name, "units": 64, "warmup": 1000}, seed=seed, optimizer=fast_adam
-        ) as trainer:
+        method = {"name": name, "units": 64, "warmup": 1000}
+        with RLTrainer("Pendulum-v1", method, seed=seed, optimizer=fast_adam) as trainer:
             for _ in range(max(1, options.steps // 1000)):
                 trainer.fit(min(1000, options.steps))
                 found.append(trainer.evaluate(10)["return"])
             steps = trainer.steps
         first = next((f"{1000 * (i + 1):,}" for i, value in enumerate(found) if value >= -200), "never")
-        rows.append(
-            [
-                name,
-                str(seed),
-                f"{found[-1]:.0f}",
-                verdict(found[-1] >= -200),
-                first,
-                " ".join(f"{x:.0f}" for x in found),
-            ]
-        )
-        means = ", ".join(
-            f"{one} {statistics.fmean(float(row[2]) for row in rows if row[0] == one):.0f}"
-            for one in dict.fromkeys(row[0] for row in rows)
-        )
+        returns = [f"{x:.0f}" for x in found]
+        rows.append([name, str(seed), returns[-1], verdict(found[-1] >= -200), first, " ".join(returns)])
+        ends: dict[str, list[float]] = {}
+        for row in rows:
+            ends.setdefault(row[0], []).append(float(row[2]))
+        means = ", ".join(f"{one} {statistics.fmean(of):.0f}" for one, of in ends.items())
         keep(
             f"2 x 64 units, SAC with automatic temperature, Adam 1e-3, batch 256, one loop, 1,000 random steps first, "
             f"{steps:,} steps in all; mean return of 10 episodes without exploration, starts of their own each time. "

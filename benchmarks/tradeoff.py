@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate, print and write."""
     parser = argparse.ArgumentParser(prog="python -m decoupled.benchmarks.tradeoff", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tradeoff.md")
-
-    def make(say: Callable[[str], None]) -> dict[str, str]:
-        return pages()
-
-    return produce(make, parser.parse_args(arguments).out)
+    return produce(lambda say: pages(), parser.parse_args(arguments).out)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ class Network:
             _do("ip", "-n", name, "route", "replace", *line, *self.control)
         except Unavailable:
             self.control = ()
-        words = self.command(ADDRESSES.index(address), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save")
-        subprocess.run(words, capture_output=True, check=False)
+        words = "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save"
+        subprocess.run(["ip", "netns", "exec", name, "sh", "-c", words], capture_output=True, check=False)
 
     def _clear(self, name: str) -> None:
         """Take all shaping away; each of these may have nothing to do."""

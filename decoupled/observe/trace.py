@@ -27,9 +27,8 @@ from typing import Any
 # What the first letter of an operation stands for; the report's legend and the trace's categories use the same words.
 KINDS = {
     "F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "S": "step", "E": "emit",
-    "A": "answer",
+    "A": "answer", "P": "probe",
 }  # fmt: skip
-_BLOCKS = KINDS | {"P": "probe"}
 _OTHERS = KINDS | {"E": "act", "A": "draw", "P": "pretrain", "C": "choose", "L": "learn"}  # policies, selectors
 _OPERATION = re.compile(r"([A-Z])(?:(\d*)\*?$| )")  # after a space: anything
 _MICRO = 1e6  # trace-event times are in microseconds
@@ -75,13 +74,12 @@ class Counter:
     value: float
 
 
-def operation_kind(name: str, track: str = "") -> str:
+def operation_kind(name: str, track: str) -> str:
     """The word for the operation's letter (`"F3"` -> `"forward"`), or `"other"` for a name that is no operation.
 
-    A letter's meaning depends on the track: `"E3"` of a block is emit, of any other actor act. Without one only the
-    letters of `KINDS` are known.
+    A letter's meaning depends on the track: `"E3"` of a block is emit, of any other actor act.
     """
-    kinds = (_BLOCKS if track.startswith("block") else _OTHERS) if track else KINDS
+    kinds = KINDS if track.startswith("block") else _OTHERS
     match = _OPERATION.match(name)
     return kinds.get(match[1], "other") if match else "other"
 
@@ -94,7 +92,8 @@ def operation_batch(name: str) -> int | None:
 
 def operation_ends_pass(name: str) -> bool:
     """Whether an operation is the last one of its pass on a block: the backward, or the half of it for the weights."""
-    return operation_kind(name) in (KINDS["B"], KINDS["W"])
+    match = _OPERATION.match(name)
+    return match is not None and match[1] in "BW"
 
 
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:

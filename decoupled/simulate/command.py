@@ -116,10 +116,10 @@ def _one(config: SimulateConfig, profile: Profile | None, recorder: Recorder | N
 def _check_graphs(config: SimulateConfig, profile: Profile) -> None:
     """A run that keeps no graphs does not tell how large they are."""
     measured, asked, K = registry.make(profile.method), registry.make(config.method), profile.blocks
-    unknown_ = [k for k in range(K) if asked.keeps(k, K) == "graph" and measured.keeps(k, K) != "graph"]
-    if unknown_:
+    missing = [k for k in range(K) if asked.keeps(k, K) == "graph" and measured.keeps(k, K) != "graph"]
+    if missing:
         raise UserError(
-            f"profile {config.profile} is of {label(profile.method)}, which keeps no graph at block {unknown_[0]}, but "
+            f"profile {config.profile} is of {label(profile.method)}, which keeps no graph at block {missing[0]}, but "
             f"{label(config.method)} does: profile a method that does, or give graph=BYTES"
         )
 

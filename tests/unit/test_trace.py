@@ -107,11 +107,11 @@ def test_an_empty_trace_is_still_a_trace(tmp_path):
 
 
 def test_operation_names():
-    assert [operation_kind(n) for n in ("F3", "B12", "I0", "W0", "S", "E1", "A1", "F*")] == [
+    assert [operation_kind(n, "block0") for n in ("F3", "B12", "I0", "W0", "S", "E1", "A1", "F*")] == [
         "forward", "backward", "input gradient", "weight gradient", "step", "emit", "answer", "forward",
     ]  # fmt: skip
-    assert [operation_kind(name) for name in ("", "evaluate", "Fetch", "Z1")] == ["other"] * 4
-    assert operation_kind("F recurrent (0, 1)") == "forward"
+    assert [operation_kind(name, "block0") for name in ("", "evaluate", "Fetch", "Z1")] == ["other"] * 4
+    assert operation_kind("F recurrent (0, 1)", "worker0") == "forward"
     assert [operation_batch(name) for name in ("F3", "B12", "S", "evaluate")] == [3, 12, None, None]
     assert sorted(["block10", "block2", "actor", "2"], key=natural_key) == ["2", "actor", "block2", "block10"]
 

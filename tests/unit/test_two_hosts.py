@@ -123,7 +123,10 @@ def test_what_a_killed_process_left_is_removed(network: Network) -> None:
 
 
 def test_tcp_forgets_the_line_that_was(network: Network) -> None:
-    network.shape(Link(100.0, 5.0))
+    try:
+        network.shape(Link(100.0, 5.0))
+    except Unavailable as error:
+        pytest.skip(f"no delays here: {error}")
     for host in (0, 1):
         saved = network.command(host, "cat", "/proc/sys/net/ipv4/tcp_no_metrics_save")
         routes = network.command(host, "ip", "route")
