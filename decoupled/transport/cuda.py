@@ -19,16 +19,19 @@ from a GPU nobody may look before the stream has been waited for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from decoupled.messages import Boundary, Data, Message
+from decoupled.messages import Message
+
+Place = tuple[str, int]  # of a tensor in a message: the field, and which of its tuple
 
 _own = threading.local()
 
@@ -112,7 +115,7 @@ def computed(device: torch.device | None) -> Callable[[], None]:
         return nothing
     event = torch.cuda.Event(blocking=True)  # sleeps rather than spins
     event.record(torch.cuda.current_stream(device))
-    return event.synchronize
+    return lambda: None if event.query() else event.synchronize()
 
 
 def identity(device: torch.device | None) -> str:
@@ -157,7 +160,7 @@ def _stream(kind: str, device: torch.device | None) -> torch.cuda.Stream:
     return streams[kind, device]
 
 
-def _copy(tensors: dict[Any, Tensor], device: torch.device, here: dict[torch.device, Any]) -> dict[Any, Tensor]:
+def _copy(tensors: dict[Place, Tensor], device: torch.device, here: dict[torch.device, Any]) -> dict[Place, Tensor]:
     """Start to copy to `device`, behind the present streams `here`; the copies belong to its copy stream."""
     sources = {t.device for t in tensors.values() if t.is_cuda}
     with contextlib.ExitStack() as current:
@@ -172,16 +175,27 @@ def _copy(tensors: dict[Any, Tensor], device: torch.device, here: dict[torch.dev
     return copies
 
 
-def _tensors(message: Message) -> dict[Any, Tensor]:
+def _tensors(message: Message) -> dict[Place, Tensor]:
     """The tensors that are computed with; sample indices stay on the CPU, where per-sample state is addressed."""
-    if isinstance(message, Boundary):
-        return dict(enumerate(message.payload))
-    if isinstance(message, Data):
-        return {n: t for n, t in (("inputs", message.inputs), ("targets", message.targets)) if t is not None}
-    return {}
+    found: dict[Place, Tensor] = {}
+    for name in _computed(type(message)):
+        value = getattr(message, name)
+        for i, t in enumerate(value if type(value) is tuple else (value,)):
+            if isinstance(t, Tensor):
+                found[name, i] = t
+    return found
 
 
-def _with(message: Message, moved: dict[Any, Tensor]) -> Message:
-    if isinstance(message, Boundary):
-        return replace(message, payload=tuple(moved.get(i, t) for i, t in enumerate(message.payload)))
-    return replace(message, **moved)
+@functools.cache
+def _computed(kind: type[Message]) -> tuple[str, ...]:
+    """The fields that can hold such tensors."""
+    return tuple(f.name for f in fields(kind) if f.name not in ("key", "indices"))
+
+
+def _with(message: Message, moved: dict[Place, Tensor]) -> Message:
+    changed: dict[str, Any] = {}
+    for name in {name for name, _ in moved}:
+        value = getattr(message, name)
+        several = tuple(moved.get((name, i), t) for i, t in enumerate(value)) if type(value) is tuple else None
+        changed[name] = moved[name, 0] if several is None else several
+    return replace(message, **changed)

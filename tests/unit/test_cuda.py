@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from decoupled.messages import Data, Up
+from decoupled.messages import Data, Probe, Up
 from decoupled.transport import cuda
 
 ZERO, ONE, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
@@ -110,6 +110,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda, "_own", type("Own", (), {})())
+    monkeypatch.setattr(cuda, "Tensor", (torch.Tensor, FakeTensor))
     return model
 
 
@@ -137,6 +138,23 @@ def test_a_receiver_runs_behind_the_sender_and_memory_is_held_for_it(model: Mode
             assert sent.used_on is not sender  # the sender's own work goes on meanwhile
             assert sent.used_on in sent.streams
             assert "copy of x" not in sender.done
+
+
+def test_every_tensor_of_any_message_is_handed_over(model: Model) -> None:
+    """A probe on its way up was read before it had been computed."""
+    host: Any = FakeTensor(model, CPU, "h", None)
+    with model.use(Stream(ZERO)):
+        x: Any = model.computes("x", ZERO)
+        message, receive = cuda.hand_over(Probe(0, batch=0, x=x, targets=host, indices=torch.arange(3)), ZERO)
+    assert isinstance(message, Probe)
+    with model.use(receiver := Stream(ZERO)):
+        assert receive is not None
+        receive()
+        assert receiver.done == {"x", "copy of h"}
+        assert receiver in x.streams
+    assert (message.x, message.targets.device) == (x, ZERO)
+    assert message.indices is not None
+    assert message.indices.device == CPU
 
 
 def test_messages_of_one_sender_do_not_wait_for_another(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
