@@ -10,6 +10,7 @@ same numbers on every runtime, whatever other blocks do.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -157,7 +158,15 @@ class Block:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["module"])
         self.version = int(state["version"])
-        self.generator.set_state(state["generator"].cpu())
+        saved = state["generator"].cpu()
+        if saved.shape != self.generator.get_state().shape:
+            warnings.warn(
+                f"{self.name}: the state was saved on another kind of device, whose random numbers cannot go on on "
+                f"{self.device.type}; what the block draws begins anew",
+                stacklevel=2,
+            )
+            return
+        self.generator.set_state(saved)
 
 
 def _slots(tables: Iterable[Slots], tensors: Sequence[Tensor]) -> list[list[Place]]:

@@ -225,3 +225,14 @@ def test_state_is_weights_buffers_version_and_generator():
     assert other.version == 5
     assert torch.equal(one.run(X), other.run(X))
     assert all(torch.equal(a, b) for a, b in zip(one.module.buffers(), other.module.buffers(), strict=True))
+
+
+def test_random_numbers_of_another_kind_of_device_begin_anew() -> None:
+    """The state of a generator on a GPU has 16 bytes."""
+    block = Block(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), "block0", seed=1)
+    state = block.state_dict() | {"generator": torch.zeros(16, dtype=torch.uint8), "version": 7}
+    before = block.generator.get_state()
+    with pytest.warns(UserWarning, match=r"block0: .* another kind of device"):
+        block.load_state_dict(state)
+    assert block.version == 7
+    assert torch.equal(block.generator.get_state(), before)
