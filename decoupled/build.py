@@ -79,15 +79,17 @@ class Recipe:
                 )
 
 
-def cut(model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None) -> tuple[list[nn.Module], list[int]]:
-    """The units of the model and the indices where later blocks begin."""
+def cut(
+    model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None, device: torch.device | None = None
+) -> tuple[list[nn.Module], list[int]]:
+    """The units of the model and the indices where later blocks begin; a sample is timed on `device`."""
     if blocks is None:
         if isinstance(model, nn.Sequential) or not isinstance(model, Sequence):
             raise UserError("blocks=None means that `model` is a list with one module per block; say how many blocks")
         blocks = list(range(1, len(model)))
     if isinstance(model, Sequence) and not model:
         raise UserError("the model has no blocks: the list is empty")
-    parts = split(model, blocks, sample)
+    parts = split(model, blocks, sample, device=device)
     units = [unit for part in parts for unit in part]
     return units, list(itertools.accumulate(len(part) for part in parts))[:-1]
 

@@ -17,15 +17,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from decoupled.errors import UserError, WrongType, first_line
-from decoupled.runtime.contract import intra_op_threads
+from decoupled.errors import UserError, WrongType
+from decoupled.unit_costs import unit_parameters, unit_seconds
 
 
 def split(
@@ -34,6 +33,7 @@ def split(
     sample: Any = None,
     by: Literal["time", "parameters"] = "time",
     tie: Literal["copy"] | None = None,
+    device: torch.device | str | None = None,
 ) -> list[nn.Sequential]:
     """Cut `model` into blocks.
 
@@ -47,6 +47,7 @@ def split(
         tie: what to do with a parameter or buffer that two blocks would share. Blocks are trained independently, so
             it cannot stay tied: None refuses; ``"copy"`` gives each later block its own copy, equal at first and
             trained apart from then on.
+        device: where to measure; None: where the model is.
 
     Returns:
         The blocks. They hold the model's own modules and parameters, except the units copied by ``tie="copy"``.
@@ -68,7 +69,7 @@ def split(
     if isinstance(blocks, int) and not isinstance(blocks, bool):
         _check_count(blocks, len(parts))
         timed = by == "time" and sample is not None and blocks > 1
-        at = cuts(unit_seconds(parts, sample) if timed else unit_parameters(parts), blocks)
+        at = cuts(unit_seconds(parts, sample, device=device) if timed else unit_parameters(parts), blocks)
     else:
         at = _check_cuts(blocks, len(parts))
     edges = [0, *at, len(parts)]
@@ -124,89 +125,6 @@ def _cheapest(between: np.ndarray, blocks: int, combine: np.ufunc) -> tuple[floa
         end = int(choice[end])
         at.append(end)
     return float(best[-1]), at[::-1]
-
-
-def unit_parameters(units: Iterable[nn.Module]) -> list[int]:
-    """Return the number of parameters of every unit."""
-    return [sum(p.numel() for p in unit.parameters()) for unit in units]
-
-
-def unit_seconds(units: Sequence[nn.Module], sample: Any, repeats: int = 7, warmup: int = 2) -> list[float]:
-    """Measure the forward + backward seconds of every unit on a sample batch.
-
-    Works on copies in training mode, so the model's buffers, gradients and mode and the random state stay as they are,
-    and on one intra-op thread: blocks share the cores, and a busy machine disturbs one thread least.
-
-    Args:
-        units: applied one after the other; each takes and returns a tensor or a tuple of tensors.
-        sample: inputs of the first unit, or a tuple that begins with them, on the model's device.
-        repeats: measured passes; the fastest of each unit counts, which ignores interruptions.
-        warmup: passes before, which pay for memory and kernel selection.
-
-    Returns:
-        Seconds per unit.
-
-    Raises:
-        TypeError: the sample has no tensor, or a unit returns none.
-        UserError: a unit cannot be copied.
-    """
-    x = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
-    if not isinstance(x, Tensor):
-        raise WrongType(f"the sample must be a tensor of inputs or (inputs, ...), got {type(sample).__name__}")
-    copies = []
-    for index, unit in enumerate(units):
-        try:
-            twin = copy.deepcopy(unit)
-        except Exception as error:
-            where = f"unit {index} ({type(unit).__name__}) cannot be copied to measure it"
-            raise UserError(f"{where} ({error}); use by='parameters' or give the cuts") from error
-        twin.zero_grad(set_to_none=True)
-        copies.append(twin.train())
-    x = x.to(next((p.device for unit in copies for p in unit.parameters()), x.device))
-    cuda = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), intra_op_threads(1):
-        passes = [_one_pass(copies, x) for _ in range(warmup + repeats)][warmup:]
-    return [min(times) for times in zip(*passes, strict=True)]
-
-
-def _one_pass(units: Sequence[nn.Module], x: Tensor) -> list[float]:
-    """Run every unit forward and backward once, each on a detached input, and return its seconds."""
-    seconds = []
-    # Never a leaf itself: a unit that begins with an in-place operation may not change one, nor the caller's sample.
-    inputs: Any = x.detach().clone()
-    for index, unit in enumerate(units):
-        _wait(x.device)
-        start = perf_counter()
-        try:
-            output = unit(inputs)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            where = f"unit {index} ({type(unit).__name__}) does not take an input of shape {tuple(x.shape)}"
-            raise UserError(f"{where} or what became of it ({first_line(error)}); check model and batches") from error
-        tensors = _tensors(output)
-        if not tensors:
-            raise WrongType(f"unit {index} ({type(unit).__name__}) returned {type(output).__name__}, expected a tensor")
-        roots = [t for t in tensors if t.requires_grad]
-        if roots:
-            torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
-        _wait(x.device)
-        seconds.append(perf_counter() - start)
-        # Only the first unit computes no gradient of its input.
-        received = [t.detach().requires_grad_(t.is_floating_point()).clone() for t in tensors]
-        inputs = received[0] if isinstance(output, Tensor) else tuple(received)
-    return seconds
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of a unit's output: itself, or those of a tuple or list."""
-    if isinstance(output, Tensor):
-        return [output]
-    return [t for t in output if isinstance(t, Tensor)] if isinstance(output, (tuple, list)) else []
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until an asynchronous device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _units(model: object) -> tuple[list[nn.Module], list[str]]:

@@ -346,7 +346,7 @@ class Trainer:
             self._resume_rng = None
         inputs, iterator = peek(batches, f"epoch {self._epoch + 1}")
         if not self._workers and isinstance(self._blocks, int) and self._blocks > 1:
-            self._units, self._cuts = cut(self._given, self._blocks, inputs)
+            self._units, self._cuts = cut(self._given, self._blocks, inputs, self._recipe.devices[0])
         self._first = inputs[:2]
         return iterator
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from decoupled import partition
+from decoupled import unit_costs
 from decoupled.errors import UserError
 from decoupled.models import build
-from decoupled.partition import cuts, split, unit_parameters, unit_seconds
+from decoupled.partition import cuts, split
+from decoupled.unit_costs import unit_parameters, unit_seconds
 
 
 def block_costs(costs, at):
@@ -113,7 +114,7 @@ def test_time_balances_when_there_is_a_sample(monkeypatch):
     """The clock is read at the start and at the end of each unit; it advances by the seconds given here."""
     seconds = [5.0, 1.0, 1.0, 1.0]
     ticks = itertools.chain([0.0], itertools.accumulate(t for s in itertools.cycle(seconds) for t in (s, 0.0)))
-    monkeypatch.setattr(partition, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(unit_costs, "perf_counter", lambda: next(ticks))
     sample = (torch.randn(2, 3), torch.zeros(2))
     assert [len(b) for b in split(linears(4), 2, sample)] == [1, 3]
     assert [len(b) for b in split(linears(4), 2, sample, by="parameters")] == [2, 2]
@@ -121,7 +122,7 @@ def test_time_balances_when_there_is_a_sample(monkeypatch):
 
 def test_median_ignores_warm_up_and_one_interruption(monkeypatch):
     passes = iter([[70.0, 70.0], [70.0, 70.0], [1.0, 2.0], [90.0, 2.0], [1.0, 80.0]])
-    monkeypatch.setattr(partition, "_one_pass", lambda units, x: next(passes))
+    monkeypatch.setattr(unit_costs, "_one_pass", lambda units, x, home: next(passes))
     assert unit_seconds(linears(2), torch.randn(2, 3), repeats=3, warmup=2) == [1.0, 2.0]
 
 
