@@ -2,6 +2,7 @@
 
     Stream  behind the header, on the edge's own socket: between hosts
     Ring    through shared memory (shared_memory.py), between processes of one host
+            through memory of a GPU (shared_device.py), between processes that share it
     Pair    through Gloo (collective.py), between hosts if asked for
     Meeting from device to device (rendezvous.py), between GPUs
 

@@ -9,10 +9,7 @@ where no time limit of torch's looks (hence a thread that is given up); it refus
 whose other end has died never ends by itself. So each directed edge has a group of its own, a transfer is begun only
 when both ends stand ready (rendezvous.py), and the host waits for it: no kernel that computes ever waits behind it.
 
-CUDA IPC is not used between processes of one host: a sender's memory must then outlive every reader, which ties the
-life of tensors to another process's pace, and expandable segments of the allocator cannot be shared that way.
-
-GPU transports are written to the documentation and tested on CPU with Gloo in NCCL's place; not yet run on GPUs.
+Written to the documentation and tested on CPU with Gloo in NCCL's place; NCCL has not yet been run on two GPUs.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _LENGTH = struct.Struct("!I")
 _LIMIT = 1 << 14  # bytes of a sentence
 _RING_LIMIT = 1 << 34  # bytes
 _PATIENCE = 600.0  # seconds
-BULKS = ("shared_memory", "gloo", "stream", "rendezvous")  # how large tensors can travel
+BULKS = ("shared_memory", "gloo", "stream", "rendezvous", "shared_device")  # how large tensors can travel
 
 
 class Conversation:

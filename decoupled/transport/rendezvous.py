@@ -74,6 +74,8 @@ class MeetingOutlet(QueuedOutlet):
 
     def __init__(self, link: Link, capacity: int, bulk: Bulk) -> None:
         self._news = threading.Condition()
+        self._heard = self._heeded = 0  # frames from the target, and those that the sending thread knows of
+        self._broken = False  # no more will come
         super().__init__(link, capacity, bulk)
         self._listener = threading.Thread(target=self._listen, name=f"listen {link.edge}", daemon=True)
         self._listener.start()
@@ -109,12 +111,21 @@ class MeetingOutlet(QueuedOutlet):
                 frame = self._link.read()
                 with self._news:
                     self._act(frame)
+                    self._heard += 1
                     self._news.notify_all()
         except (Closed, Lost, ProtocolError) as error:
             with self._news:
-                self._over = self._over or error
+                self._over, self._broken = self._over or error, True
                 self._news.notify_all()
             self._bulk.abort()  # a transfer under way would not end
+
+    def _wait(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: self._broken or self._heard > self._heeded)
+            self._heeded = self._heard
+            if self._broken:
+                assert self._over is not None
+                raise self._over.with_traceback(None)
 
     def _reason(self) -> Exception:
         with self._news:

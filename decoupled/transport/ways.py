@@ -3,13 +3,13 @@
     source        target        way
     CPU           CPU           shared memory on one host, the edge's own TCP stream between hosts
     GPU           another GPU   rendezvous over NCCL
-    GPU           the same GPU  as from CPU to CPU, through pinned memory: NCCL refuses two ranks on one GPU
-    GPU           CPU           as from CPU to CPU, through pinned memory; so does CPU to GPU
+    GPU           the same GPU  a ring in its memory that both map (CUDA IPC); NCCL refuses two ranks on one GPU
+    GPU           CPU           as from CPU to CPU, through pinned memory; so do CPU to GPU, and GPUs that cannot meet
 
 Gloo is there by name: over loopback it was slower than the stream at every size (benchmarks/transport.py).
-A source on a GPU says which one it is (its UUID), and the target answers whether they meet. "rendezvous" by name is for
-tests: over Gloo, from CPU to CPU. GPU transports are written to the documentation and tested on CPU with Gloo in NCCL's
-place; not yet run on GPUs.
+A source on a GPU says which one it is (its UUID), and the target answers how they meet. "rendezvous" and
+"shared_device" by name are for tests: what GPUs do, from CPU to CPU, over Gloo and shared memory. NCCL has not yet been
+run on two GPUs; its way is tested with Gloo in its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from decoupled.errors import ProtocolError, UserError, unknown
-from decoupled.transport import cuda, shared_memory
+from decoupled.transport import cuda, shared_device, shared_memory
 from decoupled.transport.bulk import Bulk, Stream
 from decoupled.transport.collective import Gloo, Pair
 from decoupled.transport.ends import LinkInlet, LinkOutlet
@@ -30,8 +30,10 @@ from decoupled.transport.handshake import BULKS, Conversation, Wish
 from decoupled.transport.link import Link
 from decoupled.transport.queued import QueuedOutlet
 from decoupled.transport.rendezvous import Meeting, MeetingInlet, MeetingOutlet
+from decoupled.transport.shared_device import DeviceRing
 
 _CPU = torch.device("cpu")
+_WHERE = ("none", "same", "other")  # the target's GPU, seen from the source
 
 
 def choose(bulk: str, same_host: bool, edge: str) -> str:
@@ -44,16 +46,22 @@ def choose(bulk: str, same_host: bool, edge: str) -> str:
         return "shared_memory" if same_host else "stream"
     if bulk not in BULKS:
         raise unknown("way of large tensors", bulk, ("auto", *BULKS))
-    if bulk == "shared_memory" and not same_host:
+    if bulk in ("shared_memory", "shared_device") and not same_host:
         raise UserError(f"edge {edge} joins two hosts, which share no memory; use bulk='auto'")
     return bulk
 
 
 def source_way(talk: Conversation, wish: Wish, device: torch.device | None, hostname: str) -> Bulk:
     """The source's end of what was wished."""
-    if wish.gpu and _is_true(talk.hear(), "meet"):
+    if wish.gpu:
         assert device is not None
-        return Meeting(Exchange(talk, 0, hostname, device))
+        where = talk.hear().get("gpu")
+        if where not in _WHERE:
+            raise ProtocolError("no GPU was named while an edge was being opened")
+        if where == "other":
+            return Meeting(Exchange(talk, 0, hostname, device))
+        if where == "same" and (ring := shared_device.offer(talk, wish, device)):
+            return ring
     if wish.bulk == "rendezvous":
         return Meeting(Exchange(talk, 0, hostname, _CPU, GLOO))
     if wish.bulk == "gloo":
@@ -66,7 +74,7 @@ def source_way(talk: Conversation, wish: Wish, device: torch.device | None, host
     except OSError:
         os.close(memory)
         raise
-    return shared_memory.Ring(memory, wish.ring, wish.edge)
+    return _ring(wish, memory)
 
 
 def target_way(talk: Conversation, wish: Wish, device: Callable[[], torch.device | None], hostname: str) -> Bulk:
@@ -74,11 +82,13 @@ def target_way(talk: Conversation, wish: Wish, device: Callable[[], torch.device
     if wish.gpu:
         here = device()
         gpu = cuda.identity(here)
-        meet = gpu not in ("", wish.gpu)
-        talk.say(meet=meet)
-        if meet:
+        where = "none" if here is None or not gpu else "same" if gpu == wish.gpu else "other"
+        talk.say(gpu=where)
+        if where == "other":
             assert here is not None
             return Meeting(Exchange(talk, 1, hostname, here))
+        if where == "same" and here is not None and (ring := shared_device.take(talk, wish, here)):
+            return ring
     if wish.bulk == "rendezvous":
         return Meeting(Exchange(talk, 1, hostname, _CPU, GLOO))
     if wish.bulk == "gloo":
@@ -88,12 +98,12 @@ def target_way(talk: Conversation, wish: Wish, device: Callable[[], torch.device
     _, descriptors, _, _ = socket.recv_fds(talk.socket, 1, 1)
     if len(descriptors) != 1:
         raise ConnectionResetError("no shared memory came")
-    return shared_memory.Ring(descriptors[0], wish.ring, wish.edge)
+    return _ring(wish, descriptors[0])
 
 
 def outlet(link: Link, capacity: int, way: Bulk, same_host: bool) -> LinkOutlet:
     """The sending end over `link` that goes with the way."""
-    if isinstance(way, Meeting):
+    if way.device is not None:
         return MeetingOutlet(link, capacity, way)
     kind = LinkOutlet if same_host and not isinstance(way, Pair) else QueuedOutlet
     return kind(link, capacity, way)
@@ -105,7 +115,9 @@ def inlet(link: Link, capacity: int, way: Bulk) -> LinkInlet:
     return kind(link, capacity, way)
 
 
-def _is_true(words: dict[str, object], key: str) -> bool:
-    if type(words.get(key)) is not bool:
-        raise ProtocolError(f"no {key} arrived while an edge was being opened")
-    return words[key] is True
+def _ring(wish: Wish, memory: int) -> Bulk:
+    """A ring in this shared memory."""
+    if wish.bulk == "shared_device":
+        shared = shared_memory.mapped(memory, wish.ring, wish.edge)
+        return DeviceRing(torch.from_numpy(shared), wish.edge)
+    return shared_memory.HostRing(memory, wish.ring, wish.edge)

@@ -13,7 +13,7 @@ import torch
 from decoupled.errors import ProtocolError
 from decoupled.messages import Data
 from decoupled.runtime.contract import Edge
-from decoupled.transport import cuda, exchange, rendezvous, ways
+from decoupled.transport import cuda, exchange, rendezvous, shared_device, ways
 from decoupled.transport.bulk import Complete
 from decoupled.transport.codec import Draft, encode
 from decoupled.transport.contract import Lost, NeverOpened
@@ -21,7 +21,8 @@ from decoupled.transport.endpoint import Endpoint
 from decoupled.transport.exchange import GLOO, Exchange, Library
 from decoupled.transport.frame import Frame
 from decoupled.transport.rendezvous import MeetingInlet, MeetingOutlet
-from decoupled.transport.shared_memory import Ring
+from decoupled.transport.shared_device import DeviceRing
+from decoupled.transport.shared_memory import HostRing
 
 EDGE = Edge("block0", "up", "block1", "up", 2)
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -96,7 +97,7 @@ def gpus(monkeypatch: Patch) -> list[torch.device]:
     ("source", "target", "meet"),
     [
         (FIRST, SECOND, True),
-        (FIRST, FIRST, False),  # NCCL refuses two ranks on one GPU
+        (FIRST, FIRST, False),  # NCCL refuses two ranks on one GPU, and here no GPU has memory to share
         (FIRST, None, False),
         (FIRST, CPU, False),
         (None, SECOND, False),
@@ -110,9 +111,47 @@ def test_two_gpus_meet_and_all_others_go_through_cpu_memory(
     inlet: Any = pair[1].accept(EDGE, SOON, device=target)
     assert set(gpus) == ({FIRST, SECOND} if meet else set())
     assert isinstance(out, MeetingOutlet) == isinstance(inlet, MeetingInlet) == meet
-    assert meet or isinstance(out._bulk, Ring)
+    assert meet or isinstance(out._bulk, HostRing)
     assert inlet.pin == (target in (FIRST, SECOND))
     inlet.pin = False  # there is no GPU whose driver could pin anything
+    out.send(data(1))
+    assert torch.equal(inlet.receive().message.inputs, torch.ones(10))
+
+
+class Sharing:
+    """Memory of a GPU that two processes share, played by the CPU's in one process."""
+
+    def __init__(self, can_export: bool = True, can_open: bool = True) -> None:
+        self._can_export, self._can_open, self._made = can_export, can_open, dict[bytes, torch.Tensor]()
+
+    def allocate(self, size: int, device: torch.device) -> tuple[torch.Tensor, bytes]:
+        if not self._can_export:
+            raise OSError("cuIpcGetMemHandle: error 801 of the CUDA driver")
+        handle = bytes([len(self._made)]) * 64
+        self._made[handle] = torch.zeros(size, dtype=torch.uint8)
+        return self._made[handle], handle
+
+    def open(self, handle: bytes, size: int, device: torch.device) -> torch.Tensor:
+        if not self._can_open or not handle:
+            raise OSError("cuIpcOpenMemHandle_v2: error 201 of the CUDA driver")
+        return self._made[handle]
+
+
+@pytest.mark.parametrize(("export", "map_"), [(True, True), (True, False), (False, True)])
+def test_two_processes_on_one_gpu_share_a_ring_of_its_memory_if_they_can(
+    pair: tuple[Endpoint, Endpoint], gpus: list[torch.device], monkeypatch: Patch, export: bool, map_: bool
+) -> None:
+    sharing = Sharing(export, map_)
+    monkeypatch.setattr(shared_device, "_allocate", sharing.allocate)
+    monkeypatch.setattr(shared_device, "_open", sharing.open)
+    pair[1].expect(EDGE, FIRST)
+    out: Any = pair[0].connect(EDGE, pair[1].address, SOON, device=FIRST)
+    inlet: Any = pair[1].accept(EDGE, SOON, device=FIRST)
+    assert not gpus
+    kind = DeviceRing if export and map_ else HostRing
+    assert isinstance(out._bulk, kind)
+    assert isinstance(inlet._bulk, kind)
+    inlet.pin = False
     out.send(data(1))
     assert torch.equal(inlet.receive().message.inputs, torch.ones(10))
 

@@ -4,6 +4,7 @@ way            link         large tensors
 shared_memory  Unix socket  ring of shared memory
 stream         Unix socket  behind the header
 gloo           Unix socket  Gloo
+shared_device  Unix socket  ring of shared memory, with the threads of a GPU's edge: what two ends on one GPU get
 rendezvous     Unix socket  a process group, when both ends stand ready: what two GPUs get (there over NCCL)
 far stream     TCP          behind the header        (the address is said to be another host's)
 far gloo       TCP          Gloo
@@ -39,7 +40,7 @@ from decoupled.transport.ends import LinkInlet, LinkOutlet
 from decoupled.transport.frame import Frame, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = ("shared_memory", "stream", "gloo", "rendezvous", "far stream", "far gloo", "far rendezvous")
+WAYS = ("shared_memory", "shared_device", "stream", "gloo", "rendezvous", "far stream", "far gloo", "far rendezvous")
 EDGE = Edge("block0", "up", "block1", "up", 3)
 SOON = 20.0  # seconds that nothing takes on a machine that is not broken
 TOKEN = b"a token"
@@ -165,8 +166,9 @@ def test_messages_of_all_sizes_arrive_unchanged_and_in_order(two: Two) -> None:
 
 
 @pytest.mark.parametrize("ring", [333, 4096, 100_003])
-def test_messages_larger_than_the_ring_stream_through_it(ring: int) -> None:
-    with closing(Two("shared_memory", ring)) as two:
+@pytest.mark.parametrize("way", ["shared_memory", "shared_device"])
+def test_messages_larger_than_the_ring_stream_through_it(way: str, ring: int) -> None:
+    with closing(Two(way, ring)) as two:
         out, inlet = two.open()
         one = message(1, 30_000, 3, 25_001)
         sender = Task(lambda: [out.send(one) for _ in range(2)])
