@@ -1,4 +1,4 @@
-"""On GPUs (`make gpu`): streams, staging and NCCL against the CPU and the simulator. Not yet run on one."""
+"""On GPUs (`make gpu`): streams, staging, shared memory and NCCL against the CPU and the simulator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Want
 from decoupled.runtime.threads import Threads
 from decoupled.testing import OPTIMIZERS, Case, Run, compare, train
 from decoupled.trainer import Trainer
-from decoupled.transport import cuda
+from decoupled.transport import cuda, shared_device
 from decoupled.transport.endpoint import Endpoint
 from decoupled.transport.rendezvous import MeetingOutlet
 
@@ -106,11 +106,17 @@ def test_tensors_on_the_way_are_not_overwritten(target: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("deterministic")
-def test_two_processes_on_one_gpu_equal_threads(method: str) -> None:
+def test_two_processes_on_one_gpu_equal_threads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tensors stay on it."""
     from decoupled.runtime.processes import Processes
 
+    rings: list[Any] = []
+    offer = shared_device.offer
+    monkeypatch.setattr(shared_device, "offer", lambda *given: rings.append(offer(*given)) or rings[-1])
     with closing(Processes(processes=2)) as runtime:
         found = train(CASE, method, optimizer=OPTIMIZERS["momentum"], epochs=2, runtime=runtime, devices=GPU)
+        assert rings
+        assert all(rings)
         assert found.history[-1]["loss"] == on("threads", method, GPU).history[-1]["loss"]
 
 
@@ -140,6 +146,7 @@ def carry(out: Any, inlet: Any, device: torch.device, target: torch.device) -> l
 
 
 def test_staging_through_pinned_memory_changes_nothing() -> None:
+    """In one process a GPU's memory cannot be shared with itself, so all goes through the host's."""
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     results = []
     for target in (gpu, cpu):
@@ -220,4 +227,5 @@ def test_local_losses_need_no_more_memory_than_backprop() -> None:
         with Trainer(net(), method, blocks=[2, 4, 6], loss=loss, optimizer=sgd, runtime="threads", devices=GPU) as t:
             t.fit(batches)
         peaks[method] = torch.cuda.max_memory_allocated()
-    assert peaks["greedy_local"] < 1.5 * peaks["backprop"]  # smoke: in flight, each block holds a batch of its own
+    # Smoke: in flight, each block holds a batch of its own, and two wait on every edge; benchmarks measure.
+    assert peaks["greedy_local"] < 2 * peaks["backprop"]
