@@ -34,6 +34,7 @@ from decoupled.benchmarks.speed import RESULTS, Spread, machine
 from decoupled.messages import Message, Up
 from decoupled.runtime import memory
 from decoupled.runtime.contract import Edge
+from decoupled.transport import cuda
 from decoupled.transport.contract import Inlet, Outlet
 from decoupled.transport.endpoint import Endpoint
 
@@ -87,13 +88,17 @@ FIGURES = [
 
 
 class Edges:
-    """One pair of edges, there and back, on either rank: `out` sends and `inlet` receives."""
+    """One pair of edges, there and back, on either rank: `out` sends and `inlet` receives, from and to `device`."""
 
-    def __init__(self, rank: int, endpoint: Endpoint, other: Any, bulk: str) -> None:
+    def __init__(
+        self, rank: int, endpoint: Endpoint, other: Any, bulk: str, device: torch.device | None = None
+    ) -> None:
         there, back = (Edge(f"{bulk}{a}", "out", f"{bulk}{1 - a}", "in", _IN_FLIGHT) for a in (0, 1))
         mine, its = (there, back) if rank == 0 else (back, there)
-        self.out: Outlet = endpoint.connect(mine, other, _WAIT, f"rank {1 - rank}", bulk=bulk)
-        self.inlet: Inlet = endpoint.accept(its, _WAIT, f"rank {1 - rank}")
+        endpoint.expect(its, device)
+        self.out: Outlet = endpoint.connect(mine, other, _WAIT, f"rank {1 - rank}", bulk=bulk, device=device)
+        self.inlet: Inlet = endpoint.accept(its, _WAIT, f"rank {1 - rank}", device=device)
+        self._device = device
         self._tensors: dict[int, torch.Tensor] = {}
 
     def carry(self, rank: int, size: int, count: int) -> float:
@@ -133,12 +138,15 @@ class Edges:
 
     def _next(self) -> Message:
         message, _ = self.inlet.receive()
+        message, arrive = cuda.hand_over(message, self._device)
+        if arrive is not None:
+            arrive()
         self.inlet.taken()
         return message
 
     def _message(self, number: int, size: int) -> Message:
         if size not in self._tensors:
-            self._tensors[size] = torch.ones(64, size // 256)
+            self._tensors[size] = torch.ones(64, size // 256, device=self._device)
         indices = torch.arange(64)
         return Up(key=number, batch=number, round=0, indices=indices, version=7, payload=(self._tensors[size],))
 
