@@ -10,6 +10,7 @@ same numbers on every runtime, whatever other blocks do.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,8 +67,10 @@ class Block:
         self.weights: Weights = [*self.parameters]
         self._parts = list(module.modules())
         self._slots = _slots((m._parameters for m in self._parts), self.parameters)
-        has_dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
-        self._random = True if has_dropout else None  # None: not known before the first run
+        self._dropouts = [layer for layer in self._parts if isinstance(layer, nn.modules.dropout._DropoutNd)]
+        self._random = True if self._dropouts else None  # None: not known before the first run
+        # Whether something else draws than the layers of dropout, likewise; what an unknown kind of layer does is.
+        self._draws_elsewhere = None if all(type(layer) in _LAYERS for layer in self._dropouts) else True
         if overwrites_input is None:  # a layer may reach the input through views and identities, not only as the first
             overwrites_input = any(getattr(layer, "inplace", False) for layer in module.modules())
         self._overwrites_input = overwrites_input
@@ -142,9 +145,15 @@ class Block:
         after = self.generator.get_state() if replay is not None else None
         if replay is not None:
             self.generator.set_state(replay)
-        with _OwnRandomness(self.generator, self.name) as mode:
-            yield
-        self._random = self._random or mode.drawn
+        if self._draws_elsewhere is False and not any(layer.p for layer in self._dropouts):
+            yield  # without the mode, which takes a small network a tenth of its time
+        else:
+            unknown = self._draws_elsewhere is None
+            with _OwnRandomness(self.generator, self.name) as mode, mode.counting(self._dropouts if unknown else ()):
+                yield
+            self._random = self._random or mode.drawn
+            if unknown:
+                self._draws_elsewhere = mode.drew_elsewhere
         if after is not None:
             self.generator.set_state(after)
 
@@ -184,16 +193,33 @@ class _OwnRandomness(TorchFunctionMode):
 
     def __init__(self, generator: torch.Generator, block: str) -> None:
         super().__init__()
-        self._generator, self._block, self.drawn = generator, block, False
+        self._generator, self._block, self.drawn, self.drew_elsewhere = generator, block, False, False
+        self._calls = 0  # of dropout functions, less those of layers
+
+    @contextmanager
+    def counting(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Within: find out whether anything else draws than `layers` of dropout (which blocks may share)."""
+        thread = threading.get_ident()
+
+        def called(*_: Any) -> None:
+            self._calls -= threading.get_ident() == thread
+
+        hooks = [layer.register_forward_pre_hook(called) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.drew_elsewhere = self.drew_elsewhere or self._calls > 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func in _SHARED_DIMENSIONS:
-            self.drawn = True
+            self.drawn, self._calls = True, self._calls + 1
             return self._dropout(_SHARED_DIMENSIONS[func], *args, **(kwargs or {}))
         if func in _DRAWING:
-            self.drawn = True
+            self.drawn = self.drew_elsewhere = True
             kwargs = {"generator": self._generator} | (kwargs or {})
         if func in _REFUSED and _REFUSED[func](*args, **(kwargs or {})):
             raise UserError(
@@ -218,6 +244,7 @@ _SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {
     F.dropout2d: 2,
     F.dropout3d: 3,
 }
+_LAYERS = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}  # each of which calls one of them
 # functions that take a generator
 _DRAWING: set[Callable[..., Any]] = {
     torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like,

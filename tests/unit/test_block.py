@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decoupled import block as block_module
 from decoupled.block import Block
 from decoupled.errors import UserError
 
@@ -236,3 +237,68 @@ def test_random_numbers_of_another_kind_of_device_begin_anew() -> None:
         block.load_state_dict(state)
     assert block.version == 7
     assert torch.equal(block.generator.get_state(), before)
+
+
+class Scheduled(nn.Module):
+    """Dropout as a function, beside an unused layer of dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.unused, self.linear = 0.0, nn.Dropout(0.0), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.linear(x), self.p, self.training)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_dropout_that_sets_in_later_is_drawn_from_the_blocks_generator(function: bool) -> None:
+    """Nothing watches a network whose layers drop nothing; as soon as one does, or a function does, somebody must."""
+    late: Any = Scheduled() if function else nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0))
+    block, x = Block(late, "block0", seed=1), torch.randn(4, 8)
+    block.run(x)
+    block.run(x)
+    (late if function else late[1]).p = 0.5
+    state = block.random_state()
+    first = block.run(x)
+    torch.manual_seed(9)
+    assert torch.equal(block.run(x, replay=state, again=True), first)
+    assert not torch.equal(block.run(x), first)
+
+
+def test_layers_that_drop_nothing_cost_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+    enter = block_module._OwnRandomness.__enter__
+    monkeypatch.setattr(block_module._OwnRandomness, "__enter__", lambda mode: entered.append(mode) or enter(mode))
+    shared = nn.Dropout(0.0)
+    block, x = Block(nn.Sequential(nn.Linear(8, 8), shared, nn.ReLU(), shared), "block0"), torch.randn(4, 8)
+    for _ in range(3):
+        block.run(x)
+    assert len(entered) == 1
+    assert not shared._forward_pre_hooks
+    shared.p = 0.5
+    block.run(x)
+    assert len(entered) == 2
+
+
+def test_a_layer_that_blocks_share_counts_for_the_one_that_runs_it() -> None:
+    """In their first runs, at the same time."""
+    shared, met = nn.Dropout(0.0), threading.Barrier(2, timeout=20)
+
+    class Meeting(nn.Module):
+        def __init__(self, draws: bool) -> None:
+            super().__init__()
+            self.draws, self.layer, self.linear = draws, shared, nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            met.wait()
+            y = F.dropout(self.linear(x), 0.0, True) if self.draws else self.layer(self.linear(x))
+            met.wait()
+            return y
+
+    blocks = [Block(Meeting(draws), "block0") for draws in (True, False)]
+    threads = [threading.Thread(target=block.run, args=(torch.randn(4, 8),)) for block in blocks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [block._draws_elsewhere for block in blocks] == [True, False]
