@@ -71,7 +71,8 @@ def devices() -> Iterator[Finding]:
     if local_ranks() > count:
         says = f"{local_ranks()} ranks of this host share {count} GPU{'s' * (count > 1)}"
         remedy = (
-            f"NCCL refuses two ranks on one GPU: start at most {count} (--nproc-per-node), with several blocks each"
+            "they take turns there, and NCCL, which DistributedDataParallel needs, refuses them: "
+            f"start at most {count} (--nproc-per-node), with several blocks each"
         )
         yield warning("GPU ranks", says, remedy)
     if "CUDA_MPS_PIPE_DIRECTORY" in os.environ or MPS.exists():
