@@ -47,8 +47,10 @@ class Block:
         UserError: in `run`, if the module draws random numbers that cannot be replayed (alpha dropout, dropout inside
             scaled_dot_product_attention, randomised ReLU).
 
-    Whether a block draws at all is decided in its first run: a module that begins to call random functions later is
-    not noticed (a dropout layer or function is, even with p = 0).
+    Whether a block draws at all is decided in its first run: a module that begins to call random functions later is not
+    noticed. Dropout is, even with p = 0: as a function, or as a layer, also of attention, whose p changes between runs;
+    not a p that changes within one, and no layer that was not there in the beginning. A recompute of the module's own
+    (torch.utils.checkpoint) in the backward is not the block's: with dropout in it the masks would be others.
     """
 
     def __init__(
@@ -63,14 +65,18 @@ class Block:
         self.module, self.name, self.version = module.to(device), name, 0
         self.device = torch.device(device)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
+        self._foreign: Tensor | None = None  # state of a generator on another kind of device, where this block lived
         self.parameters = list(module.parameters())
         self.weights: Weights = [*self.parameters]
         self._parts = list(module.modules())
         self._slots = _slots((m._parameters for m in self._parts), self.parameters)
         self._dropouts = [layer for layer in self._parts if isinstance(layer, nn.modules.dropout._DropoutNd)]
-        self._random = True if self._dropouts else None  # None: not known before the first run
+        self._attention = [layer for layer in self._parts if isinstance(layer, nn.MultiheadAttention)]
+        self._recurrent = [layer for layer in self._parts if isinstance(layer, nn.RNNBase)]
+        self._random = True if self._dropouts or self._attention else None  # None: not known before the first run
         # Whether something else draws than the layers of dropout, likewise; what an unknown kind of layer does is.
-        self._draws_elsewhere = None if all(type(layer) in _LAYERS for layer in self._dropouts) else True
+        known = all(type(layer) in _LAYERS and "forward" not in layer.__dict__ for layer in self._dropouts)
+        self._draws_elsewhere = None if known else True
         if overwrites_input is None:  # a layer may reach the input through views and identities, not only as the first
             overwrites_input = any(getattr(layer, "inplace", False) for layer in module.modules())
         self._overwrites_input = overwrites_input
@@ -142,10 +148,19 @@ class Block:
         if self._random is False:
             yield
             return
+        if any(layer.dropout and layer.num_layers > 1 and layer.training for layer in self._recurrent):
+            raise UserError(f"{self.name}: dropout inside a recurrent layer {_UNREPLAYABLE}")
+        if self._foreign is not None and self._random:
+            self._foreign = None
+            warnings.warn(
+                f"{self.name}: its state was saved on another kind of device, whose random numbers cannot go on on "
+                f"{self.device.type}; what the block draws begins anew",
+                stacklevel=2,
+            )
         after = self.generator.get_state() if replay is not None else None
         if replay is not None:
             self.generator.set_state(replay)
-        if self._draws_elsewhere is False and not any(layer.p for layer in self._dropouts):
+        if self._draws_elsewhere is False and not self._drops():
             yield  # without the mode, which takes a small network a tenth of its time
         else:
             unknown = self._draws_elsewhere is None
@@ -157,11 +172,15 @@ class Block:
         if after is not None:
             self.generator.set_state(after)
 
+    def _drops(self) -> bool:
+        """Whether a layer that can drop something does at present."""
+        return any(layer.p for layer in self._dropouts) or any(layer.dropout for layer in self._attention)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "module": self.module.state_dict(),
             "version": self.version,
-            "generator": self.generator.get_state(),
+            "generator": self.generator.get_state() if self._foreign is None else self._foreign,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -169,12 +188,9 @@ class Block:
         self.version = int(state["version"])
         saved = state["generator"].cpu()
         if saved.shape != self.generator.get_state().shape:
-            warnings.warn(
-                f"{self.name}: the state was saved on another kind of device, whose random numbers cannot go on on "
-                f"{self.device.type}; what the block draws begins anew",
-                stacklevel=2,
-            )
+            self._foreign = saved
             return
+        self._foreign = None
         self.generator.set_state(saved)
 
 
@@ -221,11 +237,10 @@ class _OwnRandomness(TorchFunctionMode):
         if func in _DRAWING:
             self.drawn = self.drew_elsewhere = True
             kwargs = {"generator": self._generator} | (kwargs or {})
+        if func in _SILENT and _SILENT[func](*args, **(kwargs or {})):
+            self.drawn = self.drew_elsewhere = True
         if func in _REFUSED and _REFUSED[func](*args, **(kwargs or {})):
-            raise UserError(
-                f"{self._block}: {getattr(func, '__name__', func)} draws random numbers that cannot be replayed in a "
-                "recompute; use nn.Dropout outside of it instead"
-            )
+            raise UserError(f"{self._block}: {getattr(func, '__name__', func)} {_UNREPLAYABLE}")
         return func(*args, **(kwargs or {}))
 
     def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -236,6 +251,7 @@ class _OwnRandomness(TorchFunctionMode):
         return x * keep.div_(1 - p) if p < 1 else x * keep
 
 
+_UNREPLAYABLE = "draws random numbers that cannot be replayed in a recompute; use nn.Dropout outside of it instead"
 # dropout function -> number of last dimensions that share a mask
 _SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {
     F.dropout: 0,
@@ -251,6 +267,12 @@ _DRAWING: set[Callable[..., Any]] = {
     torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, Tensor.bernoulli, Tensor.bernoulli_,
     Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.random_, Tensor.multinomial,
 }  # fmt: skip
+# function -> whether it could begin to draw: it was given a p; that of MultiheadAttention is watched at the layer
+_SILENT: dict[Callable[..., Any], Callable[..., bool]] = {
+    F.alpha_dropout: lambda *a, **rest: True,
+    F.feature_alpha_dropout: lambda *a, **rest: True,
+    F.scaled_dot_product_attention: lambda *a, **rest: len(a) > 4 or "dropout_p" in rest,
+}
 # function -> whether this call draws from the shared generator
 _REFUSED: dict[Callable[..., Any], Callable[..., bool]] = {
     F.alpha_dropout: lambda x, p=0.5, training=False, inplace=False: training and p > 0,

@@ -78,5 +78,4 @@ def bring_home(workers: Sequence[Worker], runtime: Runtime, states: Sequence[Map
     """Put the states of blocks that live elsewhere into this process's own copies of them."""
     for worker, state in zip(workers, states, strict=True):
         if not runtime.owns(worker.name):
-            stays = {"generator": worker.block.generator.get_state()}  # a GPU's random numbers cannot go on on a CPU
-            load_worker_state(worker, {**state, "block": {**state["block"], **stays}})
+            load_worker_state(worker, state)

@@ -233,10 +233,13 @@ def test_random_numbers_of_another_kind_of_device_begin_anew() -> None:
     block = Block(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), "block0", seed=1)
     state = block.state_dict() | {"generator": torch.zeros(16, dtype=torch.uint8), "version": 7}
     before = block.generator.get_state()
-    with pytest.warns(UserWarning, match=r"block0: .* another kind of device"):
-        block.load_state_dict(state)
+    block.load_state_dict(state)
     assert block.version == 7
-    assert torch.equal(block.generator.get_state(), before)
+    assert torch.equal(block.state_dict()["generator"], state["generator"])  # it may go home with it
+    with pytest.warns(UserWarning, match=r"block0: .* another kind of device"):
+        block.run(torch.randn(4, 2))
+    assert not torch.equal(block.generator.get_state(), before)
+    assert torch.equal(block.state_dict()["generator"], block.generator.get_state())
 
 
 class Scheduled(nn.Module):
@@ -263,6 +266,62 @@ def test_dropout_that_sets_in_later_is_drawn_from_the_blocks_generator(function:
     torch.manual_seed(9)
     assert torch.equal(block.run(x, replay=state, again=True), first)
     assert not torch.equal(block.run(x), first)
+
+
+class Attending(nn.Module):
+    """Attention whose dropout, at first 0, is a layer's or a function's."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2) if layer else None
+        self.linear, self.dropout, self.p = nn.Linear(8, 8), nn.Dropout(0.0), 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.linear(x))
+        if self.attention is not None:
+            return self.attention(x, x, x, need_weights=False)[0]
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=self.p)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_dropout_of_attention_that_sets_in_later_is_refused(layer: bool) -> None:
+    module: Any = Attending(layer)
+    block, x = Block(module, "block0"), torch.randn(4, 3, 8)
+    block.run(x)
+    block.run(x)
+    module.p = 0.5
+    if layer:
+        module.attention.dropout = 0.5
+    with pytest.raises(UserError, match=r"block0: .* cannot be replayed"):
+        block.run(x)
+
+
+def test_dropout_of_recurrent_layers_is_refused() -> None:
+    class Last(nn.Module):
+        def __init__(self, dropout: float) -> None:
+            super().__init__()
+            self.layers = nn.GRU(4, 4, num_layers=2, dropout=dropout, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)[0]
+
+    Block(Last(0.0), "block0").run(torch.randn(2, 3, 4))
+    with pytest.raises(UserError, match="block0: dropout inside a recurrent layer"):
+        Block(Last(0.5), "block0").run(torch.randn(2, 3, 4))
+
+
+def test_a_layer_that_does_something_of_its_own_is_watched() -> None:
+    """It calls no function, so it cannot stand for a call of one."""
+    module: Any = Scheduled()
+    module.unused.forward = lambda x: x
+    module.linear = nn.Sequential(nn.Linear(8, 8), module.unused)
+    block, x = Block(module, "block0"), torch.randn(4, 8)
+    block.run(x)
+    module.p = 0.5
+    state = block.random_state()
+    first = block.run(x)
+    torch.manual_seed(9)
+    assert torch.equal(block.run(x, replay=state, again=True), first)
 
 
 def test_layers_that_drop_nothing_cost_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
