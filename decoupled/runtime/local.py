@@ -97,7 +97,8 @@ class LocalRun:
         self._observers, self._patience, self._outlets = observers, patience, outlets or {}
         self.number, self._on_failure = number, on_failure
         self._over = False
-        self._on_take: dict[int, tuple[Callable[[], None], ...]] = {}  # id of a waiting message -> to call on taking it
+        # Of a waiting message by its target and id (one message can go to several): to call on taking it.
+        self._on_take: dict[tuple[str, int], tuple[Callable[[], None], ...]] = {}
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
         self.operations: dict[str, str] = {}  # latest operation of each actor
@@ -162,7 +163,7 @@ class LocalRun:
                 if self.failure is None:
                     inlet.taken()
                 return
-            self._on_take[id(message)] = tuple(call for call in (on_take, inlet.taken) if call)
+            self._on_take[edge.target, id(message)] = tuple(call for call in (on_take, inlet.taken) if call)
             box.put(edge.port, message)
         for observer in self._observers:
             observer.delivery(edge, message, sent, time.perf_counter())
@@ -227,7 +228,7 @@ class LocalRun:
         sleeper.moves += 1
         if self._on_take:
             for message in found[1]:
-                for call in self._on_take.pop(id(message), ()):
+                for call in self._on_take.pop((name, id(message)), ()):
                     call()
         return found
 
@@ -236,7 +237,7 @@ class LocalRun:
             return self._send(outlet, edge, message)
         message, on_take = cuda.hand_over(message, self._devices[edge.target])
         if on_take is not None:
-            self._on_take[id(message)] = (on_take,)
+            self._on_take[edge.target, id(message)] = (on_take,)
         box, sleeper, sent = self._boxes[edge.target], self._sleepers[edge.source], time.perf_counter()
         with box.lock:
             if self.failure is not None:
@@ -244,7 +245,7 @@ class LocalRun:
             room = box.room(edge.port)
             if room:
                 dropped = box.put(edge.port, message)
-                self._on_take.pop(id(dropped), None)  # nobody will take it
+                self._on_take.pop((edge.target, id(dropped)), None)  # nobody will take it
             else:
                 box.leave(edge.port, message, sleeper, lambda: f"room on {edge}")
         if not room:

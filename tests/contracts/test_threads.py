@@ -1,10 +1,14 @@
 """What only threads promise: who runs where, for how long, and that a bystander who waits long is no stall."""
 
 import threading
+from contextlib import closing
 
 import pytest
 import torch
 
+from decoupled.messages import Message
+from decoupled.runtime import local
+from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Want
 from decoupled.runtime.threads import Threads
 
 pytestmark = pytest.mark.timeout(60)
@@ -103,3 +107,29 @@ def test_waiting_long_for_others_at_work_is_no_stall(fakes):
     finally:
         runtime.close()
     assert actors[2].seen == [0, 0]
+
+
+def test_a_message_that_goes_to_two_is_received_by_both(monkeypatch):
+    """What a tensor on a GPU must be waited for was kept by the message alone: one of the two took it uncomputed."""
+    calls = []
+    monkeypatch.setattr(local.cuda, "hand_over", lambda message, device: (message, lambda: calls.append(Sent.here())))
+
+    class Sent(Actor):
+        def __init__(self, name, count):
+            self.name, self.device, self._left = name, None, count
+
+        def wants(self):
+            return (Want(() if self.name == "giver" else ("up",)),) if self._left else ()
+
+        def handle(self, want, messages):
+            self._left -= 1
+            return Outcome("send", [("up", Message(self._left))]) if self.name == "giver" else Outcome("take")
+
+        @staticmethod
+        def here():
+            return threading.get_ident()
+
+    actors = [Sent("giver", 20), Sent("a", 20), Sent("b", 20)]
+    with closing(Threads()) as runtime:
+        runtime.run(Graph(actors, [Edge("giver", "up", name, "up", 3) for name in "ab"]))
+    assert sorted(calls.count(thread) for thread in set(calls)) == [20, 20]
