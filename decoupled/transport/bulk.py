@@ -83,6 +83,9 @@ class Bulk(ABC):
         """The target has said that it has memory for `size` more bytes."""
         raise ProtocolError(f"{size} bytes of shared memory were released, but there is none")
 
+    def free(self) -> None:  # noqa: B027 - not every way has memory of its own
+        """Give memory back; nobody sends or receives any more. The target does it before the source."""
+
     def abort(self) -> None:  # noqa: B027 - not every way has something that can block
         """Wake whoever waits in `send` or `receive` elsewhere than in their arguments; idempotent."""
 

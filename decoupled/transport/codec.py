@@ -94,7 +94,8 @@ def encode(message: Message, edge: str, keep: torch.device | None = None) -> Enc
     if keep is None and all(tensor.is_cpu for tensor in tensors):
         return Encoded(meta, [piece(tensor, False) for tensor in tensors])
     pieces = [piece(t, _stays(t, keep)) for t in cuda.to_host(tensors, keep)]
-    return Encoded(meta, pieces, cuda.computed(keep))
+    stays = any(isinstance(one, Tensor) for one in pieces)
+    return Encoded(meta, pieces, cuda.computed(keep) if stays else cuda.nothing)
 
 
 class Draft:

@@ -176,12 +176,20 @@ class LinkInlet(Inlet):
         self._counting = threading.Lock()
 
     def receive(self) -> Received:
+        try:
+            return self._receive()
+        except BaseException:  # also that it was closed: this was the only thread that receives
+            self._bulk.free()
+            raise
+
+    def _receive(self) -> Received:
         while not self._begun or (len(self._begun) < self._bulk.ahead and self._link.wait(0)):
             if self._said_goodbye:
                 break
             self._begin()
         if not self._begun:
             self._bulk.abort()
+            self._bulk.free()
             self._link.close()  # nothing follows; the source waits for this
             raise Closed(f"edge {self._link.edge} was closed by {self._link.peer}")
         draft, sent, complete = self._begun.popleft()

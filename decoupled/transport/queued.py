@@ -90,6 +90,7 @@ class QueuedOutlet(LinkOutlet):
         finally:
             self._bulk.abort()
             self._link.close()
+            self._bulk.free()
 
     def _see_off(self) -> None:
         self._link.drain(LINGER)  # a socket that is closed earlier may lose what is still under way

@@ -3,8 +3,9 @@
     source   cuMemAlloc, handle  --- "ring" --->   target   opens the handle: the same memory
              copies in: its stream, then the host waits, then PART;  copies out: the same, then RELEASE
 
-No tensor of a training is ever shared, only the ring, which lives as long as the edge: nobody's memory has to outlive a
-reader in another process, and PyTorch's allocator, whose expandable segments cannot be shared that way, is not asked.
+No tensor of a training is ever shared, only the ring: it belongs to the source, which gives it back when the target has
+closed the edge, as CUDA wants it (what a process that is killed has mapped is the driver's business). PyTorch's
+allocator, whose expandable segments cannot be shared that way, is not asked.
 The driver is called directly: PyTorch's own sharing leaves a file in /dev/shm behind a process that is killed.
 
 What the driver is like: one process cannot open its own handle; a handle stands for the whole 2 MiB pages that an
@@ -44,16 +45,23 @@ class DeviceRing(Ring):
 
     def __init__(self, memory: Tensor, edge: str) -> None:
         super().__init__(len(memory), max(1, len(memory) // 2), edge)  # both ends can copy at once
-        self._memory, self.device = memory, memory.device
+        self._memory: Tensor | None = memory
+        self.device = memory.device
         self._side = cuda.Side(memory.device)
 
+    def free(self) -> None:
+        self._memory = None
+
     def _copy(self, piece: Tensor, position: int, inwards: bool) -> None:
+        assert self._memory is not None
         here = self._memory[position : position + len(piece)]
         target, source = (here, piece) if inwards else (piece, here)
-        with connection("CUDA"):
+        try:
             with self._side.behind():
                 target.copy_(source)
             self._side.finish()
+        except RuntimeError as error:  # of this process's own work, perhaps: the other one has not gone
+            raise ProtocolError(f"edge {self._edge}: {self.device} cannot copy: {error}") from error
 
 
 def offer(talk: Conversation, wish: Wish, device: torch.device) -> DeviceRing | None:
@@ -92,7 +100,7 @@ class _Memory:
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2}
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception), torch.cuda.device(self._device):  # the interpreter may be ending
+        with contextlib.suppress(Exception), _context(self._device):  # the interpreter may be ending
             _driver(self._give_back, ctypes.c_uint64(self._address))
 
 

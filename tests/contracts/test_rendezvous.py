@@ -16,7 +16,7 @@ from decoupled.runtime.contract import Edge
 from decoupled.transport import cuda, exchange, rendezvous, shared_device, ways
 from decoupled.transport.bulk import Complete
 from decoupled.transport.codec import Draft, encode
-from decoupled.transport.contract import Lost, NeverOpened
+from decoupled.transport.contract import Closed, Lost, NeverOpened
 from decoupled.transport.endpoint import Endpoint
 from decoupled.transport.exchange import GLOO, Exchange, Library
 from decoupled.transport.frame import Frame
@@ -154,6 +154,51 @@ def test_two_processes_on_one_gpu_share_a_ring_of_its_memory_if_they_can(
     inlet.pin = False
     out.send(data(1))
     assert torch.equal(inlet.receive().message.inputs, torch.ones(10))
+
+
+def shared(pair: tuple[Endpoint, Endpoint]) -> tuple[Any, Any]:
+    return pair[0].connect(EDGE, pair[1].address, SOON, bulk="shared_device"), pair[1].accept(EDGE, SOON)
+
+
+def test_the_target_gives_a_shared_ring_back_before_the_source(
+    pair: tuple[Endpoint, Endpoint], monkeypatch: Patch
+) -> None:
+    """CUDA leaves open what a mapping is worth whose memory has been freed."""
+    freed: list[Any] = []
+    free = DeviceRing.free
+    monkeypatch.setattr(DeviceRing, "free", lambda ring: (freed.append(ring), free(ring)))
+    out, inlet = shared(pair)
+    out.send(data(1, 100_000))
+    inlet.receive()
+    inlet.taken()
+    assert not freed
+    out.close()
+    with pytest.raises(Closed):
+        inlet.receive()
+    out.join(SOON)
+    assert list(dict.fromkeys(freed)) == [inlet._bulk, out._bulk]
+    assert inlet._bulk._memory is out._bulk._memory is None
+
+
+@pytest.mark.parametrize("receives", [True, False])
+def test_an_error_of_the_gpu_is_not_taken_for_the_death_of_the_other_process(
+    pair: tuple[Endpoint, Endpoint], monkeypatch: Patch, receives: bool
+) -> None:
+    out, inlet = shared(pair)
+    broken = (inlet if receives else out)._bulk
+
+    class Side(cuda.Side):
+        def finish(self) -> None:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    broken._side = Side(CPU)
+    out.send(data(1, 100_000))
+    with pytest.raises((ProtocolError, Lost), match="device-side assert" if receives else "gone"):
+        inlet.receive()
+    if not receives:
+        out.join(SOON)
+        with pytest.raises(Lost, match="device-side assert"):
+            out.ready()
 
 
 def test_a_source_on_a_gpu_waits_until_the_target_is_known(

@@ -613,7 +613,8 @@ for outlet in reversed(outlets):  # those with a thread of their own first
 
 
 @pytest.mark.parametrize(
-    "ways", [("shared_memory", "gloo", "far gloo"), ("stream", "far stream", "rendezvous", "far rendezvous")]
+    "ways",
+    [("shared_memory", "shared_device", "gloo", "far gloo"), ("stream", "far stream", "rendezvous", "far rendezvous")],
 )
 def test_a_killed_sender_is_noticed_in_the_middle_of_a_message_and_leaves_nothing(
     ways: tuple[str, ...], tmp_path: Path

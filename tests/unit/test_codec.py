@@ -324,3 +324,16 @@ def test_layouts_that_are_large_are_not_kept() -> None:
     assert (codec._read_layout.cache_info().currsize, codec._layout_text.cache_info().currsize) == before
     roundtrip(Message(ids[:3]))
     assert codec._read_layout.cache_info().currsize > 0 < codec._layout_text.cache_info().currsize
+
+
+def test_only_what_stays_on_a_device_is_waited_for(monkeypatch):
+    """The last message, or one without tensors, made the block's thread wait for all that it had queued."""
+    marked = []
+    monkeypatch.setattr(codec.cuda, "computed", lambda device: marked.append(device) or codec.cuda.nothing)
+    keep = torch.device("cpu")
+    void = Up(key=1, batch=1, round=0, indices=None, version=0, payload=(), void=True)
+    for message in (End(1), void):
+        codec.encode(message, "edge", keep)
+    assert marked == []
+    codec.encode(Data(1, batch=1, inputs=torch.ones(3)), "edge", keep)
+    assert marked == [keep]
