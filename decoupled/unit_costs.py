@@ -72,6 +72,9 @@ def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list
         start = perf_counter()
         try:
             output = unit(inputs)
+        except torch.OutOfMemoryError as error:
+            where = f"unit {index} ({type(unit).__name__}) and a batch of {len(x)} do not fit on {x.device}"
+            raise UserError(f"{where} ({first_line(error)}); give smaller units or batches, or the cuts") from error
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             where = f"unit {index} ({type(unit).__name__}) does not take an input of shape {tuple(x.shape)}"
             raise UserError(f"{where} or what became of it ({first_line(error)}); check model and batches") from error

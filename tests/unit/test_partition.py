@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from decoupled import unit_costs
+from decoupled import Trainer, partition, unit_costs
 from decoupled.errors import UserError
 from decoupled.models import build
 from decoupled.partition import cuts, split
@@ -118,6 +118,37 @@ def test_time_balances_when_there_is_a_sample(monkeypatch):
     sample = (torch.randn(2, 3), torch.zeros(2))
     assert [len(b) for b in split(linears(4), 2, sample)] == [1, 3]
     assert [len(b) for b in split(linears(4), 2, sample, by="parameters")] == [2, 2]
+
+
+def test_units_are_measured_one_at_a_time_where_they_will_be(monkeypatch):
+    """Each comes, is timed and goes home again, so that a model fits that does not as a whole."""
+    moves, units = [], linears(2)
+    monkeypatch.setattr(nn.Linear, "to", lambda unit, where: moves.append((units.index(unit), str(where))))
+    unit_costs._one_pass(units, torch.randn(2, 3), torch.device("meta"))
+    assert moves == [(0, "cpu"), (0, "meta"), (1, "cpu"), (1, "meta")]
+
+
+def test_the_trainer_measures_on_its_first_device(monkeypatch):
+    seen = []
+
+    def seconds(parts, sample, device):
+        seen.append(device)
+        return [1.0] * len(parts)
+
+    monkeypatch.setattr(partition, "unit_seconds", seconds)
+    given = {"loss": nn.functional.cross_entropy, "optimizer": torch.optim.SGD, "devices": ["cpu"]}
+    with Trainer(nn.Sequential(*linears(4)), "backprop", blocks=2, **given) as trainer:
+        trainer.fit([(torch.randn(4, 3), torch.randint(3, (4,)))])
+    assert seen == [torch.device("cpu")]
+
+
+def test_a_unit_too_large_for_the_device_is_said_to_be(monkeypatch):
+    def forward(unit, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    with pytest.raises(UserError, match=r"unit 0 \(Linear\) and a batch of 2 do not fit on cpu"):
+        unit_seconds(linears(1), torch.randn(2, 3))
 
 
 def test_median_ignores_warm_up_and_one_interruption(monkeypatch):
