@@ -8,13 +8,16 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from decoupled.benchmarks.peers.host import HostError
 from decoupled.benchmarks.transport import Edges
 from decoupled.transport.endpoint import Endpoint
+from decoupled.transport.shared_device import DeviceRing
 
 SIZES = {"64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24, "64 MiB": 1 << 26}
 EDGES = {"GPU ring": "auto", "pinned, ring": "shared_memory"}
@@ -50,14 +53,25 @@ def measure(device: torch.device, rounds: int, small: bool, say: Callable[[str],
             process.kill()
 
 
-def _hear(pipe: Connection) -> object:
+def _hear(pipe: Connection) -> Any:
     if not pipe.poll(_WAIT):
-        raise TimeoutError(f"a process did not answer within {_WAIT:.0f} s")
-    return pipe.recv()
+        raise HostError(f"a process did not answer within {_WAIT:.0f} s")
+    found = pipe.recv()
+    if isinstance(found, HostError):
+        raise found
+    return found
 
 
 def _rank(rank: int, port: int, device: torch.device, small: bool, rounds: int, pipe: Connection) -> None:
-    """One of the two processes; both go through the same steps, rank 0 tells what it measured."""
+    """One of the two processes."""
+    try:
+        _carry(rank, port, device, small, rounds, pipe)
+    except Exception as error:
+        pipe.send(HostError(f"rank {rank}: {error}"))
+
+
+def _carry(rank: int, port: int, device: torch.device, small: bool, rounds: int, pipe: Connection) -> None:
+    """Both go through the same steps, rank 0 tells what it measured."""
     limit = datetime.timedelta(seconds=_WAIT)
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, limit)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
@@ -65,6 +79,8 @@ def _rank(rank: int, port: int, device: torch.device, small: bool, rounds: int, 
         pipe.send(endpoint.address)
         other = pipe.recv()
         edges = {name: Edges(rank, endpoint, other, bulk, device) for name, bulk in EDGES.items()}
+        if device.type == "cuda" and not isinstance(getattr(edges["GPU ring"].out, "_bulk", None), DeviceRing):
+            raise HostError("these processes cannot share memory of the GPU (CUDA IPC): no GPU ring to measure")
         carriers = {name: edge.carry for name, edge in edges.items()}
         carriers["Gloo"] = lambda rank, size, count: _gloo(rank, size, count, device)
         for _ in range(rounds):

@@ -86,6 +86,7 @@ def test_half_precision_stays_near_single_precision(spec: Any, precision: str) -
         slowly = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.01)}
         with trainer(spec, runtime="threads", precision=name, **slowly) as one:
             losses.append([row["loss"] for row in one.fit(BATCHES, epochs=2)])
+    assert losses[1] != losses[0]  # it did compute in another precision
     assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.05)
 
 
