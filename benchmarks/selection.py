@@ -7,6 +7,7 @@
 DIR/results.json --> benchmarks/results/selection.md                    one section per comparison
                      benchmarks/results/SUITE_AXIS.svg                  accuracy against samples trained, updates, FLOPs
                      benchmarks/results/SUITE_loss.svg                  validation loss against samples trained
+                     benchmarks/results/SUITE_seconds.svg               accuracy against wall time, if it was measured
 
 A method is shown at its best point (least validation loss at the end), all methods having had the same ones. The
 target of a seed is the validation accuracy of the baseline, which trains on everything, after its last epoch; a method
@@ -34,7 +35,12 @@ Record = Mapping[str, Any]
 CLAIM = (0.3, 0.4)  # of the operations are saved, says the paper
 ASSISTANT = "autoassist"
 COUNTS = ("updates", "trained", "samples", "scored")
-AXES = {"trained": "samples trained", "updates": "updates of the boss", "flops": "FLOPs, the selector's included"}
+AXES = {
+    "trained": "samples trained",
+    "updates": "updates of the boss",
+    "flops": "FLOPs, the selector's included",
+    "seconds": "seconds",
+}
 PICTURES = {**{axis: (axis, "accuracy") for axis in AXES}, "loss": ("trained", "loss")}  # by the end of the file's name
 STYLES = ("kb", "kc", "k0", "k1", "k2", "k3", "k4", "k5", "kc", "k2", "k3")
 
@@ -85,7 +91,7 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
     groups = {label: best([r for r in rs if r["status"] == "ok"]) for label, rs in by_label(dict(results)).items()}
     groups = {label: runs for label, runs in groups.items() if runs}
     goal = targets(groups[results["baseline"]])
-    suite, rows = results["suite"], []
+    suite, rows, times = results["suite"], [], times and "simulated" not in str(results["runtime"])
     for label, runs in groups.items():
         ends = [run["curve"][-1] for run in runs]
         row = [
@@ -97,17 +103,20 @@ def section(results: Mapping[str, Any], times: bool) -> tuple[str, dict[str, str
         ]  # fmt: skip
         if times:
             shares = [100 * run["selection"]["busy_seconds"] / run["wall_seconds"] for run in runs]
-            row += [f"{fmean(shares):.1f}" if all(shares) else "-", _spread([run["wall_seconds"] for run in runs], 1)]
+            seconds = _spread([run["wall_seconds"] for run in runs], 1)
+            row += [f"{fmean(shares):.1f}", seconds, _reached(reached(runs, goal, "seconds"))]
         rows.append(row)
     header = ["method", "best point", "test accuracy, %", "test loss", "updates", "trained", "scanned", "looked at",
               "GFLOP", "samples to the target", "FLOPs to the target"]  # fmt: skip
-    header += ["selector's time, %", "seconds"] if times else []
+    header += ["selector's time, %", "seconds", "seconds to the target"] if times else []
     parts = [f"## {suite}", provenance(dict(results)), table(header, rows), _noise(groups, results["baseline"])]
     for label, runs in groups.items():
         if label.split("(")[0] == ASSISTANT:
             parts.append(f"30 to 40 % fewer samples with `{label}`: **{verdict(reached(runs, goal, 'trained'))}**.")
     pictures = {}
     for end, (axis, value) in PICTURES.items():
+        if axis == "seconds" and not times:
+            continue
         curves = [
             Curve(label, STYLES[i % len(STYLES)], _mean(runs, axis, value))
             for i, (label, runs) in enumerate(groups.items())
@@ -152,10 +161,9 @@ def page(comparisons: Sequence[Mapping[str, Any]], times: bool) -> dict[str, str
         "at* (a forward only, before choosing), all at the end; *GFLOP*: forward, backward, updates, looks and the "
         "selector's own models. *To the target*: share of what training on everything takes for all epochs, until the "
         "validation accuracy it has at the end is reached; mean (min..max) over seeds. Short training of small "
-        "networks: no statement about convergence."
+        "networks: no statement about convergence. Times only where they were measured: the simulator has a virtual "
+        "clock."
     )
-    if not times:
-        intro += " Times are left out: the machine was busy with other work."
     parts, files = ["# What to train on", intro], dict[str, str]()
     for results in comparisons:
         text, pictures = section(results, times)
