@@ -208,7 +208,7 @@ OPTIONS = {
     },
     "auxnet": {"beta": 0.1, "eta": 5.0, "width": 16},
     "uniform": {"boss": "backprop", "fraction": 0.5},
-    "autoassist": {"boss": "backprop", "gamma": 0.3, "gate": True, "lag": 0},
+    "autoassist": {"boss": "backprop", "gamma": 0.3, "gate": True, "lag": 0, "unbiased": False},
     "selective_backprop": {"boss": "backprop", "beta": 2.0, "stale": 1},
     "online_batch_selection": {"boss": "backprop", "fraction": 0.5, "pressure": 100.0},
     "rho_loss": {"boss": "backprop", "fraction": 0.5, "holdout": 0.1, "irreducible": None},

@@ -3,6 +3,7 @@
 p      sigmoid(w . features(x, y))
 keep   if u < gamma, else if (u - gamma) / (1 - gamma) < p(x, y): P(keep) = gamma + (1 - gamma) p.  The assistant is
        asked in the second case only; with `gate`, gamma is max(gamma, 1 - c)
+weight 1, or with `unbiased` (mean of P) / P(keep), so that the mean over what is kept is expected to be that over all
 z      1 if the boss's loss > T, T its moving average when it trained on the sample (shipped with the losses)
 learn  g = p - z;   w -= (lr / B) (sum_i g_i features_i + l2 w)
 c      0.95 c + 0.05 (share of the batch with (p > 1/2) = z), from 0
@@ -121,7 +122,7 @@ class Tokens(Features):
 
 @dataclass(frozen=True, kw_only=True)
 class Assisted(Selection):
-    """What the assistant holds to be hard, and `gamma` of the rest."""
+    """What the assistant holds to be hard, and `gamma` of the rest; with weights it is `unbiased`."""
 
     gamma: float
     gate: bool
@@ -130,14 +131,15 @@ class Assisted(Selection):
     def chooser(self, inputs: Tensor, outputs: Sequence[int], seed: int) -> Chooser:
         classes = outputs[0] if outputs else 1
         features = Tokens(vocabulary(outputs)) if are_tokens(inputs) else Values(inputs, classes)
-        return Assistant(features, self.gamma, self.gate, seed)
+        return Assistant(features, self.gamma, self.gate, seed, self.weighs)
 
 
 class Assistant(Chooser):
     """Logistic regression, and the rule that asks it."""
 
-    def __init__(self, features: Features, gamma: float, gate: bool, seed: int) -> None:
+    def __init__(self, features: Features, gamma: float, gate: bool, seed: int, unbiased: bool = False) -> None:
         self._features, self._gamma, self._gate, self._seed = features, gamma, gate, seed
+        self._unbiased = unbiased
         self._weights = features.scale * torch.randn(features.width, generator=draws(seed, 0, 1))
         self._confidence = 0.0
 
@@ -151,13 +153,16 @@ class Assistant(Chooser):
             return Choice()
         assert samples.indices is not None
         u = torch.rand(len(samples.indices), generator=self._draws)
-        kept = u < base
-        doubtful = (~kept).nonzero()[:, 0]
-        if len(doubtful):
-            self.consulted += len(doubtful)
-            p = self._probability(self._features(take(samples, doubtful)))
-            kept[doubtful] = (u[doubtful] - base) / (1 - base) < p
-        return Choice() if bool(kept.all()) else Choice(kept.nonzero()[:, 0])
+        p, kept = torch.ones(len(u)), u < base
+        asked = torch.arange(len(u)) if self._unbiased else (~kept).nonzero()[:, 0]
+        if len(asked):
+            self.consulted += len(asked)
+            p[asked] = self._probability(self._features(take(samples, asked)))
+            kept |= (u - base) / (1 - base) < p
+        rows = torch.arange(len(u)) if bool(kept.all()) else kept.nonzero()[:, 0]
+        chance = base + (1 - base) * p
+        weights = (chance.mean() / chance)[rows] if self._unbiased else None
+        return Choice(None if len(rows) == len(u) else rows, weights)
 
     def hear(self, told: Losses, samples: Data) -> None:
         assert told.losses is not None

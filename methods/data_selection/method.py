@@ -2,7 +2,7 @@
 
     name                    keeps sample i with                       weight       what it looks at          file
     uniform                 fraction                                  1            nothing                   plain
-    autoassist              gamma + (1 - gamma) p_i                   1            a linear assistant        assistant
+    autoassist              gamma + (1 - gamma) p_i                   1, 1/P(keep) a linear assistant        assistant
     selective_backprop      CDF(l_i)^beta of the latest 1024 losses   1            losses of a probe         scored
     online_batch_selection  probability falling with the loss's rank  1            losses of a probe         scored
     rho_loss                the largest l_i - irreducible_i           1            losses of a probe         irreducible
@@ -46,12 +46,14 @@ def uniform(boss: str | Mapping = "backprop", fraction: float = 0.5) -> Method:
 
 
 @register("autoassist")
-def autoassist(boss: str | Mapping = "backprop", gamma: float = 0.3, gate: bool = True, lag: int = 0) -> Method:
+def autoassist(
+    boss: str | Mapping = "backprop", gamma: float = 0.3, gate: bool = True, lag: int = 0, unbiased: bool = False
+) -> Method:
     """A linear assistant, trained beside the boss on its losses, leaves out samples that it holds to be easy."""
     _share("autoassist", "gamma", gamma)
     if lag < 0:
         raise UserError(f"autoassist needs a lag of at least 0 (takes what has arrived), got {lag}")
-    return _with(boss, Assisted(gamma=gamma, gate=gate, lag=lag))
+    return _with(boss, Assisted(gamma=gamma, gate=gate, lag=lag, weighs=unbiased))
 
 
 @register("selective_backprop")

@@ -77,6 +77,31 @@ def test_samples_are_accepted_as_often_as_the_rule_says(gamma, seed):
     assert assistant.consulted == pytest.approx((1 - gamma) * len(p), rel=0.02)
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.6])
+def test_unbiased_weights_give_the_mean_over_all(gamma):
+    """Easy samples have little loss here, so the plain mean over what is kept is too high."""
+    assistant = Assistant(Ready(), gamma, False, 0, unbiased=True)
+    assistant._weights = torch.ones(1)
+    assistant.begin(1)
+    p = torch.linspace(0.05, 0.95, 10)
+    losses, chance = 3 * p, gamma + (1 - gamma) * p
+    weighted, plain, counts = [], [], torch.zeros(10)
+    for _ in range(4000):
+        choice = assistant.choose(data(10, p[:, None]), None)
+        assert choice.weights is not None
+        rows = torch.arange(10) if choice.rows is None else choice.rows
+        torch.testing.assert_close(choice.weights, (chance.mean() / chance)[rows])
+        counts[rows] += 1
+        weighted.append(float((choice.weights * losses[rows]).sum()))
+        plain.append(float(losses[rows].sum()))
+    error = 4 * torch.tensor(weighted).std() / 4000**0.5
+    expected = float(chance.sum() * losses.mean())  # as many as are kept, at the mean of all
+    assert abs(sum(weighted) / 4000 - expected) < error
+    assert sum(plain) / 4000 > expected + error
+    torch.testing.assert_close(counts / 4000, chance, rtol=0.0, atol=0.03)
+    assert assistant.consulted == 40_000
+
+
 def test_the_first_epoch_accepts_all_and_the_gate_follows_the_accuracy():
     assistant = Assistant(Ready(), 0.2, True, 0)
     assistant._weights = torch.ones(1)
