@@ -194,6 +194,11 @@ class Acting:
     def state_dict(self) -> list[dict[str, Any]]:
         return [part.state_dict() for part in self.parts]
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that they keep from step to step."""
+        return sum(t.nbytes for state in self.state_dict() for kept in state.values() for t in _tensors(kept))
+
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         for part, saved in zip(self.parts, state, strict=True):
             part.load_state_dict(saved)
@@ -210,6 +215,10 @@ class Acting:
             return given
 
         return run if parts else None
+
+
+def _tensors(kept: Any) -> list[Tensor]:
+    return [t for t in (kept if isinstance(kept, list | tuple) else [kept]) if isinstance(t, Tensor)]
 
 
 def hooks(correction: Correction) -> set[str]:

@@ -184,6 +184,7 @@ def run_method(setting: Setting, spec: str | Mapping[str, Any], seed: int, advan
         "startup_seconds": startup,
         "utilisation": busy,
         "peak_held_bytes": [b.peak_held_bytes for b in blocks],
+        "correction_bytes": [b.correction_bytes for b in blocks],
         "bytes_up_per_sample": [b.bytes_up / samples for b in blocks[:-1]],
         "bytes_down_per_sample": [b.bytes_down / samples for b in blocks[1:]],
         "staleness": [{str(late): count for late, count in b.staleness.items()} for b in blocks],

@@ -30,6 +30,7 @@ def statistics(worker: Worker) -> BlockStatistics:
         edge=dict(worker.lower.figures()), overflows=worker.scaling.overflows,
         loss_scale=worker.scaling.scale if worker.lower.has_objective else 1.0,
         reused=intake.reused if intake else 0, dropped=intake.dropped if intake else 0,
+        correction_bytes=worker.corrections.held_bytes,
     )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class BlockStatistics:
         busy_seconds, wait_seconds: in operations; waiting for messages or for room (virtual in `simulated`).
         bytes_up, bytes_down: payload bytes sent to the block above and to the block below.
         peak_held_bytes: most bytes kept for passes in flight: inputs, saved activations, frozen weight copies.
+        correction_bytes: kept by corrections for good: averages and last changes of weights. Not in `peak_held_bytes`.
         peak_in_flight: most passes kept at once.
         parameters: number of weights of the block.
         auxiliary_parameters: number of weights of its coupling halves (heads; dropped when the network is used).
@@ -94,6 +95,7 @@ class BlockStatistics:
     loss_scale: float = 1.0
     reused: int = 0
     dropped: int = 0
+    correction_bytes: int = 0
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
