@@ -51,7 +51,8 @@ class Memory:
 
     Args:
         features: whether updates take rows for the features, too.
-        on_steps: called with the number of environment steps that came in.
+        on_steps: called with the number of environment steps that came in, and with 0 when an update that only
+            pretrains the features begins.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Memory:
         extra = replay.draw(self._batch_size, uniform=True).rows if self._features else torch.empty(0)
         if kind == "pretrain":
             pace.pretrained += 1
+            self._on_steps(0)
             return None, Drawn(-pace.pretrained, payload=(extra,), version=pace.updates, kind=kind)
         draw = replay.draw(self._batch_size)
         self.tally.age.append(replay.age(draw))

@@ -24,6 +24,7 @@ from decoupled.experiment import label
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
 from decoupled.rl.experiment import EPISODES, RLSetting
+from decoupled.rl.pace import Pace
 from decoupled.rl.render import write_gif
 from decoupled.rl.roles import Roles
 from decoupled.rl.trainer import RLTrainer
@@ -53,7 +54,13 @@ def train_rl(
         OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
     with Reporter(setting.samples, quiet) as reporter, recording(out, name, events) as logs:
         reporter.start(name)
-        with setting.trainer(config.method, config.seed, on_steps=reporter.advance, observers=logs) as trainer:
+
+        def advance(steps: int) -> None:
+            reporter.advance(steps)
+            if not steps:
+                _pretraining(reporter, name, trainer.memory.pace)
+
+        with setting.trainer(config.method, config.seed, on_steps=advance, observers=logs) as trainer:
             if state is not None:
                 trainer.load_state_dict(state)
             while trainer.steps < config.steps:
@@ -70,6 +77,14 @@ def train_rl(
         "blocks": [asdict(role) for role in roles], "startup_seconds": startup, "metric": "return",
         "dataset": setting.summary,
     }  # fmt: skip
+
+
+def _pretraining(reporter: Reporter, name: str, pace: Pace) -> None:
+    """No environment step comes while the features are trained first: say what the time goes into."""
+    if pace.pretrained == 1:
+        reporter.line(f"{pace.pretrain} updates of the features before the first of the policy")
+    left = pace.pretrained < pace.pretrain
+    reporter.start(f"{name}, features {pace.pretrained}/{pace.pretrain}" if left else name)
 
 
 def _epoch(trainer: RLTrainer, steps: int, out: Path | None, reporter: Reporter) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class RLTrainer:
         runtime: "threads", "simulated", "processes", a mapping with name and options, or a Runtime, which stays open.
         costs: on the simulated runtime, seconds of an environment step ("act"), an update ("update") and an auxiliary
             one ("auxiliary"); default 1 each.
-        observers: look on at operations and messages. on_steps: called with environment steps as they come in.
+        observers: look on at operations and messages. on_steps: called with environment steps as they come in, and with
+            0 at every auxiliary update before the policy's.
 
     Attributes:
         agent: the algorithm with its networks. memory: replay, pace and tally of the latest `fit`.

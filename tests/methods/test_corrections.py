@@ -588,3 +588,22 @@ def test_a_correction_that_only_overrides_a_pass_is_taken_to_move_weights():
 
     assert Scaled().moves(Site(3, 4, 0, (), None))
     assert not corrections.Correction().moves(Site(3, 4, 0, (), None))
+
+
+# method -> copies of its weights that a block's corrections keep, with momentum and without, as the cards say
+KEPT = {
+    "pipedream": (0, 0), "dsp": (0, 0), "adl": (0, 0),
+    "pipemare": (2, 2), "async_nesterov": (1, 1), "spectrain": (0, 1), "xpipe": (0, 1), "pipeoptim": (0, 1),
+    "pipelined_backprop": (0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("momentum", [True, False])
+def test_what_corrections_keep_is_told_apart(name, momentum):
+    """By blocks whose gradients are late; the last block has nothing to correct."""
+    case = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2), sizes=(6,) * 12)
+    run = train(case, name, optimizer=OPTIMIZERS["momentum" if momentum else "sgd"])
+    expected = 8 * KEPT[name][not momentum]
+    for block in run.trainer.statistics()[:-1]:
+        assert block.correction_bytes == expected * block.parameters

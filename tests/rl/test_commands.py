@@ -16,7 +16,7 @@ import torch
 
 from decoupled import cli, registry
 from decoupled.config import CompareConfig, TrainConfig, read, suites
-from decoupled.rl import Roles, Spaces, render
+from decoupled.rl import Roles, Spaces, render, train
 from decoupled.rl.environments import labelled, maker
 from decoupled.rl.experiment import RLSetting
 from decoupled.rl.render import write_gif
@@ -219,3 +219,14 @@ def test_a_rollout_without_a_time_limit_ends(tmp_path: Path, monkeypatch: pytest
     agent = roles.agent((2, 1, 2), lambda p: torch.optim.SGD(p, 0.1), 0)  # type: ignore[arg-type]
     render._frames(endless, agent, 0)
     assert len(shown) == render.MOST
+
+
+def test_progress_goes_on_while_features_are_pretrained(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It stood still for 10,000 updates."""
+    told: list[str] = []
+    monkeypatch.setattr(train.Reporter, "start", lambda reporter, what: told.append(what))
+    words = ["method={name: larger_rl, pretrain: 3, warmup: 60, units: 8, layers: 1}", "steps=70", *SMALL]
+    assert cli.main(["train", *words]) == 0
+    assert "3 updates of the features before the first of the policy" in capsys.readouterr().err
+    name, *first = told
+    assert first == [f"{name}, features 1/3", f"{name}, features 2/3", name]

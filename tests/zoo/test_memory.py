@@ -11,7 +11,7 @@ from decoupled.messages import Data
 from decoupled.plan import parse
 from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, KeepNothing
 from decoupled.reversible import Reconstruct
-from decoupled.testing import OPTIMIZERS, Case, cases, label, point, train, variants
+from decoupled.testing import Case, cases, label, point, train, variants
 
 NUMBER = 8  # bytes, float64
 GRAPHS, INPUTS = (KeepGraph, KeepLiveGraph, KeepNothing), (KeepInput, KeepInputAndWeights)
@@ -90,22 +90,3 @@ def test_memory_held_follows_the_formula(spec, case):
     method = point(spec)
     for k, block in enumerate(train(case, spec).trainer.statistics()):
         assert block.peak_held_bytes == formula(case, method, k)
-
-
-# method -> copies of its weights that a block's corrections keep, with momentum and without, as the cards say
-KEPT = {
-    "pipedream": (0, 0), "dsp": (0, 0), "adl": (0, 0),
-    "pipemare": (2, 2), "async_nesterov": (1, 1), "spectrain": (0, 1), "xpipe": (0, 1), "pipeoptim": (0, 1),
-    "pipelined_backprop": (0, 1),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", KEPT)
-@pytest.mark.parametrize("momentum", [True, False])
-def test_what_corrections_keep_is_told_apart(name, momentum):
-    """By blocks whose gradients are late; the last block has nothing to correct."""
-    case = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2), sizes=(6,) * 12)
-    run = train(case, name, optimizer=OPTIMIZERS["momentum" if momentum else "sgd"])
-    expected = NUMBER * KEPT[name][not momentum]
-    for block in run.trainer.statistics()[:-1]:
-        assert block.correction_bytes == expected * block.parameters
