@@ -18,6 +18,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,9 @@ def trained(task: Task, method: str, blocks: Any, precision: str, device: torch.
     return Trainer(nn.Sequential(*task.units()), method, blocks=blocks, precision=precision, **given)
 
 
-def alone(task: Task, precision: str, device: torch.device) -> dict[str, Run]:
+def alone(task: Task, precision: str, device: torch.device, stack: ExitStack) -> dict[str, Run]:
     """What the runtime's cost is told from."""
-    trainer = trained(task, "backprop", 1, precision, device, "threads")
+    trainer = stack.enter_context(trained(task, "backprop", 1, precision, device, "threads"))
     return {
         "plain": plain(task, precision, device, reads=True),
         "1 block": trainer.fit,
@@ -151,13 +152,13 @@ def alone(task: Task, precision: str, device: torch.device) -> dict[str, Run]:
     }
 
 
-def in_blocks(task: Task, precision: str, device: torch.device) -> dict[str, Run]:
+def in_blocks(task: Task, precision: str, device: torch.device, stack: ExitStack) -> dict[str, Run]:
     """What streams give."""
     found = {"plain": plain(task, precision, device, reads=True)}
     for blocks in (2, 4):
         cuts: Any = blocks
         for method in METHODS:
-            trainer = trained(task, method, cuts, precision, device, "threads")
+            trainer = stack.enter_context(trained(task, method, cuts, precision, device, "threads"))
             trainer.fit(task.batches(1))
             cuts = trainer.cuts  # the same for all methods
             found[f"{method}, {blocks}"] = trainer.fit
@@ -203,8 +204,10 @@ def cost(options: Options, say: Callable[[str], None]) -> list[str]:
     for (name, task), precision in itertools.product(options.tasks.items(), PRECISIONS):
         if name.startswith("wide") and precision == "float32":
             continue  # the other networks keep the GPU busy in float32
-        runs, batches = alone(task, precision, options.device), task.batches(options.batches)
-        rounds = hold_rounds(runs, batches, options)
+        batches = task.batches(options.batches)
+        with ExitStack() as stack:
+            runs = alone(task, precision, options.device, stack)
+            rounds = hold_rounds(runs, batches, options)
         share = f"{busy(runs['plain'], batches[:4]):.2f}" if options.device.type == "cuda" else "unknown"
         ratio = {who: Spread.of([r["plain"] / r[who] for r in rounds]) for who in runs}
         plainly = Spread.of([r["plain"] * 1e3 for r in rounds]).text(".1f")
@@ -237,8 +240,9 @@ def streams(options: Options, say: Callable[[str], None]) -> list[str]:
     """The section on blocks that share the GPU."""
     rows = []
     for (name, task), precision in itertools.product(list(options.tasks.items())[:2], PRECISIONS):
-        runs, batches = in_blocks(task, precision, options.device), task.batches(max(1, options.batches // 2))
-        rounds = hold_rounds(runs, batches, options)
+        with ExitStack() as stack:
+            runs = in_blocks(task, precision, options.device, stack)
+            rounds = hold_rounds(runs, task.batches(max(1, options.batches // 2)), options)
         for blocks in (2, 4):
             ratios = ([r["plain"] / r[f"{method}, {blocks}"] for r in rounds] for method in METHODS)
             rows.append([f"{name}, {precision}, {blocks} blocks", *(Spread.of(one).text() for one in ratios)])
@@ -294,7 +298,9 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
     if "edges" in options.parts:
         sections += edges_section(gpu_edges.measure(options.device, options.rounds, options.small, say))
     gpu = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "no GPU: a trial on the CPU"
-    command = f"gpu --rounds {options.rounds} --batches {options.batches}"
+    command = f"gpu --rounds {options.rounds} --batches {options.batches}" + " --small" * options.small
+    if options.parts != Options.parts:
+        command += f" --parts {' '.join(options.parts)}"
     how = environment(machine(started), command, time.monotonic() - begun)
     head = f"{gpu}. {how} {options.rounds} rounds; median (lowest .. highest) of ratios within a round."
     return {"gpu.md": "\n\n".join(["# One GPU", head, *sections]) + "\n"}

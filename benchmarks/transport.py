@@ -19,7 +19,8 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -183,17 +184,24 @@ def _isend_irecv(rank: int, size: int, count: int) -> float:
     return time.perf_counter() - start
 
 
-def _rank(rank: int, port: int, pipe: Connection) -> None:
-    """A process: opens everything, then does as told, in step with the other one."""
-    torch.set_num_threads(1)
-    memory.keep()
-    memory.settle()
+@contextmanager
+def joined(rank: int, port: int, pipe: Connection) -> Iterator[tuple[Endpoint, Any]]:
+    """In one of two processes: an endpoint, the address of the other's, and a group of Gloo for bare loops."""
     limit = datetime.timedelta(seconds=_WAIT)
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, limit)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     with Endpoint(b"benchmark", "127.0.0.1") as endpoint:
         pipe.send(endpoint.address)
-        other = pipe.recv()
+        yield endpoint, pipe.recv()
+    dist.destroy_process_group()
+
+
+def _rank(rank: int, port: int, pipe: Connection) -> None:
+    """A process: opens everything, then does as told, in step with the other one."""
+    torch.set_num_threads(1)
+    memory.keep()
+    memory.settle()
+    with joined(rank, port, pipe) as (endpoint, other):
         far = dataclasses.replace(other, host="elsewhere")  # so that headers go over TCP, too
         places = ((other, "shared_memory"), (far, "gloo"), (far, "stream"))
         edges = {name: Edges(rank, endpoint, *where) for name, where in zip(EDGES, places, strict=True)}
@@ -208,7 +216,6 @@ def _rank(rank: int, port: int, pipe: Connection) -> None:
                 pipe.send(statistics.median(edges[what.removesuffix(" trip")].trips(rank, size, count)))
             else:
                 pipe.send(edges[what.removesuffix(" wire")].overhead(rank))
-    dist.destroy_process_group()
 
 
 class Pair:

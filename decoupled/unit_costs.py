@@ -67,10 +67,10 @@ def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list
     # Never a leaf itself: a unit that begins with an in-place operation may not change one, nor the caller's sample.
     inputs: Any = x.detach().clone()
     for index, unit in enumerate(units):
-        unit.to(x.device)
-        _wait(x.device)
-        start = perf_counter()
         try:
+            unit.to(x.device)
+            _wait(x.device)
+            start = perf_counter()
             output = unit(inputs)
         except torch.OutOfMemoryError as error:
             where = f"unit {index} ({type(unit).__name__}) and a batch of {len(x)} do not fit on {x.device}"

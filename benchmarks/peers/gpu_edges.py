@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import socket
 import statistics
 import time
@@ -15,8 +14,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from decoupled.benchmarks.peers.host import HostError
-from decoupled.benchmarks.transport import Edges
-from decoupled.transport.endpoint import Endpoint
+from decoupled.benchmarks.transport import Edges, joined
 from decoupled.transport.shared_device import DeviceRing
 
 SIZES = {"64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24, "64 MiB": 1 << 26}
@@ -72,12 +70,7 @@ def _rank(rank: int, port: int, device: torch.device, small: bool, rounds: int, 
 
 def _carry(rank: int, port: int, device: torch.device, small: bool, rounds: int, pipe: Connection) -> None:
     """Both go through the same steps, rank 0 tells what it measured."""
-    limit = datetime.timedelta(seconds=_WAIT)
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, limit)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
-    with Endpoint(b"benchmark", "127.0.0.1") as endpoint:
-        pipe.send(endpoint.address)
-        other = pipe.recv()
+    with joined(rank, port, pipe) as (endpoint, other):
         edges = {name: Edges(rank, endpoint, other, bulk, device) for name, bulk in EDGES.items()}
         if device.type == "cuda" and not isinstance(getattr(edges["GPU ring"].out, "_bulk", None), DeviceRing):
             raise HostError("these processes cannot share memory of the GPU (CUDA IPC): no GPU ring to measure")
@@ -95,7 +88,6 @@ def _carry(rank: int, port: int, device: torch.device, small: bool, rounds: int,
             if rank == 0:
                 pipe.send(record)
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def _gloo(rank: int, size: int, count: int, device: torch.device) -> float:

@@ -25,6 +25,7 @@ def test_cost_and_streams_are_measured_round_by_round(tmp_path: Path) -> None:
         assert f"| {name} |" in page
         assert f"| {name}, 4 blocks |" in page
     assert "Peak memory" not in page
+    assert "gpu --rounds 2 --batches 2 --small --parts cost streams`" in page
 
 
 def test_contestants_train_the_same_network_on_the_same_batches() -> None:

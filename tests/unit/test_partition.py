@@ -142,11 +142,12 @@ def test_the_trainer_measures_on_its_first_device(monkeypatch):
     assert seen == [torch.device("cpu")]
 
 
-def test_a_unit_too_large_for_the_device_is_said_to_be(monkeypatch):
-    def forward(unit, x):
+@pytest.mark.parametrize("when", ["to", "forward"])
+def test_a_unit_too_large_for_the_device_is_said_to_be(monkeypatch, when):
+    def fails(unit, x):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(nn.Linear, "forward", forward)
+    monkeypatch.setattr(nn.Linear, when, fails)
     with pytest.raises(UserError, match=r"unit 0 \(Linear\) and a batch of 2 do not fit on cpu"):
         unit_seconds(linears(1), torch.randn(2, 3))
 
