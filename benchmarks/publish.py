@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from decoupled.benchmarks.page import write
+from decoupled.observe.points import held
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
@@ -112,7 +113,7 @@ def row(records: list[dict[str, Any]]) -> str:
     late = [stale for r in good for histogram in r["staleness"] for stale in expand(histogram)]
     cells += [
         f"{fmean(fmean(r['utilisation']) for r in good):.2f}",
-        f"{fmean(sum(r['peak_held_bytes']) for r in good) / 2**20:.1f}",
+        f"{fmean(sum(held(r)) for r in good) / 2**20:.1f}",
         " / ".join(f"{fmean(sum(r[f'bytes_{way}_per_sample']) for r in good) / 1024:.1f}" for way in ("up", "down")),
         f"{fmean(late):.2f}, at most {max(late)}",
     ]

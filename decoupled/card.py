@@ -25,8 +25,8 @@ class Card:
     Attributes:
         name, family: of the method.
         text: the markdown as written.
-        method: the method with its default options.
-        options: its options with their defaults.
+        method: the method, with its default options where nothing else was asked for.
+        options: its options with their values.
     """
 
     name: str

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from decoupled import __version__, costs, doctor, registry
 from decoupled.compare import compare
-from decoupled.config import CompareConfig, FlopsConfig, SimulateConfig, TrainConfig, read
+from decoupled.config import CompareConfig, FlopsConfig, InfoConfig, SimulateConfig, TrainConfig, read
 from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, UserError, first_line
 from decoupled.observe import timeline
 from decoupled.observe.eventlog import LIMIT
@@ -30,6 +30,8 @@ from decoupled.observe.report import write_report
 from decoupled.runtime.launch import under_torchrun
 from decoupled.simulate import command as simulation
 from decoupled.train import train
+
+_KEY = r"[\w.]+="
 
 
 class RunError(RuntimeError):
@@ -68,7 +70,7 @@ def _words_first(arguments: Sequence[str]) -> list[str]:
     words, others = [], []
     for before, word in zip(["", *arguments], arguments, strict=False):
         value = before in ("--out", "--config", "--blocks")
-        (words if re.match(r"[\w.]+=", word) and not value else others).append(word)
+        (words if re.match(_KEY, word) and not value else others).append(word)
     return [*others[:1], *words, *others[1:]]
 
 
@@ -117,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("info", _info, "the card of a method")
-    sub.add_argument("name")
-    sub.add_argument("--blocks", type=int, default=4, metavar="K", help="number of blocks the facts are given for")
+    sub.add_argument("words", nargs="+", metavar="METHOD", help="its name; or method={name: fdg, beta: 0.8} blocks=8")
+    sub.add_argument("--blocks", metavar="K", help="the same as blocks=K: how many the facts are given for")
     sub.add_argument("--json", action="store_true", help="print the generated facts as JSON")
 
     sub = command("trace", lambda options: timeline.show(options.directory), "write the timeline of a run for Perfetto")
@@ -246,13 +248,18 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    if options.blocks < 1:
-        raise UserError(f"--blocks must be at least 1, got {options.blocks}")
-    card = registry.card(options.name)
+    names = [word for word in options.words if not re.match(_KEY, word)]
+    if len(names) > 1:
+        raise UserError(f"one method at a time, got {', '.join(names)}")
+    words = [f"method={word}" if word in names else word for word in options.words]
+    config = read(InfoConfig, [*words, *([f"blocks={options.blocks}"] if options.blocks else [])])
+    if config.blocks < 1:
+        raise UserError(f"blocks must be at least 1, got {config.blocks}")
+    card = registry.card(config.method)
     if options.json:
-        print(json.dumps({"name": card.name, "summary": card.summary, **card.facts(options.blocks)}))
+        print(json.dumps({"name": card.name, "summary": card.summary, **card.facts(config.blocks)}))
         return
-    text = card.render(options.blocks)
+    text = card.render(config.blocks)
     console = Console()
     console.print(Markdown(text) if console.is_terminal else text, markup=False)
 

@@ -116,6 +116,14 @@ class FlopsConfig:
     update: float = 2.0  # FLOPs per weight and step: 2 SGD, 4 with momentum, 13 Adam
 
 
+@dataclass
+class InfoConfig:
+    """`decoupled info`."""
+
+    method: Any = MISSING  # a name, or a mapping with options
+    blocks: int = 4  # that the facts are given for
+
+
 def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
     """Build a configuration.
 
@@ -176,7 +184,7 @@ def _explained(kind: type) -> Iterator[None]:
     except (ConfigAttributeError, ConfigKeyError) as error:
         key, like = str(error.key), nearest(str(error.key), _known(kind))
         inside = f" An option of the method goes inside it: method={{name: NAME, {key}: ...}}." * (
-            kind is TrainConfig and not like
+            kind in (TrainConfig, InfoConfig) and not like
         )
         raise UserError(f"unknown key {key!r}.{like} Known: {', '.join(_known(kind))}.{inside}") from None
     except MissingMandatoryValue as error:

@@ -123,17 +123,18 @@ def make(spec: str | Mapping[str, Any], kind: type = Method) -> Any:
     return corrected(method, [correction.make(one) for one in more]) if more else method
 
 
-def card(name: str) -> Card:
-    """The card of a method.
+def card(spec: str | Mapping[str, Any]) -> Card:
+    """The card of a method; with a mapping as `make` takes it, the facts are those with these options.
 
     Raises:
-        UserError: unknown name, or a method without a card.
+        UserError: as `make`, or a method without a card.
     """
+    name, given = parse("method", spec)
     entry = _entry(name)
     if not entry.card.is_file():
         raise UserError(f"method {name!r} has no card; write {entry.card.name} beside its module")
-    method: Any = make(name, object)
-    return Card(name, entry.family, entry.card.read_text(encoding="utf-8"), method, options(name))
+    method: Any = make(spec, object)
+    return Card(name, entry.family, entry.card.read_text(encoding="utf-8"), method, options(name) | given)
 
 
 def _coerce(name: str, key: str, value: object, wanted: object) -> object:

@@ -167,8 +167,8 @@ class Trainer:
         """
         if self._closed:
             raise UserError("this trainer is closed; make a new one, or keep it open with `with`")
-        if epochs < 0:
-            raise UserError(f"epochs must be at least 0, got {epochs}")
+        if not isinstance(epochs, int) or epochs < 0:
+            raise UserError(f"epochs must be an integer of at least 0, got {epochs!r}")
         return [self._run_epoch(batches) for _ in range(epochs)]
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -31,6 +32,12 @@ def by_point(records: Sequence[Record]) -> dict[str, list[Record]]:
     for record in records:
         groups.setdefault(describe(record.get("point") or {}), []).append(record)
     return groups
+
+
+def held(record: Record) -> list[float]:
+    """Bytes that every block held at its peak: for passes in flight, and what its corrections keep for good."""
+    passes, kept = record.get("peak_held_bytes") or [], record.get("correction_bytes") or []
+    return [sum(both) for both in zip_longest(passes, kept, fillvalue=0)]
 
 
 def last_loss(record: Record) -> float:

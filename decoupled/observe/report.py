@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from decoupled.observe import charts, claims, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
-from decoupled.observe.points import Record, best, describe
+from decoupled.observe.points import Record, best, describe, held
 from decoupled.observe.trace import KINDS, Span, opening, operation_kind
 
 Measure = Callable[[Record], float | None]
@@ -68,9 +68,9 @@ class Summary:
     def speedup(self) -> Stat | None:
         return self.stat(_of("speedup_over_backprop"))
 
-    def per_block(self, key: str) -> list[float]:
-        """Mean over seeds of a per-block (or per-edge) list, block by block."""
-        rows = [run.get(key) or [] for run in self.runs]
+    def per_block(self, of: str | Callable[[Record], Sequence[float]]) -> list[float]:
+        """Mean over seeds of a per-block (or per-edge) list, block by block; `of`: its key, or what reads it."""
+        rows = [run.get(of) or [] if isinstance(of, str) else of(run) for run in self.runs]
         return [fmean([row[k] for row in rows if len(row) > k]) for k in range(max(map(len, rows), default=0))]
 
     def staleness(self) -> list[Counter[int]]:
@@ -126,8 +126,8 @@ class Column:
 
 
 def _columns(summaries: Sequence[Summary]) -> list[Column]:
-    unit, size = byte_unit(max((sum(r.get("peak_held_bytes") or []) for m in summaries for r in m.runs), default=0))
-    held, largest = _of("peak_held_bytes", lambda x: sum(x) / size), _of("peak_held_bytes", lambda x: max(x) / size)
+    unit, size = byte_unit(max((sum(held(r)) for m in summaries for r in m.runs), default=0))
+    all_held, largest = (lambda r, of=of: of(held(r)) / size if held(r) else None for of in (sum, max))
     most = _of("staleness", lambda blocks: max(_merged(blocks), default=None))
     auxiliary = _of("auxiliary_parameters", lambda count: count or None)
     work, heads = (_of(f"{part}flops_per_sample", lambda x: sum(x) / 1e6 or None) for part in ("", "head_"))
@@ -140,7 +140,7 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
         Column("Throughput", "samples/s", _of("samples_per_second"), significant, max),
         Column("Training", "s", _of("wall_seconds"), significant, min),
         Column("Utilisation", "%, mean", _of("utilisation", fmean), percent, max),
-        Column("Held at peak", f"{unit}, sum of blocks", held, significant, min, ("max", largest, significant)),
+        Column("Held at peak", f"{unit}, sum of blocks", all_held, significant, min, ("max", largest, significant)),
         Column("Traffic up", "KiB/sample", up, significant, None, ("down", down, significant)),
         Column("Staleness", "mean", _of("staleness", _mean_staleness), fixed(2), None, ("max", most, fixed(0))),
         Column("Work", "MFLOP/sample, counted", work, significant, min, ("heads", heads, significant)),
@@ -204,16 +204,16 @@ def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
 
 def _bars(summaries: Sequence[Summary]) -> dict[str, Markup]:
     throughput, memory, traffic, reference = [], [], [], None
-    held = {m.label: m.per_block("peak_held_bytes") for m in summaries}
-    unit, size = byte_unit(max(map(sum, held.values()), default=0))
+    kept = {m.label: m.per_block(held) for m in summaries}
+    unit, size = byte_unit(max(map(sum, kept.values()), default=0))
     for m in summaries:
         if rate := m.stat(_of("samples_per_second")):
             faster = m.stat(_of("speedup_over_backprop"))
             text = significant(rate.mean) + (f" ({faster.mean:.2f}×)" if faster else "")
             throughput.append(charts.Bar(m.label, m.style, [rate.mean], text, rate.low, rate.high))
             reference = rate.mean if m.kind == "baseline" else reference
-        if held[m.label]:
-            parts = [part / size for part in held[m.label]]
+        if kept[m.label]:
+            parts = [part / size for part in kept[m.label]]
             memory.append(charts.Bar(m.label, m.style, parts, significant(sum(parts))))
         ways = [m.per_block(f"bytes_{way}_per_sample") for way in ("up", "down")]
         if any(ways):

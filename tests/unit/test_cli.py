@@ -81,6 +81,9 @@ def test_plain_pytorch_and_backprop_learn_the_same(tmp_path: Path) -> None:
         (["train", "method=backprop", "other_method=True"], "other_method=True goes with resume=CHECKPOINT"),
         (["simulate", "method=gpipe", "blocks=0"], "at least 1"),
         (["info", "pipedreams"], "Did you mean 'pipedream'"),
+        (["info", "pipedream", "recompute=true"], "method={name: NAME, recompute: ...}"),
+        (["info", "pipedream", "blocks=0"], "blocks must be at least 1"),
+        (["info", "pipedream", "fdg"], "one method at a time, got pipedream, fdg"),
         (["report", "nowhere"], "nowhere"),
     ],
 )  # fmt: skip
@@ -142,6 +145,10 @@ def test_simulate_list_and_info_speak_json(capsys: pytest.CaptureFixture[str]) -
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == methods(object)
     assert run("info", "pipedream", "--json", "--blocks", "3") == 0
     assert json.loads(capsys.readouterr().out)["updates between forward and backward"] == [2, 1, 0]
+    assert run("info", "{name: overlapping_local, reach: 3}", "blocks=4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["options"]["reach"] == 3
+    assert found["objectives that reach block k"] == {"0": [2], "1": [2, 3], "2": [2, 3], "3": [3]}
     assert run("info", "pipedream") == 0
     assert "## In one sentence" in capsys.readouterr().out
     assert run("simulate", "method=pipedream") == 0

@@ -124,6 +124,13 @@ def test_numbers_in_the_table_are_those_of_the_records():
     assert "2 of 3 seeds" in ddg[0][-1], "missing seeds are never hidden"
 
 
+def test_what_corrections_keep_counts_as_held():
+    changes: dict[str, Any] = {"peak_held_bytes": [3 * 2**20, 2**20], "correction_bytes": [2**19, 2**21]}
+    page = Page(render(results(record("backprop", 0), record("spectrain", 0, **changes))))
+    names = [cell[0] for cell in page.rows[0]]
+    assert page.rows[2][names.index("Held at peak")] == ["6.50", "max 3.50"]  # MiB
+
+
 def test_the_best_of_each_column_is_marked_among_methods_only():
     data = results(
         record("backprop", test_accuracy=0.9), record("ddg", test_accuracy=0.8, speedup_over_backprop=1.5),
