@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled.errors import UserError, WrongType, first_line
+from decoupled.runtime import memory
 from decoupled.runtime.contract import intra_op_threads
 
 
@@ -25,7 +26,9 @@ def unit_seconds(
     """Measure the forward + backward seconds of every unit on a sample batch.
 
     Works on copies in training mode, so the model's buffers, gradients and mode and the random state stay as they are,
-    and on one intra-op thread: blocks share the cores, and a busy machine disturbs one thread least.
+    and on one intra-op thread: blocks share the cores, and a busy machine disturbs one thread least. Freed memory stays
+    with the process from then on, as in training: with fresh pages for every pass, units of large activations would
+    look dearer than they are.
 
     Args:
         units: applied one after the other; each takes and returns a tensor or a tuple of tensors.
@@ -55,6 +58,7 @@ def unit_seconds(
         copies.append(twin.train())
     home = next((p.device for unit in copies for p in unit.parameters()), x.device)
     x = x.to(home if device is None else device)
+    memory.keep()
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), intra_op_threads(1):
         passes = [_one_pass(copies, x, home) for _ in range(warmup + repeats)][warmup:]

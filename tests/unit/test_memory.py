@@ -17,3 +17,14 @@ def test_memory_is_kept_unless_the_user_says_how(extra: dict[str, str], kept: st
         monkeypatch.setenv(name, value)
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (kept if platform.libc_ver()[0] == "glibc" else "False")
+
+
+def test_units_are_timed_with_memory_kept_as_they_are_trained() -> None:
+    code = (
+        "import torch; from decoupled.runtime import memory; from decoupled import split;"
+        "before = memory.keep.cache_info().currsize;"
+        "split([torch.nn.Linear(4, 4) for _ in range(2)], 2, torch.ones(3, 4));"
+        "print(before, memory.keep.cache_info().currsize)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 1"
