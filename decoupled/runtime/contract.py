@@ -196,6 +196,11 @@ class Observer:
         """`actor` waited for `what`: "messages" or "room"."""
 
 
+def looking_at(what: str, observers: Iterable[Observer]) -> list[Callable[..., None]]:
+    """The methods `what` of those observers that override it."""
+    return [getattr(o, what) for o in observers if getattr(type(o), what) is not getattr(Observer, what)]
+
+
 class Timings(NamedTuple):
     """Seconds of one run per actor name: in operations, and waiting for messages or room; and of the whole run.
 

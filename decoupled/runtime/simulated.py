@@ -27,6 +27,7 @@ from decoupled.runtime.contract import (
     Timings,
     Want,
     intra_op_threads,
+    looking_at,
 )
 from decoupled.runtime.timing import Timing
 
@@ -106,7 +107,10 @@ class _Simulation:
             room, line = reserved.setdefault((edge.target, edge.port), [0]), (edge.source, edge.target)
             link = _Link(edge, self._states[edge.target], room, lines.setdefault(line, [0.0]))
             self._states[edge.source].routes.setdefault(edge.out, []).append(link)
-        self._observers, self._cost, self._latency, self._fifo = observers, cost, latency, fifo
+        self._cost, self._latency, self._fifo = cost, latency, fifo
+        self._operations, self._deliveries, self._takes, self._waits = (
+            looking_at(what, observers) for what in ("operation", "delivery", "taken", "wait")
+        )
         self._later: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._soon: deque[tuple[Callable[..., None], tuple]] = deque()  # events at the present time
         self._number = 0
@@ -157,15 +161,18 @@ class _Simulation:
             want, messages = found
             if messages and state.senders:
                 self._wake(state)
-            if self._observers:
-                self._report(state, want, messages)
+            for seen in self._waits:
+                seen(state.name, "messages", state.left, self._now)
+            for seen in self._takes:
+                for port, message in zip(want.ports, messages, strict=True):
+                    seen(state.name, port, message, self._now)
             state.wants = None
             operation, sends = state.actor.handle(want, messages)
             cost = 0.0
             if operation is not None:
                 cost = self._cost(state.name, operation)
-                for observer in self._observers:
-                    observer.operation(state.name, operation, self._now, self._now + cost)
+                for seen in self._operations:
+                    seen(state.name, operation, self._now, self._now + cost)
             state.left = self._now + cost
             routes = state.routes
             state.outbox.extend((link, message) for out, message in sends for link in routes.get(out, ()))
@@ -175,12 +182,6 @@ class _Simulation:
                 self._at(self._now + cost, self._finish, state)
             elif state.outbox:
                 self._send(state)
-
-    def _report(self, state: _State, want: Want, messages: tuple[Message, ...]) -> None:
-        for observer in self._observers:
-            observer.wait(state.name, "messages", state.left, self._now)
-            for port, message in zip(want.ports, messages, strict=True):
-                observer.taken(state.name, port, message, self._now)
 
     def _finish(self, state: _State) -> None:
         state.busy = False
@@ -201,8 +202,8 @@ class _Simulation:
                 arrival = link.last = max(arrival, link.last)
             link.reserved[0] += not link.edge.drops
             self._at(arrival, self._arrive, link, message, self._now)
-        for observer in self._observers:
-            observer.wait(state.name, "room", state.left, self._now)
+        for seen in self._waits:
+            seen(state.name, "room", state.left, self._now)
         state.left = self._now
 
     def _sent(self, link: _Link, message: Message) -> float:
@@ -214,8 +215,8 @@ class _Simulation:
     def _arrive(self, link: _Link, message: Message, sent: float) -> None:
         link.reserved[0] -= not link.edge.drops
         link.target.mail.put(link.edge.port, message)
-        for observer in self._observers:
-            observer.delivery(link.edge, message, sent, self._now)
+        for seen in self._deliveries:
+            seen(link.edge, message, sent, self._now)
         self._start(link.target)
 
     def _wake(self, state: _State) -> None:

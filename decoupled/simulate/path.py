@@ -24,6 +24,7 @@ class CriticalPath(Observer):
 
     def __init__(self, blocks: int, answering: Iterable[str]) -> None:
         self._blocks, self._answering = blocks, set(answering)
+        self._number = {f"block{k}": k for k in range(blocks)}
         self._latest: dict[str, Chain] = {}
         self._sent: defaultdict[tuple[str, bool, Any], deque[Link | None]] = defaultdict(deque)
         self._arrived: dict[tuple[str, str, Any], Chain] = {}
@@ -38,12 +39,12 @@ class CriticalPath(Observer):
         own, cause = self._latest.get(actor, NOTHING), self._cause.pop(actor, NOTHING)
         chain = own[1] if own[0] >= cause[0] else cause[1]
         if end > start:
-            chain = _longer(chain, int(actor[5:]), end - start)
+            chain = _longer(chain, self._number[actor], end - start)
         self._latest[actor] = (end, chain)
         kind = operation[0]
         if kind == "E":
             self._early.add(actor)
-        top = actor == f"block{self._blocks - 1}"
+        top = self._number.get(actor) == self._blocks - 1
         if (kind == "E" or (kind == "F" and actor not in self._early)) and not top:
             self._sent[actor, True, int(operation[1:])].append(chain)
         elif kind in "BI" and actor in self._answering:

@@ -124,7 +124,7 @@ class Planned(Actor):
         self.version += 1
 
     def _weigh(self) -> None:
-        copies = len(self._users.keys() | self._reserved) if self._copies else 0
+        copies = len(self._users) + sum(v not in self._users for v in self._reserved) if self._copies else 0
         self.held = max(self.held, len(self._forward) * self._pass + copies * self.sizes.weights)
 
     def _operate(self, kind: str, n: int, messages: tuple[Message, ...]) -> list[tuple[str, Message]]:
