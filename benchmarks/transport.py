@@ -3,6 +3,7 @@
     ring          an edge through shared memory             send/recv     torch.distributed send, recv, one by one
     Gloo edge     an edge between hosts through Gloo        isend/irecv   the same with four in flight
     stream edge   the same through its own TCP stream       (all over loopback)
+    one copy      one thread from memory to memory, for scale: the ring copies twice, one end beside the other
 
 Every round lets every contestant carry the same tensors, one contestant at a time, in turned order; ratios are taken
 within a round. A stream counts from the first send until the receiver's word that everything has come. The edges
@@ -41,7 +42,8 @@ from decoupled.transport.endpoint import Endpoint
 
 SIZES = {"4 KiB": 1 << 12, "64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24}
 EDGES = ("ring", "Gloo edge", "stream edge")
-CONTESTANTS = ("ring", "send/recv", "Gloo edge", "stream edge", "isend/irecv")
+CONTESTANTS = ("ring", "send/recv", "Gloo edge", "stream edge", "isend/irecv", "one copy")
+TRIPS = (*EDGES, "send/recv")
 _IN_FLIGHT = 4  # messages of an edge, and operations of the isend/irecv loop
 _WAIT = 60.0  # seconds that anything may take
 _GB = 1e9
@@ -184,6 +186,25 @@ def _isend_irecv(rank: int, size: int, count: int) -> float:
     return time.perf_counter() - start
 
 
+def _copy(rank: int, size: int, count: int) -> float:
+    source, target = torch.ones(size // 4), torch.zeros(size // 4)
+    start = time.perf_counter()
+    for _ in range(count if rank == 0 else 0):
+        target.copy_(source)
+    return time.perf_counter() - start
+
+
+def _bare_trips(rank: int, size: int, count: int) -> list[float]:
+    """Round trips of `Edges.trips` without an edge."""
+    tensor, seconds = torch.ones(size // 4), []
+    for _ in range(count):
+        start = time.perf_counter()
+        for step in (dist.send, dist.recv) if rank == 0 else (dist.recv, dist.send):
+            step(tensor, 1 - rank)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 @contextmanager
 def joined(rank: int, port: int, pipe: Connection) -> Iterator[tuple[Endpoint, Any]]:
     """In one of two processes: an endpoint, the address of the other's, and a group of Gloo for bare loops."""
@@ -206,14 +227,15 @@ def _rank(rank: int, port: int, pipe: Connection) -> None:
         places = ((other, "shared_memory"), (far, "gloo"), (far, "stream"))
         edges = {name: Edges(rank, endpoint, *where) for name, where in zip(EDGES, places, strict=True)}
         carriers: dict[str, Carry] = {name: edge.carry for name, edge in edges.items()}
-        carriers |= {"send/recv": _send_recv, "isend/irecv": _isend_irecv}
+        carriers |= {"send/recv": _send_recv, "isend/irecv": _isend_irecv, "one copy": _copy}
+        travellers = {f"{name} trip": edge.trips for name, edge in edges.items()} | {"send/recv trip": _bare_trips}
         while (order := pipe.recv()) is not None:
             what, size, count = order
             if what in carriers:
                 carriers[what](rank, size, 2)
                 pipe.send(carriers[what](rank, size, count))
-            elif what.endswith("trip"):
-                pipe.send(statistics.median(edges[what.removesuffix(" trip")].trips(rank, size, count)))
+            elif what in travellers:
+                pipe.send(statistics.median(travellers[what](rank, size, count)))
             else:
                 pipe.send(edges[what.removesuffix(" wire")].overhead(rank))
 
@@ -272,8 +294,9 @@ def measure(rounds: int, volume: int, say: Callable[[str], None]) -> list[dict[s
                 turn = number % len(CONTESTANTS)
                 for name in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
                     record[f"{name} {title}"] = count * size / pair.ask(name, size, count) / _GB
-            for name in EDGES:
+            for name in TRIPS:
                 record[f"{name} trip"] = pair.ask(f"{name} trip", 1 << 12, 300) * 1e3
+            for name in EDGES:
                 record[f"{name} wire"] = pair.ask(f"{name} wire")
             found.append(record)
             say(f"round {number + 1} of {rounds}")
@@ -292,7 +315,7 @@ def markdown(found: Sequence[Mapping[str, float]], facts: Mapping[str, Any], sec
         verdict = "yes" if figure.reached(values.median) else "**no**"
         figures.append([figure.title, must, values.text(figure.form), verdict])
     speeds = [[size, *(spread[f"{name} {size}"].text() for name in CONTESTANTS)] for size in SIZES]
-    trips = [[name, spread[f"{name} trip"].text(".3f")] for name in EDGES]
+    trips = [[name, spread[f"{name} trip"].text(".3f")] for name in TRIPS]
     how = (
         f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
         f"{facts['system']}; `python -m decoupled.benchmarks.transport`, {seconds:.0f} s. "

@@ -229,11 +229,12 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _flops(options: argparse.Namespace) -> None:
-    counted = costs.count(read(FlopsConfig, options.words, options.config))
+    config = read(FlopsConfig, options.words, options.config)
+    counted = costs.count(config)
     if options.json:
         print(json.dumps(costs.as_dict(counted)))
     else:
-        costs.show(counted)
+        costs.show(counted, selects=registry.make(config.method).selection is not None)
 
 
 def _list(options: argparse.Namespace) -> None:

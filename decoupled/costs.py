@@ -147,8 +147,8 @@ def as_dict(counted: Cost) -> dict[str, Any]:
     }
 
 
-def show(counted: Cost) -> None:
-    """Print a table with a row per block, and the two sums that count."""
+def show(counted: Cost, selects: bool = False) -> None:
+    """Print a table with a row per block, and the two sums that count; `selects`: the method chooses its samples."""
     scale, unit = _unit(counted.total)
     table = Table("block", *HEADS, title=f"{unit} per example")
     for column in table.columns:
@@ -165,6 +165,8 @@ def show(counted: Cost) -> None:
         f"sequential (critical path) {counted.sequential / scale:,.2f} {unit} per example; "
         + (f"blocks {turns} take turns" if turns else "all blocks run in parallel")
     )
+    if selects:
+        print("per example that is trained on; what choosing them costs depends on the run: `compare` counts it")
 
 
 def _blocks(units: Sequence[nn.Module], cuts: Sequence[int]) -> list[nn.Module]:

@@ -47,6 +47,16 @@ def test_the_command_prints_what_was_worked_out_for_the_wide_mlp(
     assert f"sequential (critical path) {found['sequential'] / 1e6:.2f} MFLOP per example" in text
 
 
+def test_the_command_says_that_choosing_samples_is_not_in_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for method in ("greedy_local", "{name: uniform, boss: greedy_local}"):
+        assert run("flops", f"method={method}", *SMALL) == 0
+        texts.append(capsys.readouterr().out)
+    plain, selecting = texts
+    assert selecting.startswith(plain.rstrip())
+    assert "what choosing them costs depends on the run" in selecting.removeprefix(plain.rstrip())
+
+
 def _without_memory(build):
     """Half a gigabyte of weights is only counted: build it on torch's meta device."""
 
