@@ -80,8 +80,9 @@ class Recipe:
 
 
 def cut(
-    model: Model, blocks: int | Sequence[int] | None, sample: Tensor | None, device: torch.device | None = None
-) -> tuple[list[nn.Module], list[int]]:
+    model: Model, blocks: int | Sequence[int] | None, method: Method, sample: Tensor | None = None,
+    device: torch.device | None = None,
+) -> tuple[list[nn.Module], list[int]]:  # fmt: skip
     """The units of the model and the indices where later blocks begin; a sample is timed on `device`."""
     if blocks is None:
         if isinstance(model, nn.Sequential) or not isinstance(model, Sequence):
@@ -89,9 +90,14 @@ def cut(
         blocks = list(range(1, len(model)))
     if isinstance(model, Sequence) and not model:
         raise UserError("the model has no blocks: the list is empty")
-    parts = split(model, blocks, sample, device=device)
+    parts = split(model, blocks, sample, device=device, replays=replaying(method, blocks))
     units = [unit for part in parts for unit in part]
     return units, list(itertools.accumulate(len(part) for part in parts))[:-1]
+
+
+def replaying(method: Method | None, blocks: int | Sequence[int]) -> Callable[[int], bool]:
+    """Whether block k of so many runs every forward twice with `method` (None: with none); see `split`."""
+    return lambda k: method is not None and isinstance(blocks, int) and method.replays(k, blocks)
 
 
 def chain(

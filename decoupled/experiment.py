@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from decoupled import costs, flops, models, registry
 from decoupled import data as datasets
+from decoupled.build import replaying
 from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
 from decoupled.errors import UserError, first_line, unknown
@@ -48,12 +49,13 @@ class Setting:
     baseline: ClassVar[str | None] = None  # a control that speed-ups are relative to, whatever the suite says
 
     @classmethod
-    def prepare(cls, task: Task) -> Setting:
-        """Load the data, and cut the model once (balanced by time, or as given)."""
+    def prepare(cls, task: Task, method: Method | None = None) -> Setting:
+        """Load the data, and cut the model once (balanced by time, or as given); for one `method`, or for any."""
         dataset = datasets.load(task.data)
         units = models.build(task.model, dataset.inputs, dataset.classes, seed=0)
         sample = dataset.train.inputs[: task.recipe.batch_size], dataset.train.targets[: task.recipe.batch_size]
-        blocks = split(units, list(task.blocks) if isinstance(task.blocks, Sequence) else task.blocks, sample)
+        wanted = list(task.blocks) if isinstance(task.blocks, Sequence) else task.blocks
+        blocks = split(units, wanted, sample, replays=replaying(method, wanted))
         optimizer_for(task.recipe)
         return cls(task, dataset, list(itertools.accumulate(len(block) for block in blocks))[:-1])
 

@@ -8,15 +8,15 @@
 A pipeline runs at the pace of its slowest block, so `cuts` minimises the largest sum of costs, exactly, by dynamic
 programming over prefixes. Of the partitions that reach this minimum it takes one with the smallest sum of squared block
 costs, which is even among the cheaper blocks too; of those the latest cuts, so that an activation without cost stays
-with the layer before it. A cost is a unit's measured forward + backward seconds, or its number of parameters. Not
-modelled: the bytes that a cut sends, and memory.
+with the layer before it. A cost is a unit's measured forward + backward seconds (and the forward once more where a
+block replays it), or its number of parameters. Not modelled: the bytes that a cut sends, and memory.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled.errors import UserError, WrongType
-from decoupled.unit_costs import unit_parameters, unit_seconds
+from decoupled.unit_costs import unit_parameters, unit_passes
 
 
 def split(
@@ -34,6 +34,7 @@ def split(
     by: Literal["time", "parameters"] = "time",
     tie: Literal["copy"] | None = None,
     device: torch.device | str | None = None,
+    replays: Callable[[int], bool] = lambda k: False,
 ) -> list[nn.Sequential]:
     """Cut `model` into blocks.
 
@@ -48,6 +49,7 @@ def split(
             it cannot stay tied: None refuses; ``"copy"`` gives each later block its own copy, equal at first and
             trained apart from then on.
         device: where to measure; None: where the model is.
+        replays: whether block k will run every forward twice (`Method.replays`), when measured time is balanced.
 
     Returns:
         The blocks. They hold the model's own modules and parameters, except the units copied by ``tie="copy"``.
@@ -69,7 +71,8 @@ def split(
     if isinstance(blocks, int) and not isinstance(blocks, bool):
         _check_count(blocks, len(parts))
         timed = by == "time" and sample is not None and blocks > 1
-        at = cuts(unit_seconds(parts, sample, device=device) if timed else unit_parameters(parts), blocks)
+        passes = unit_passes(parts, sample, device=device) if timed else [(0, n) for n in unit_parameters(parts)]
+        at = cuts([both for _, both in passes], blocks, [fore for fore, _ in passes], replays)
     else:
         at = _check_cuts(blocks, len(parts))
     edges = [0, *at, len(parts)]
@@ -77,15 +80,18 @@ def split(
     return [nn.Sequential(*group) for group in _separate(groups, names, tie)]
 
 
-def cuts(costs: Sequence[float], blocks: int) -> list[int]:
+def cuts(
+    costs: Sequence[float], blocks: int, again: Sequence[float] = (), replays: Callable[[int], bool] = lambda k: False
+) -> list[int]:
     """Return the cut indices that minimise the largest block cost.
 
-    With prefix sums P, ``best(k, j) = min over i < j of max(best(k-1, i), P[j] - P[i])`` is the smallest possible
-    bottleneck of the first j units in k blocks; time O(blocks units^2).
+    With prefix sums P_k, ``best(k, j) = min over i < j of max(best(k-1, i), P_k[j] - P_k[i])`` is the smallest possible
+    bottleneck of the first j units in blocks 0 to k; time O(blocks units^2).
 
     Args:
         costs: one finite number >= 0 per unit.
         blocks: how many blocks; each gets at least one unit.
+        again: what every unit costs on top of that in a block k for which `replays(k)`.
 
     Returns:
         ``blocks - 1`` strictly increasing indices between 1 and units - 1.
@@ -96,26 +102,38 @@ def cuts(costs: Sequence[float], blocks: int) -> list[int]:
     Example:
         >>> cuts([4, 1, 1, 1, 1], blocks=3)
         [1, 3]
+        >>> cuts([3, 3, 3, 3, 3, 3], blocks=2, again=[1] * 6, replays=lambda k: k == 0)  # block 0 pays 4 per unit
+        [3]
+        >>> cuts([3] * 7, blocks=2, again=[1] * 7, replays=lambda k: k == 0)  # and would pay 16 for four of them
+        [3]
     """
     _check_count(blocks, len(costs))
     values = np.asarray(costs, dtype=np.float64)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise UserError(f"unit costs must be finite and not negative, got {list(costs)}; measure them again")
-    prefix = np.concatenate([[0.0], np.cumsum(values if values.any() else np.ones_like(values))])
-    # between[i, j]: cost of units i ... j-1 as one block; an empty block is not allowed.
-    between = prefix[None, :] - prefix[:, None]
-    between[np.tril_indices(len(prefix))] = np.inf
-    bottleneck, _ = _cheapest(between, blocks, np.maximum)
+    values = values if values.any() else np.ones_like(values)
+    once, twice = _between(values), _between(values + np.asarray(again) if len(again) else values)
+    each = [twice if replays(k) else once for k in range(blocks)]
+    bottleneck, _ = _cheapest(each, np.maximum)
     # Differences of prefix sums are rounded: without the tolerance, blocks of equal cost could exclude each other.
-    even = np.where(between <= bottleneck * (1 + 1e-9), (between / bottleneck) ** 2, np.inf)
-    _, at = _cheapest(even, blocks, np.add)
+    within = bottleneck * (1 + 1e-9)
+    even = {id(one): np.where(one <= within, (one / bottleneck) ** 2, np.inf) for one in (once, twice)}
+    _, at = _cheapest([even[id(one)] for one in each], np.add)
     return at
 
 
-def _cheapest(between: np.ndarray, blocks: int, combine: np.ufunc) -> tuple[float, list[int]]:
-    """Return the smallest combined cost of a partition into `blocks`, and its cuts (the latest, if several)."""
-    best, choices = between[0], []
-    for _ in range(1, blocks):
+def _between(values: np.ndarray) -> np.ndarray:
+    """At [i, j] the cost of units i ... j-1 as one block; an empty block is not allowed."""
+    prefix = np.concatenate([[0.0], np.cumsum(values)])
+    between = prefix[None, :] - prefix[:, None]
+    between[np.tril_indices(len(prefix))] = np.inf
+    return between
+
+
+def _cheapest(each: Sequence[np.ndarray], combine: np.ufunc) -> tuple[float, list[int]]:
+    """Return the smallest combined cost of a partition, and its cuts (the latest, if several); `each`: by block."""
+    best, choices = each[0][0], []
+    for between in each[1:]:
         through = combine(best[:, None], between)
         choice = len(best) - 1 - through[::-1].argmin(axis=0)
         best = through[choice, np.arange(len(choice))]

@@ -52,12 +52,12 @@ def train(
         return train_rl(config, out, events, quiet, rollout)
     if config.task is not None:
         return train_graph(config, out, events, quiet)
-    registry.make(config.method)
+    method = registry.make(config.method)
     if under_torchrun() and parse("runtime", config.runtime)[0] != "processes":
         raise UserError(f"torchrun needs runtime=processes, got runtime={config.runtime}")
     first, name = launched_rank() == 0, label(config.method)
     state = checkpoint.load(config.resume) if config.resume and first else None
-    setting = Setting.prepare(config)
+    setting = Setting.prepare(config, method)
     if state is not None and len(state["cuts"]) == len(setting.cuts):
         setting.cuts = list(state["cuts"])
     if not first:

@@ -95,7 +95,7 @@ class Trainer:
         self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite, precision)
         self._given, self._blocks = model, blocks
         self._observers, self._on_batch = observers, on_batch
-        units, self._cuts = cut(model, blocks, None)  # wrong input is refused now; timed again on the first batch
+        units, self._cuts = cut(model, blocks, point)  # wrong input is refused now; timed again on the first batch
         self._units = units
         others = int(point.selection is not None)
         self._runtime = make_runtime(runtime, len(self._cuts) + 1, others)
@@ -346,7 +346,7 @@ class Trainer:
             self._resume_rng = None
         inputs, iterator = peek(batches, f"epoch {self._epoch + 1}")
         if not self._workers and isinstance(self._blocks, int) and self._blocks > 1:
-            self._units, self._cuts = cut(self._given, self._blocks, inputs, self._recipe.devices[0])
+            self._units, self._cuts = cut(self._given, self._blocks, self.method, inputs, self._recipe.devices[0])
         self._first = inputs[:2]
         return iterator
 

@@ -20,10 +20,10 @@ def unit_parameters(units: Iterable[nn.Module]) -> list[int]:
     return [sum(p.numel() for p in unit.parameters()) for unit in units]
 
 
-def unit_seconds(
+def unit_passes(
     units: Sequence[nn.Module], sample: Any, repeats: int = 7, warmup: int = 2, device: torch.device | str | None = None
-) -> list[float]:
-    """Measure the forward + backward seconds of every unit on a sample batch.
+) -> list[tuple[float, float]]:
+    """Measure the seconds of every unit on a sample batch: of a forward, and of a forward with its backward.
 
     Works on copies in training mode, so the model's buffers, gradients and mode and the random state stay as they are,
     and on one intra-op thread: blocks share the cores, and a busy machine disturbs one thread least. Freed memory stays
@@ -38,7 +38,7 @@ def unit_seconds(
         device: where to measure, one unit at a time, so that a model fits that does not as a whole; None: where it is.
 
     Returns:
-        Seconds per unit.
+        Both per unit.
 
     Raises:
         TypeError: the sample has no tensor, or a unit returns none.
@@ -62,11 +62,16 @@ def unit_seconds(
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), intra_op_threads(1):
         passes = [_one_pass(copies, x, home) for _ in range(warmup + repeats)][warmup:]
-    return [min(times) for times in zip(*passes, strict=True)]
+    return [(min(fore for fore, _ in times), min(both for _, both in times)) for times in zip(*passes, strict=True)]
 
 
-def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list[float]:
-    """Run every unit forward and backward once, each on a detached input where `x` is, and return its seconds."""
+def unit_seconds(units: Sequence[nn.Module], sample: Any, **more: Any) -> list[float]:
+    """The forward + backward seconds of every unit, see `unit_passes`."""
+    return [both for _, both in unit_passes(units, sample, **more)]
+
+
+def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list[tuple[float, float]]:
+    """Run every unit forward and backward once, each on a detached input where `x` is; seconds of F, and of both."""
     seconds = []
     # Never a leaf itself: a unit that begins with an in-place operation may not change one, nor the caller's sample.
     inputs: Any = x.detach().clone()
@@ -76,6 +81,8 @@ def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list
             _wait(x.device)
             start = perf_counter()
             output = unit(inputs)
+            _wait(x.device)
+            fore = perf_counter() - start
         except torch.OutOfMemoryError as error:
             where = f"unit {index} ({type(unit).__name__}) and a batch of {len(x)} do not fit on {x.device}"
             raise UserError(f"{where} ({first_line(error)}); give smaller units or batches, or the cuts") from error
@@ -89,7 +96,7 @@ def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
         _wait(x.device)
-        seconds.append(perf_counter() - start)
+        seconds.append((fore, perf_counter() - start))
         # Only the first unit computes no gradient of its input.
         received = [t.detach().requires_grad_(t.is_floating_point()).clone() for t in tensors]
         inputs = received[0] if isinstance(output, Tensor) else tuple(received)

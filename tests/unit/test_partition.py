@@ -13,7 +13,7 @@ from decoupled import Trainer, partition, unit_costs
 from decoupled.errors import UserError
 from decoupled.models import build
 from decoupled.partition import cuts, split
-from decoupled.unit_costs import unit_parameters, unit_seconds
+from decoupled.unit_costs import unit_parameters, unit_passes, unit_seconds
 
 
 def block_costs(costs, at):
@@ -42,6 +42,23 @@ def test_cuts_equal_brute_force(case):
     assert max(mine) == min(map(max, every))
     squares = [sum(c * c for c in e) for e in every if max(e) == max(mine)]
     assert sum(c * c for c in mine) == min(squares)
+
+
+@given(costs_and_blocks, st.data())
+def test_cuts_equal_brute_force_where_some_blocks_pay_more(case, data):
+    costs, blocks = case
+    again = data.draw(st.lists(st.integers(0, 9), min_size=len(costs), max_size=len(costs)))
+    dearer = data.draw(st.sets(st.integers(0, blocks - 1)))
+
+    def slowest(at):
+        edges = [0, *at, len(costs)]
+        return max(
+            sum(costs[a:b]) + (k in dearer) * sum(again[a:b]) for k, (a, b) in enumerate(itertools.pairwise(edges))
+        )
+
+    least = min(map(slowest, itertools.combinations(range(1, len(costs)), blocks - 1)))
+    if any(costs):  # else every unit counts as 1
+        assert slowest(cuts(costs, blocks, again, lambda k: k in dearer)) == least
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=8), st.integers(1, 2))
@@ -111,9 +128,11 @@ def test_parameters_balance_when_there_is_no_sample():
 
 
 def test_time_balances_when_there_is_a_sample(monkeypatch):
-    """The clock is read at the start and at the end of each unit; it advances by the seconds given here."""
+    """The clock is read before each unit, between its forward and its backward, and after it."""
     seconds = [5.0, 1.0, 1.0, 1.0]
-    ticks = itertools.chain([0.0], itertools.accumulate(t for s in itertools.cycle(seconds) for t in (s, 0.0)))
+    ticks = itertools.chain(
+        [0.0], itertools.accumulate(t for s in itertools.cycle(seconds) for t in (s / 4, 3 * s / 4, 0.0))
+    )
     monkeypatch.setattr(unit_costs, "perf_counter", lambda: next(ticks))
     sample = (torch.randn(2, 3), torch.zeros(2))
     assert [len(b) for b in split(linears(4), 2, sample)] == [1, 3]
@@ -133,13 +152,24 @@ def test_the_trainer_measures_on_its_first_device(monkeypatch):
 
     def seconds(parts, sample, device):
         seen.append(device)
-        return [1.0] * len(parts)
+        return [(0.5, 1.0)] * len(parts)
 
-    monkeypatch.setattr(partition, "unit_seconds", seconds)
+    monkeypatch.setattr(partition, "unit_passes", seconds)
     given = {"loss": nn.functional.cross_entropy, "optimizer": torch.optim.SGD, "devices": ["cpu"]}
     with Trainer(nn.Sequential(*linears(4)), "backprop", blocks=2, **given) as trainer:
         trainer.fit([(torch.randn(4, 3), torch.randint(3, (4,)))])
     assert seen == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(("recompute", "at"), [(False, [4]), (True, [3])])
+def test_a_block_that_replays_gets_fewer_units(recompute, at, monkeypatch):
+    """Seven units of 1 forward and 2 backward: 12 | 9, but with replays below the top 12 | 12 and not 16 | 9."""
+    monkeypatch.setattr(partition, "unit_passes", lambda parts, sample, device: [(1.0, 3.0)] * len(parts))
+    given = {"loss": nn.functional.cross_entropy, "optimizer": torch.optim.SGD, "devices": ["cpu"]}
+    method = {"name": "pipedream", "recompute": recompute}
+    with Trainer(nn.Sequential(*linears(7)), method, blocks=2, **given) as trainer:
+        trainer.fit([(torch.randn(4, 3), torch.randint(3, (4,)))])
+        assert trainer.cuts == at
 
 
 @pytest.mark.parametrize("when", ["to", "forward"])
@@ -153,9 +183,9 @@ def test_a_unit_too_large_for_the_device_is_said_to_be(monkeypatch, when):
 
 
 def test_median_ignores_warm_up_and_one_interruption(monkeypatch):
-    passes = iter([[70.0, 70.0], [70.0, 70.0], [1.0, 2.0], [90.0, 2.0], [1.0, 80.0]])
-    monkeypatch.setattr(unit_costs, "_one_pass", lambda units, x, home: next(passes))
-    assert unit_seconds(linears(2), torch.randn(2, 3), repeats=3, warmup=2) == [1.0, 2.0]
+    both = iter([[70.0, 70.0], [70.0, 70.0], [1.0, 2.0], [90.0, 2.0], [1.0, 80.0]])
+    monkeypatch.setattr(unit_costs, "_one_pass", lambda units, x, home: [(s / 4, s) for s in next(both)])
+    assert unit_passes(linears(2), torch.randn(2, 3), repeats=3, warmup=2) == [(0.25, 1.0), (0.5, 2.0)]
 
 
 def test_a_wide_layer_measures_longer_than_a_narrow_one():
