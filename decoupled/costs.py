@@ -29,7 +29,8 @@ from rich.table import Table
 from torch import nn
 
 from decoupled import data as datasets
-from decoupled import flops, models
+from decoupled import flops, models, registry
+from decoupled.build import replaying
 from decoupled.config import FlopsConfig, Recipe
 from decoupled.errors import UserError
 from decoupled.flops import Cost
@@ -131,7 +132,8 @@ def count(config: FlopsConfig) -> Cost:
         sample = torch.zeros(8, *shape)
     units = models.build(config.model, shape, classes)
     wanted = list(config.blocks) if isinstance(config.blocks, Sequence) else config.blocks
-    cuts = list(itertools.accumulate(len(block) for block in split(units, wanted, sample)))[:-1]
+    blocks = split(units, wanted, sample, replays=replaying(registry.make(config.method), wanted))
+    cuts = list(itertools.accumulate(map(len, blocks)))[:-1]
     return flops.cost(
         _blocks(units, cuts), shape, config.method, dtype=sample.dtype, skip=config.skip, update=config.update
     )  # fmt: skip

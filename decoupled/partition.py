@@ -102,23 +102,22 @@ def cuts(
     Example:
         >>> cuts([4, 1, 1, 1, 1], blocks=3)
         [1, 3]
-        >>> cuts([3, 3, 3, 3, 3, 3], blocks=2, again=[1] * 6, replays=lambda k: k == 0)  # block 0 pays 4 per unit
-        [3]
-        >>> cuts([3] * 7, blocks=2, again=[1] * 7, replays=lambda k: k == 0)  # and would pay 16 for four of them
+        >>> cuts([3] * 7, blocks=2)  # 12 | 9
+        [4]
+        >>> cuts([3] * 7, blocks=2, again=[1] * 7, replays=lambda k: k == 0)  # 12 | 12, not 16 | 9
         [3]
     """
     _check_count(blocks, len(costs))
-    values = np.asarray(costs, dtype=np.float64)
-    if not (np.isfinite(values).all() and (values >= 0).all()):
+    values, more = np.asarray(costs, np.float64), np.asarray(again if len(again) else [0] * len(costs), np.float64)
+    if not all(np.isfinite(given).all() and (given >= 0).all() for given in (values, more)):
         raise UserError(f"unit costs must be finite and not negative, got {list(costs)}; measure them again")
     values = values if values.any() else np.ones_like(values)
-    once, twice = _between(values), _between(values + np.asarray(again) if len(again) else values)
-    each = [twice if replays(k) else once for k in range(blocks)]
-    bottleneck, _ = _cheapest(each, np.maximum)
+    twice = [replays(k) for k in range(blocks)]
+    between = _between(values), _between(values + more)  # of a block that runs its forwards once, and twice
+    bottleneck, _ = _cheapest([between[k] for k in twice], np.maximum)
     # Differences of prefix sums are rounded: without the tolerance, blocks of equal cost could exclude each other.
-    within = bottleneck * (1 + 1e-9)
-    even = {id(one): np.where(one <= within, (one / bottleneck) ** 2, np.inf) for one in (once, twice)}
-    _, at = _cheapest([even[id(one)] for one in each], np.add)
+    even = [np.where(one <= bottleneck * (1 + 1e-9), (one / bottleneck) ** 2, np.inf) for one in between]
+    _, at = _cheapest([even[k] for k in twice], np.add)
     return at
 
 

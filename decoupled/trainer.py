@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ class Trainer:
         """
         if self._closed:
             raise UserError("this trainer is closed; make a new one, or keep it open with `with`")
-        if not isinstance(epochs, int) or epochs < 0:
+        if not isinstance(epochs, Integral) or epochs < 0:
             raise UserError(f"epochs must be an integer of at least 0, got {epochs!r}")
         return [self._run_epoch(batches) for _ in range(epochs)]
 

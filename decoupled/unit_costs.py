@@ -65,11 +65,6 @@ def unit_passes(
     return [(min(fore for fore, _ in times), min(both for _, both in times)) for times in zip(*passes, strict=True)]
 
 
-def unit_seconds(units: Sequence[nn.Module], sample: Any, **more: Any) -> list[float]:
-    """The forward + backward seconds of every unit, see `unit_passes`."""
-    return [both for _, both in unit_passes(units, sample, **more)]
-
-
 def _one_pass(units: Sequence[nn.Module], x: Tensor, home: torch.device) -> list[tuple[float, float]]:
     """Run every unit forward and backward once, each on a detached input where `x` is; seconds of F, and of both."""
     seconds = []

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from decoupled import Trainer, partition, unit_costs
+from decoupled import Trainer, costs, partition, registry, unit_costs
+from decoupled.config import FlopsConfig, TrainConfig
 from decoupled.errors import UserError
+from decoupled.experiment import Setting
 from decoupled.models import build
 from decoupled.partition import cuts, split
-from decoupled.unit_costs import unit_parameters, unit_passes, unit_seconds
+from decoupled.unit_costs import unit_parameters, unit_passes
 
 
 def block_costs(costs, at):
@@ -99,6 +101,8 @@ def test_many_units_are_cut_quickly():
 def test_costs_must_be_finite_and_not_negative(costs):
     with pytest.raises(UserError, match="finite and not negative"):
         cuts(costs, 2)
+    with pytest.raises(UserError, match="must be finite and not negative"):
+        cuts([1, 1], 2, costs, lambda k: True)
 
 
 # --- cutting ------------------------------------------------------------------------------------------------------
@@ -172,6 +176,15 @@ def test_a_block_that_replays_gets_fewer_units(recompute, at, monkeypatch):
         assert trainer.cuts == at
 
 
+@pytest.mark.parametrize(("method", "at"), [("pipedream", 4), ("features_replay", 3)])
+def test_commands_cut_for_the_method_they_are_given(method, at, monkeypatch):
+    monkeypatch.setattr(partition, "unit_passes", lambda parts, sample, device: [(1.0, 3.0)] * len(parts))
+    model = {"name": "mlp", "width": 8, "depth": 7}
+    assert Setting.prepare(TrainConfig(method=method, model=model), registry.make(method)).cuts == [at]
+    found, due = (costs.count(FlopsConfig(method, model, inputs=[4], blocks=blocks)) for blocks in (2, [at]))
+    assert found == due
+
+
 @pytest.mark.parametrize("when", ["to", "forward"])
 def test_a_unit_too_large_for_the_device_is_said_to_be(monkeypatch, when):
     def fails(unit, x):
@@ -179,7 +192,7 @@ def test_a_unit_too_large_for_the_device_is_said_to_be(monkeypatch, when):
 
     monkeypatch.setattr(nn.Linear, when, fails)
     with pytest.raises(UserError, match=r"unit 0 \(Linear\) and a batch of 2 do not fit on cpu"):
-        unit_seconds(linears(1), torch.randn(2, 3))
+        unit_passes(linears(1), torch.randn(2, 3))
 
 
 def test_median_ignores_warm_up_and_one_interruption(monkeypatch):
@@ -189,7 +202,8 @@ def test_median_ignores_warm_up_and_one_interruption(monkeypatch):
 
 
 def test_a_wide_layer_measures_longer_than_a_narrow_one():
-    seconds = unit_seconds([nn.Linear(4, 512), nn.Linear(512, 512), nn.Linear(512, 4)], torch.randn(64, 4))
+    units = [nn.Linear(4, 512), nn.Linear(512, 512), nn.Linear(512, 4)]
+    seconds = [both for _, both in unit_passes(units, torch.randn(64, 4))]
     assert seconds[1] == max(seconds)
     assert min(seconds) > 0
 
@@ -214,7 +228,7 @@ def test_measuring_has_no_side_effects():
 
 def test_measuring_a_unit_that_works_in_place_leaves_the_sample_alone():
     sample = torch.full((2, 3), -1.0)
-    unit_seconds([nn.ReLU(inplace=True), nn.ReLU(inplace=True)], sample, repeats=1)
+    unit_passes([nn.ReLU(inplace=True), nn.ReLU(inplace=True)], sample, repeats=1)
     assert sample.eq(-1).all()
 
 
@@ -230,7 +244,7 @@ def test_measuring_runs_forward_and_backward_in_training_mode():
             return y
 
     with torch.no_grad():
-        unit_seconds([Spy().eval(), Spy()], torch.randn(2, 3), repeats=1, warmup=0)
+        unit_passes([Spy().eval(), Spy()], torch.randn(2, 3), repeats=1, warmup=0)
     # The first unit's input is data and gets no gradient; the second one's is an activation.
     assert events == [("forward", True, False), ("forward", True, True), ("backward", (2, 3))]
 
@@ -244,7 +258,7 @@ def test_units_may_hand_over_tuples():
         def forward(self, pair):
             return pair[0] + pair[1]
 
-    assert len(unit_seconds([Fork(), Join()], torch.randn(2, 3), repeats=1)) == 2
+    assert len(unit_passes([Fork(), Join()], torch.randn(2, 3), repeats=1)) == 2
 
 
 # --- shared tensors -----------------------------------------------------------------------------------------------
@@ -364,6 +378,6 @@ def test_units_that_cannot_be_measured_are_named():
             return None
 
     with pytest.raises(UserError, match=r"unit 1 \(Stubborn\) cannot be copied .*not me.*; use by='parameters'"):
-        unit_seconds([nn.Linear(3, 3), Stubborn(3, 3)], torch.randn(2, 3))
+        unit_passes([nn.Linear(3, 3), Stubborn(3, 3)], torch.randn(2, 3))
     with pytest.raises(TypeError, match=r"unit 0 \(Silent\) returned NoneType"):
-        unit_seconds([Silent()], torch.randn(2, 3))
+        unit_passes([Silent()], torch.randn(2, 3))

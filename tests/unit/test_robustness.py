@@ -154,6 +154,7 @@ def test_integers_may_cross_an_edge() -> None:
         ({"data": [(torch.randn(4, 6).double(), torch.tensor([0, 1, 2, 3]))]}, "labels must be 0 to 2"),
         ({"method": "greedy_local", "tail": nn.Unflatten(1, (3, 1))}, "head 'sequence' reads (length, features)"),
         ({"epochs": -1}, "epochs must be an integer of at least 0"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 0"),
     ],
 )
 def test_wrong_input_is_one_clear_line(change: dict[str, Any], message: str) -> None:
