@@ -166,18 +166,21 @@ def test_the_target_gives_a_shared_ring_back_before_the_source(
     """CUDA leaves open what a mapping is worth whose memory has been freed."""
     freed: list[Any] = []
     free = DeviceRing.free
-    monkeypatch.setattr(DeviceRing, "free", lambda ring: (freed.append((ring, inlet._link.is_closed)), free(ring)))
+    monkeypatch.setattr(DeviceRing, "free", lambda ring: (freed.append((ring, inlet._link._is_cut)), free(ring)))
     out, inlet = shared(pair)
     out.send(data(1, 100_000))
     inlet.receive()
     inlet.taken()
     assert not freed
     out.close()
+    leaves = Background(lambda: out.join(SOON))
+    assert leaves.waits()
+    assert not freed  # the source waits until the target's end is closed
     with pytest.raises(Closed):
         inlet.receive()
-    out.join(SOON)
-    assert freed[0] == (inlet._bulk, False)  # the source waits until the target's end is closed
-    assert [closed for ring, closed in freed if ring is out._bulk] == [True]
+    leaves.result()
+    assert freed[0] == (inlet._bulk, False)
+    assert [cut for ring, cut in freed if ring is out._bulk] == [True]
     assert inlet._bulk._memory is out._bulk._memory is None
 
 
