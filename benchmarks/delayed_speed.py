@@ -4,7 +4,9 @@
     replays          two threads against the method's own bound: its slower block alone on one core, replay included
     reverses         two threads against the method's own work in one thread, on a reversible network
 
-Which methods these are follows from what they keep (`Method.retention`) and from gradients being late. What a ratio
+Which methods these are follows from what they keep (`Method.retention`) and from gradients being late. The network is
+cut as `decoupled.split` cuts it for blocks that replay where these do, so one kind may be cut in two places. *At once*
+is what the machine allows: both blocks' own work side by side, nobody waits for anybody. What a ratio
 compares runs right after one another, one at a time, in the opposite order every other round: laps of one contestant
 can be 1.5 times apart on a machine that is shared, and its pace drifts. Results go to
 ``benchmarks/results/delayed_speed.md``.
@@ -70,6 +72,14 @@ def contestants(wanted: str, only: Sequence[str] = ()) -> Specs:
     return {name: spec for name, spec in found.items() if not only or spec["name"] in only}
 
 
+def alike(specs: Specs) -> list[tuple[tuple[bool, ...], Specs]]:
+    """The methods that replay in the same blocks, which are the blocks that the network is cut for."""
+    found: dict[tuple[bool, ...], Specs] = {}
+    for name, spec in specs.items():
+        found.setdefault(tuple(point(spec).replays(k, K) for k in range(K)), {})[name] = spec
+    return sorted(found.items())
+
+
 def build(setting: Setting, rank: int, specs: Specs) -> dict[str, Run]:
     """The library's contestants of one kind, in one process that only one of them uses at a time."""
     return {name: library.build(setting, rank, spec, K)["run"] for name, spec in specs.items()}  # type: ignore[arg-type]
@@ -88,7 +98,7 @@ def bout(wanted: str, name: str) -> contest.Bout:
     """A method, and what its figure compares it with."""
     if wanted == "keeps graphs":
         return [(name, name), (f"{name} {PLAIN}", PLAIN)]
-    parts = ("block 0", "block 1") if wanted == "replays" else ("serial", "block 0", "block 1")
+    parts = alone.PARTS if wanted == "reverses" else alone.PARTS[1:]
     return [(one, one) for one in (name, *(f"{name} {part}" for part in parts))]
 
 
@@ -107,12 +117,13 @@ def ratio(wanted: str, name: str, round: Round) -> tuple[float, float]:
 def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
     """Measure; returns the page by its file name."""
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
-    settings = {wanted: _setting(options, wanted) for wanted in options.kinds}
+    jobs = [
+        (wanted, _setting(options, wanted, where), where, specs)
+        for wanted in options.kinds
+        for where, specs in alike(contestants(wanted, options.only))
+    ]
     parts, limits = [], {}
-    for wanted, setting in settings.items():
-        specs = contestants(wanted, options.only)
-        if not specs:
-            continue
+    for wanted, setting, where, specs in jobs:
         say(f"{wanted}: {', '.join(specs)}; {setting.model}, cut before unit {setting.cut}")
         if wanted == "keeps graphs":
             limits = contest.weigh_blocks(setting, options.rounds, max(1, options.batches // 8), options.patience)
@@ -120,22 +131,23 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, str]:
         held = contest.hold_rounds(
             setting, groups(wanted, specs), options.rounds, options.batches, options.patience, say, bouts
         )
-        parts.append(section(wanted, setting, specs, list(held), limits))
+        parts.append(section(wanted, setting, specs, list(held), limits, everywhere=all(where)))
     facts = machine(started)
     return {"delayed_speed.md": page(parts, options, facts, time.monotonic() - begun)}
 
 
-def _setting(options: Options, wanted: str) -> Setting:
+def _setting(options: Options, wanted: str, where: Sequence[bool]) -> Setting:
     given = options.reversible if wanted == "reverses" else options.setting
     if given is not None:
         return given
     setting = Setting(model="revnet") if wanted == "reverses" else Setting()
-    return replace(setting, cut=contest.find_cut(setting))
+    return replace(setting, cut=contest.find_cut(setting, where.__getitem__))
 
 
 def section(
-    wanted: str, setting: Setting, specs: Specs, rounds: Sequence[Round], limits: Mapping[str, Sequence[float]]
-) -> str:
+    wanted: str, setting: Setting, specs: Specs, rounds: Sequence[Round], limits: Mapping[str, Sequence[float]],
+    everywhere: bool = False,
+) -> str:  # fmt: skip
     """One kind of method as a part of the page."""
     titles = {
         "keeps graphs": ("## Methods that keep graphs", "two threads / plain loop"),
@@ -158,9 +170,10 @@ def section(
             ]
         )
     columns = ["two threads, ms per batch", "others, cores"]
-    columns += [] if wanted == "keeps graphs" else ["alone: block 0, block 1, ms"]
+    columns += [] if wanted == "keeps graphs" else ["alone: block 0, block 1, ms", "at once / two threads"]
     header = ["method", "must", figure, "limit", "reached", *columns]
-    return "\n\n".join([title, _task(wanted, setting, limits), table(header, rows)])
+    title += ", the top block too" if everywhere else ""
+    return "\n\n".join([title, _task(wanted, setting, limits, everywhere), table(header, rows)])
 
 
 def _times(wanted: str, name: str, rounds: Sequence[Round]) -> list[str]:
@@ -170,18 +183,21 @@ def _times(wanted: str, name: str, rounds: Sequence[Round]) -> list[str]:
     cells = [milliseconds(name), f"{max(abs(one[name].others) for one in rounds):.2f}"]
     if wanted == "keeps graphs":
         return cells
-    return [*cells, ", ".join(milliseconds(f"{name} block {k}") for k in range(K))]
+    together = Spread.of([one[f"{name} at once"].seconds / one[name].seconds for one in rounds])
+    return [*cells, ", ".join(milliseconds(f"{name} block {k}") for k in range(K)), together.text()]
 
 
-def _task(wanted: str, setting: Setting, limits: Mapping[str, Sequence[float]]) -> str:
+def _task(wanted: str, setting: Setting, limits: Mapping[str, Sequence[float]], everywhere: bool) -> str:
     image = "x".join(map(str, setting.image))
     text = f"{setting.model}, inputs {image}, batch {setting.batch_size}, two blocks, cut before unit {setting.cut}."
     if wanted == "keeps graphs":
         return f"{text} No pipeline that cuts there can be faster than {ideal(limits, 'gradient'):.2f}."
-    what = "makes its input again from its output"
-    if wanted == "replays":
-        what = "below the top replays what it has not kept"
-    return f"{text} Every block {what}; *alone* is one block on one core, given the messages of a run."
+    which = "Every block" if everywhere else "Every block below the top"
+    does = "makes its input again from its output" if wanted == "reverses" else "replays what it has not kept"
+    return (
+        f"{text} {which} {does}; *alone* is one block on one core, given the messages of a run, *at once* the same for "
+        "both blocks side by side, which never wait for one another."
+    )
 
 
 def page(parts: Sequence[str], options: Options, facts: Mapping[str, Any], seconds: float) -> str:

@@ -80,12 +80,12 @@ def names(chosen: Sequence[Group]) -> list[str]:
     return [name for group in chosen for name in group.runs.values()]
 
 
-def find_cut(setting: Setting, tries: int = 5) -> int:
-    """The cut that `decoupled.split` finds most often by measured time."""
+def find_cut(setting: Setting, replays: Callable[[int], bool] = lambda k: False, tries: int = 5) -> int:
+    """The cut that `decoupled.split` finds most often by measured time; `replays` as there."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     inputs, _ = next(setting.batches(1))
-    cuts = [len(split(setting.units(), 2, inputs)[0]) for _ in range(tries)]
+    cuts = [len(split(setting.units(), 2, inputs, replays=replays)[0]) for _ in range(tries)]
     torch.set_num_threads(before)
     return statistics.mode(cuts)
 

@@ -24,6 +24,20 @@ def test_every_method_with_late_gradients_takes_part_by_what_it_keeps():
     assert late <= set().union(*names.values())
 
 
+def test_what_replays_in_other_blocks_is_cut_apart():
+    specs = delayed_speed.contestants("replays", ["pipemare", "async_nesterov", "dsp"])
+    parts = [(where, list(found)) for where, found in delayed_speed.alike(specs)]
+    assert parts == [((True, False), ["dsp", "pipemare"]), ((True, True), ["async_nesterov,stash=False"])]
+
+
+def test_a_cut_counts_who_replays(monkeypatch):
+    asked = []
+    monkeypatch.setattr(contest, "split", lambda units, *given, replays: (asked.append(replays(0)), [units[:3]])[1])
+    assert contest.find_cut(SMALL, lambda k: k == 0, tries=1) == 3
+    assert contest.find_cut(SMALL, tries=1) == 3
+    assert asked == [True, False]
+
+
 def measured(**seconds):
     return {name.replace("_", " "): Measurement(value, value, 0, 0.0) for name, value in seconds.items()}
 
@@ -38,7 +52,7 @@ def test_what_is_divided_by_what():
 @pytest.mark.parametrize("spec", [{"name": "features_replay"}, {"name": "petra"}, {"name": "pipemare"}], ids=str)
 def test_blocks_work_alone_as_long_as_they_are_asked(spec):
     runs = alone.build(SMALL, 0, {"m": spec})
-    assert list(runs) == ["m serial", "m block 0", "m block 1"]
+    assert list(runs) == ["m serial", "m block 0", "m block 1", "m at once"]
     for run in runs.values():
         for batches in (2, 4, 2):
             run(batches)
@@ -67,9 +81,13 @@ def test_what_is_compared_runs_right_after_one_another(monkeypatch):
 
 
 def test_the_page_says_what_was_missed():
-    rounds = [measured(m=4.0, m_serial=6.0, m_block_0=3.0, m_block_1=3.9)] * 3
+    rounds = [measured(m=4.0, m_serial=6.0, m_block_0=3.0, m_block_1=3.9, m_at_once=3.6)] * 3
     text = delayed_speed.section("replays", SMALL, {"m": {"name": "m"}}, rounds, {})
-    assert "| m | >= 0.95 | 0.97 (0.97 .. 0.97) | 1.00 | yes | 4000.0 | 0.00 | 3000.0, 3900.0 |" in text
+    row = "| m | >= 0.95 | 0.97 (0.97 .. 0.97) | 1.00 | yes | 4000.0 | 0.00 | 3000.0, 3900.0 | 0.90 (0.90 .. 0.90) |"
+    assert row in text
+    assert "Every block below the top replays" in text
+    text = delayed_speed.section("replays", SMALL, {"m": {"name": "m"}}, rounds, {}, everywhere=True)
+    assert "Every block replays" in text
     assert "**no**" in delayed_speed.section("reverses", SMALL, {"m": {"name": "m"}}, rounds, {})
 
 
