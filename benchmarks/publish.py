@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from decoupled.benchmarks.page import write
+from decoupled.benchmarks.page import NOTES, write
 from decoupled.observe.points import held
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def carry_pages(root: Path) -> None:
     pages = root / "benchmarks" / "results"
     speed = pages / "speed.md"
     if speed.is_file():
-        figures = speed.read_text(encoding="utf-8").split("\n## ")[0]
+        figures = NOTES.sub("", speed.read_text(encoding="utf-8")).split("\n## ")[0]
         text = re.sub(r"\A# .*\n+", "", figures).strip()
         fill(root / "README.md", "speed", f"{text}\n\nMore in [speed.md](benchmarks/results/speed.md).")
     for card in (root / "methods").glob("*/*.md"):

@@ -65,3 +65,14 @@ def test_the_suite_of_the_zoo_has_every_method():
     """But those that choose what another method trains on: their suite is `selection`."""
     chains = [name for name in registry.methods() if registry.make(name).selection is None]
     assert sorted(read(CompareConfig, ["suite=zoo"]).methods) == chains
+
+
+def test_the_readme_has_the_figures_of_the_speed_page_without_its_notes(tmp_path):
+    pages = tmp_path / "benchmarks" / "results"
+    pages.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("# A\n\n<!-- speed -->\nold\n<!-- /speed -->\n\nb\n")
+    (pages / "speed.md").write_text("# Speed\n\n<!-- notes -->\nmine\n<!-- /notes -->\n\n| 1 |\n\n## More\n\n| 2 |\n")
+    publish.carry_pages(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (
+        "# A\n\n<!-- speed -->\n| 1 |\n\nMore in [speed.md](benchmarks/results/speed.md).\n<!-- /speed -->\n\nb\n"
+    )
