@@ -30,6 +30,11 @@ Measure = Callable[[Record], float | None]
 SAID = {
     "suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep", "claims",
 }  # fmt: skip
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
+_PAGES.filters["percent"] = percent
 
 
 @dataclass(frozen=True)
@@ -269,10 +274,7 @@ def render(results: dict[str, Any]) -> str:
     summaries = summarise(results)
     styles = {m.label: m.style for m in summaries}
     columns, rows = table(summaries)
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = percent
-    return folder.load(environment, "report.html.j2").render(
+    return _PAGES.get_template("report.html.j2").render(
         results=results,
         machines=len({json.dumps(r.get("environment"), sort_keys=True) for r in results.get("records") or []}),
         found=findings(summaries),
