@@ -1,11 +1,14 @@
 """Hypothesis: no deadlines (threads share two cores with other jobs); the same examples every time in CI.
 
 Ctrl-C: what a shell starts in the background ignores it, and so would the children that tests send it to.
+
+Where tests run side by side (pytest-xdist), each of them has one thread: two that want all cores wait for each other.
 """
 
 import os
 import signal
 
+import torch
 from hypothesis import settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -14,3 +17,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)

@@ -1,7 +1,6 @@
 """The speed-up model of layer-parallel training: its algebra, its limits, and a page from a very small run."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,4 +45,3 @@ def test_the_command_counts_from_one(capsys):
     with pytest.raises(SystemExit):
         layer_parallel.main(["--rounds", "0"])
     assert "must be at least 1" in capsys.readouterr().err
-    assert torch.get_num_threads() >= 1
