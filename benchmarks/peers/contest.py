@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from decoupled import split
 from decoupled.benchmarks.peers import balance, data_parallel, library, pipelining, plain
 from decoupled.benchmarks.peers.host import Build, Host
@@ -81,13 +79,9 @@ def names(chosen: Sequence[Group]) -> list[str]:
 
 
 def find_cut(setting: Setting, replays: Callable[[int], bool] = lambda k: False, tries: int = 5) -> int:
-    """The cut that `decoupled.split` finds most often by measured time; `replays` as there."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The cut that `decoupled.split` finds most often by measured time (on one thread); `replays` as there."""
     inputs, _ = next(setting.batches(1))
-    cuts = [len(split(setting.units(), 2, inputs, replays=replays)[0]) for _ in range(tries)]
-    torch.set_num_threads(before)
-    return statistics.mode(cuts)
+    return statistics.mode(len(split(setting.units(), 2, inputs, replays=replays)[0]) for _ in range(tries))
 
 
 def hold_rounds(

@@ -1,8 +1,10 @@
 """The benchmark of methods with late gradients: who takes part, what is divided by what, and what blocks do alone."""
 
 from contextlib import nullcontext
+from threading import Barrier
 
 import pytest
+import torch
 
 from decoupled import registry
 from decoupled.benchmarks import delayed_speed
@@ -36,6 +38,23 @@ def test_a_cut_counts_who_replays(monkeypatch):
     assert contest.find_cut(SMALL, lambda k: k == 0, tries=1) == 3
     assert contest.find_cut(SMALL, tries=1) == 3
     assert asked == [True, False]
+
+
+def test_a_kind_is_cut_for_the_blocks_that_replay(monkeypatch):
+    monkeypatch.setattr(contest, "find_cut", lambda setting, replays: 10 * replays(0) + replays(1))
+    cuts = [delayed_speed._setting(delayed_speed.Options(), "replays", (True, top)).cut for top in (False, True)]
+    assert cuts == [10, 11]
+
+
+def test_at_once_is_at_once_with_one_thread_each():
+    meet, threads = Barrier(2), []
+
+    def run(batches):
+        meet.wait(timeout=20)
+        threads.append((batches, torch.get_num_threads()))
+
+    alone._together([run, run])(3)
+    assert threads == [(3, 1), (3, 1)]
 
 
 def measured(**seconds):
