@@ -29,6 +29,7 @@ from decoupled.messages import Data, Up
 from decoupled.steps import MakeOptimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Payload = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class Lower:
         needs_data: whether it reads targets or sample indices.
         needs_inputs: whether it reads the raw batch as well.
         remedy: what to do about an objective that is not finite.
-        relays: whether gradients that an operation I takes are only passed on, so that the block's weights follow the
-            one that B or W takes alone (else they follow the sum).
+        relays: whether gradients that I takes are only passed on: weights follow what B or W takes alone, not the sum.
         learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
         module: parameters of its own (dropped when the network is used), or None.
         optimizer: makes the optimizer of those parameters; None: they have one as the block.
@@ -167,13 +167,13 @@ class Upper:
         """Payload of Down, from the gradient for the block's input."""
         return (gradient,)
 
-    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, y: Tensor, heard: Payload) -> Payload:
         """As `reply`, for couplings that send something else.
 
         Args:
             gradient: for the block's input; None unless it `differentiates`.
-            x: the block's input, as the backward has it.
-            heard: payload of the Down just taken; at the top of the network the gradient of the loss for its output.
+            x, y: the block's input and output, as the backward has them.
+            heard: payload of the Down just taken; at the top dJ/dy (scaled only if the coupling is `linear`).
         """
         assert gradient is not None
         return self.reply(gradient)

@@ -177,6 +177,10 @@ class Scaling:
         plain = Scaled(gradient, scale).plain()
         return (plain, 1.0) if bool(torch.isfinite(plain).all()) else None
 
+    def seen(self, gradient: Scaled) -> Tensor:
+        """A gradient as the coupling may see it: with its scale only where it is handed on as a gradient."""
+        return gradient.tensor if self.linear else gradient.plain()
+
     def heard(self, gradient: Tensor, scale: float) -> Scaled:
         """A gradient from above: as it comes, or (one that was divided before it was sent) at this block's scale."""
         if self.linear or not self.active:

@@ -210,8 +210,8 @@ class Worker(Actor):
             given = cotangent.tensor.to(tape.y.dtype)
             gradient, grads = tape.vjp(given, to_input=to_input, to_weights=to_weights, again=kind == "I")
             if answers and (found := self.scaling.reply(gradient, cotangent.scale)) is not None:
-                heard = next((m.payload for m in messages if isinstance(m, Down)), (cotangent.tensor,))
-                payload, scale = self.upper.reply_with(found[0], tape.x.detach(), heard), found[1]
+                heard = next((m.payload for m in messages if isinstance(m, Down)), (self.scaling.seen(cotangent),))
+                payload, scale = self.upper.reply_with(found[0], tape.x.detach(), tape.y.detach(), heard), found[1]
             if to_weights:
                 plain = self.scaling.gradients(grads, cotangent.scale, state.hops - 1)
                 self._dropped = self._dropped or plain is None

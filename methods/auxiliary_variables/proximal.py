@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from decoupled.coupling import Place, Upper
+from decoupled.coupling import Payload, Place, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.methods.auxiliary_variables.variable import Rule, Variable
@@ -178,7 +178,7 @@ class Pull(Upper):
     def __init__(self, unit: Proximal, rule: Rule) -> None:
         self._unit, self._rule = unit, rule
 
-    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, y: Tensor, heard: Payload) -> Payload:
         target, rule = heard[0] * self._rule.z_steps, self._rule
         if self._unit.learns:
             self._unit.fit(x, target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from decoupled.coupling import Coupling, Lower, Place, Top, Upper
+from decoupled.coupling import Coupling, Lower, Payload, Place, Top, Upper
 
 
 class _Takes(Lower):
@@ -26,7 +26,7 @@ class _Takes(Lower):
 class _Returns(Upper):
     replies = True
 
-    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, y: Tensor, heard: Payload) -> Payload:
         assert gradient is not None
         return x, gradient
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoupled.coupling import Coupling, Gradient, Lower, Place, Top, Upper
+from decoupled.coupling import Coupling, Gradient, Lower, Payload, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.method import Facts, Method, own, top
@@ -86,7 +86,7 @@ class _TakesError(Lower):
 class _HandsOn(Upper):
     replies, differentiates = True, False
 
-    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, y: Tensor, heard: Payload) -> Payload:
         return heard
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled import heads
-from decoupled.coupling import Coupling, LocalHead, Lower, Place, Top, Upper
+from decoupled.coupling import Coupling, LocalHead, Lower, Payload, Place, Top, Upper
 from decoupled.messages import Data
 from decoupled.methods.local_parallelism.auxiliary import renewed, shapes
 from decoupled.order import Order
@@ -82,7 +82,7 @@ class SendWeights(Upper):
     def __init__(self, unit: nn.Module) -> None:
         self._unit = unit
 
-    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, y: Tensor, heard: Payload) -> Payload:
         return (flat(self._unit),)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from decoupled.coupling import Coupling, LocalHead, Lower, Place, Upper
+from decoupled.coupling import Coupling, LocalHead, Lower, Payload, Place, Upper
 from decoupled.intake import Intake
 from decoupled.messages import Data, Up
 
@@ -57,5 +57,5 @@ class Buffered(Upper):
     def carried(self, message: Up) -> Data | None:
         return Data(message.key, batch=message.batch, indices=message.indices, targets=message.payload[1])
 
-    def reply_with(self, gradient: Tensor | None, x: Tensor, heard: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reply_with(self, gradient: Tensor | None, x: Tensor, y: Tensor, heard: Payload) -> Payload:
         return ()

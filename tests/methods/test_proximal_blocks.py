@@ -81,7 +81,7 @@ def test_what_a_proximal_block_sends_down_moves_the_variable_to_its_prox(z_steps
     assert float(J.detach()) == pytest.approx(float(0.25 * (z - y.detach()).square().sum()))
     (J / z_steps).backward()
     assert y.grad is not None
-    (payload,) = Pull(unit, rule).reply_with(None, x, (y.grad,))
+    (payload,) = Pull(unit, rule).reply_with(None, x, y.detach(), (y.grad,))
     v = x - 4.0 * payload * z_steps
     torch.testing.assert_close(v, torch.tensor([[-0.1, -2.0]]))  # the first entry changes sides, the second agrees
 
