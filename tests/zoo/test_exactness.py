@@ -139,7 +139,8 @@ def test_the_top_block_follows_plain_autograd_on_the_inputs_it_receives(spec):
             made.step()
             made.zero_grad()
             expected.append(flat(block))
-    compare([found.weights[top]], [expected], tolerance=0.0)
+    several = found.trainer.workers[top].upper.streams > 1  # a product with more rows is rounded in another way
+    compare([found.weights[top]], [expected], tolerance=1e-15 if several else 0.0)
 
 
 # --- what a selection lets through --------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def rows(case, method):
 def formula(case: Case, method, k: int) -> int:
     """Most bytes at block k: every pass in flight its input or its graph, every weight version in flight a copy.
 
-    A layer with tanh saves its input and its output; the output of one is the input of the next. A block that no
-    objective reaches has no graph: it keeps its input and its output.
+    A row is a sample, or one of several that the block is given for it. A layer with tanh saves its input and its
+    output; the output of one is the input of the next. A block that no objective reaches has no graph: it keeps its
+    input and its output.
     """
     edges = [0, *case.cuts, len(case.widths) - 1]
     widths = case.widths[edges[k] : edges[k + 1] + 1]
@@ -51,7 +52,7 @@ def formula(case: Case, method, k: int) -> int:
     changed = any({"forward", "backward"} & hooks(part) for part in acting(method, case, k))
     if kind in INPUTS and method.at_once(k, case.K) and method.facts.reach(k, case.K) and not changed:
         kind = KeepLiveGraph  # no copies
-    per_row = NUMBER * (sum(widths) if kind in GRAPHS else widths[0])
+    per_row = NUMBER * (sum(widths) if kind in GRAPHS else widths[0]) * built(method, case, k).upper.streams
     weights = NUMBER * sum(a * b + b for a, b in itertools.pairwise(widths))
     predicted = any("forward" in hooks(part) for part in acting(method, case, k))
     frozen = kind in (KeepGraph, KeepInputAndWeights) and (late or predicted)
@@ -69,9 +70,12 @@ def formula(case: Case, method, k: int) -> int:
     return most
 
 
+def built(method, case, k):
+    return train(case, method, batches=case.batches()[:1]).trainer.workers[k]
+
+
 def acting(method, case, k) -> Iterator:
-    worker = train(case, method, batches=case.batches()[:1]).trainer.workers[k]
-    return iter(worker.corrections.parts)
+    return iter(built(method, case, k).corrections.parts)
 
 
 SPECS = [spec for spec in variants() if plain(point(spec))]
