@@ -44,6 +44,7 @@ from decoupled.rl.steps import batch_of
 from decoupled.runtime.contract import Observer
 
 Keep = Callable[[str], None]  # what the section says so far
+NORMS, UNITS = ("batch", "layer", "none"), ("Bullet's", "MuJoCo's")
 TITLE = "# Reinforcement learning: roles apart on two workers"
 
 
@@ -57,6 +58,8 @@ class Options:
     updates: int = 10_000
     rounds: int = 5
     envs: tuple[str, ...] = ()
+    norms: tuple[str, ...] = NORMS
+    units: tuple[str, ...] = UNITS
     out: Path = RESULTS
 
 
@@ -73,11 +76,15 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     }.items():
         add(f"--{name}", type=int, default=getattr(Options, name), help=f"{text} (default {getattr(Options, name)})")
     add("--envs", nargs="+", default=[], help="of the suites: NAME or NAME:STEPS (default: the suite's own)")
+    for name, known, text in (("norms", NORMS, "OFENet's"), ("units", UNITS, "of observations")):
+        add(f"--{name}", nargs="+", choices=known, default=known, help=f"{text} (auxiliary; default: all)")
     add("--out", type=Path, default=RESULTS, help="folder of rl.md")
     given = parser.parse_args(arguments)
     if wrong := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown part {wrong[0]!r}; choose from {', '.join(PARTS)}")
-    given.parts, given.envs = tuple(given.parts or PARTS), tuple(given.envs)
+    given.parts = given.parts or PARTS
+    for name in ("parts", "envs", "norms", "units"):
+        setattr(given, name, tuple(getattr(given, name)))
     return Options(**vars(given))
 
 
@@ -116,14 +123,12 @@ def fast_adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 def auxiliary(options: Options, keep: Keep) -> None:
     rows: list[list[str]] = []
-    for seed, (units, env), norm in itertools.product(
-        range(options.seeds), CHEETAHS.items(), ("batch", "layer", "none")
-    ):
+    for seed, units, norm in itertools.product(range(options.seeds), options.units, options.norms):
         method = {
             "name": "larger_rl", "actors": 0, "units": 32, "ofenet": norm, "warmup": options.steps,
             "pretrain": options.updates,
         }  # fmt: skip
-        with RLTrainer(env, method, seed=seed) as trainer:
+        with RLTrainer(CHEETAHS[units], method, seed=seed) as trainer:
             trainer.fit(options.steps)
             losses = trainer.memory.tally.auxiliary
             held_out, variance, speeds = _held_out(trainer)
@@ -173,7 +178,7 @@ def bullet_units() -> Any:
     return gym.wrappers.TransformObservation(env, lambda obs: np.clip((obs - offset) * scale, -5, 5), box)
 
 
-CHEETAHS: dict[str, Any] = {"MuJoCo's": "HalfCheetah-v5", "Bullet's": bullet_units}
+CHEETAHS: dict[str, Any] = dict(zip(UNITS, (bullet_units, "HalfCheetah-v5"), strict=True))
 
 
 def _held_out(trainer: RLTrainer) -> tuple[float, float, float]:
