@@ -100,10 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--out", metavar="DIR", type=Path, help="a new directory: checkpoint, configuration, metrics, events"
     )
+    sub.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out after its last epoch; none there: begin it"
+    )
     sub.add_argument("--events", metavar="N", type=int, default=LIMIT, help="operations per block to record (0: none)")
     sub.add_argument("--quiet", action="store_true", help="no progress")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
-
     sub.add_argument("--rollout", action="store_true", help="with env=NAME and --out: an episode as DIR/rollout.gif")
 
     sub = command("simulate", _simulate, "utilisation, staleness and timeline of a method at given speeds, no training")
@@ -198,7 +200,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _train(options: argparse.Namespace) -> None:
     config = read(TrainConfig, options.words, options.config)
-    found = train(config, options.out, options.events, options.quiet or options.json, options.rollout)
+    quiet = options.quiet or options.json
+    found = train(config, options.out, options.events, quiet, options.rollout, options.resume)
     if found is None:  # another rank than the first
         return
     if options.json:

@@ -61,6 +61,7 @@ class TrainConfig(Task):
     on_nonfinite: str = "stop"  # stop | skip
     resume: str | None = None  # a checkpoint written by an earlier run
     other_method: bool = False  # with resume: of another method (a warm-up), whose own state is left behind
+    restarts: int = 0  # how often to begin again, after the last epoch that ended, when a process is lost
 
 
 @dataclass

@@ -1,25 +1,23 @@
 """`decoupled train`: one model, one method; on several processes every rank runs this, and rank 0 reports and writes.
 
-DIR/config.yaml       what was asked
-DIR/metrics.jsonl     one record per epoch
+DIR/                  config.yaml, metrics.jsonl and checkpoint.pt, see rundir.py
 DIR/blocks.json       statistics of every block
-DIR/checkpoint.pt     the state after the latest epoch
-DIR/events.jsonl.gz   what happened in the first operations, for `decoupled trace`
+DIR/events.jsonl.gz   what happened in the first operations since the (last) start, for `decoupled trace`
+
+A run that was cut off goes on after the last epoch that ended: by `--resume`, or by itself (`restarts`).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from decoupled import checkpoint, costs, registry
-from decoupled.compare import fresh_directory
+from decoupled import checkpoint, costs, registry, rundir
 from decoupled.config import TrainConfig, plain
-from decoupled.errors import UserError
+from decoupled.errors import PeerLost, UserError
 from decoupled.experiment import Setting, label, make_trainer, scores
 from decoupled.graph.train import train_graph
 from decoupled.observe.eventlog import recording
@@ -31,7 +29,12 @@ from decoupled.trainer import Trainer
 
 
 def train(
-    config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False, rollout: bool = False
+    config: TrainConfig,
+    out: Path | None,
+    events: int = 0,
+    quiet: bool = False,
+    rollout: bool = False,
+    resume: bool = False,
 ) -> dict[str, Any] | None:
     """Train, evaluate after every epoch, and write a directory.
 
@@ -39,64 +42,99 @@ def train(
         config: what to train.
         out: a directory that does not exist yet, or is empty; None: write nothing.
         events: operations per block to record. quiet: say nothing. rollout: draw an episode of a trained policy.
+        resume: go on with the run in `out` after the last epoch that ended; begin it if there is none.
 
     Returns:
         config, dataset, history, test, blocks, startup_seconds, and FLOPs (`costs.per_sample`); None on other ranks
         than the first.
 
     Raises:
-        UserError: an unknown name, an impossible value, `out` holds files, or torchrun without runtime=processes.
+        UserError: an unknown name, an impossible value, `out` holds files (those of another run, with `resume`), or
+            torchrun without runtime=processes.
+        PeerLost: a process of the run has died or hangs, once more than `config.restarts` times.
     """
-    _check(config, rollout)
+    _check(config, out, rollout, resume)
     if config.env is not None:
         return train_rl(config, out, events, quiet, rollout)
     if config.task is not None:
         return train_graph(config, out, events, quiet)
+    for left in reversed(range(config.restarts + 1)):
+        try:
+            return _train(config, out, events, quiet, resume)
+        except PeerLost as error:
+            if not left:
+                raise
+            print(f"decoupled: {error}\ndecoupled: beginning again after the last epoch that ended", file=sys.stderr)
+            resume = True
+    raise AssertionError("unreachable")
+
+
+def _train(config: TrainConfig, out: Path | None, events: int, quiet: bool, resume: bool) -> dict[str, Any] | None:
     method = registry.make(config.method)
     if under_torchrun() and parse("runtime", config.runtime)[0] != "processes":
         raise UserError(f"torchrun needs runtime=processes, got runtime={config.runtime}")
     first, name = launched_rank() == 0, label(config.method)
     state = checkpoint.load(config.resume) if config.resume and first else None
     setting = Setting.prepare(config, method)
-    if state is not None and len(state["cuts"]) == len(setting.cuts):
-        setting.cuts = list(state["cuts"])
+    history: list[dict[str, Any]] = []
+    other_method = config.other_method
     if not first:
         out = None
     if out is not None:
-        fresh_directory(out)
-        OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
-    history: list[dict[str, Any]] = []
-    with Reporter(setting.samples, quiet or not first) as reporter, recording(out, name, events) as logs:
+        found, history = rundir.begin(out, config, resume)
+        if found is not None:
+            state, other_method = found, False
+    if state is not None and len(state["cuts"]) == len(setting.cuts):
+        setting.cuts = list(state["cuts"])
+    ended = state is not None and state["position"]["epoch"] >= config.recipe.epochs  # then the timeline stays
+    with (
+        Reporter(setting.samples, quiet or not first) as reporter,
+        recording(out, name, 0 if ended else events) as logs,
+    ):
         reporter.start(name)
         more = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance, "observers": logs}
         with make_trainer(setting, config.method, config.seed, **more) as trainer:
-            if config.resume:
-                trainer.load_state_dict(state, other_method=config.other_method)
+            if config.resume or resume:
+                trainer.load_state_dict(state, other_method=other_method, missing_ok=resume)
+            started = False
             while trainer.epoch < config.recipe.epochs:
                 history.append(_epoch(trainer, setting, config.seed, out, reporter))
                 for log in logs:
                     log.ranks.update(trainer.runtime.places)
                     log.end_run(trainer.statistics())
-                if len(history) == 1 and trainer.runtime.startup_seconds is not None:
+                if not started and trainer.runtime.startup_seconds is not None:
                     reporter.line(
                         f"the processes started in {trainer.runtime.startup_seconds:.1f} s, which is not counted"
                     )
+                started = True
             test = trainer.evaluate(setting.held_out("test"))
             blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
     if out is not None:
         (out / "blocks.json").write_text(json.dumps(blocks) + "\n", encoding="utf-8")
     counted = costs.per_sample(setting.cost(config.method))
-    found = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
-    found["dataset"] = setting.dataset.summary
-    return found | {"startup_seconds": trainer.runtime.startup_seconds} if first else None
+    made = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
+    made["dataset"] = setting.dataset.summary
+    return made | {"startup_seconds": trainer.runtime.startup_seconds} if first else None
 
 
-def _check(config: TrainConfig, rollout: bool) -> None:
+def _check(config: TrainConfig, out: Path | None, rollout: bool, resume: bool) -> None:
     """Refuse what goes with other things to train."""
     if rollout and config.env is None:
         raise UserError("only a policy has a rollout; leave out --rollout, or train with env=NAME")
-    if config.other_method and (config.resume is None or config.env is not None or config.task is not None):
+    cut = config.env is None and config.task is None
+    if config.other_method and (config.resume is None or not cut):
         raise UserError("other_method=True goes with resume=CHECKPOINT of a network cut into blocks; leave it out")
+    if config.restarts < 0:
+        raise UserError(f"restarts must be at least 0, got {config.restarts}")
+    if (resume or config.restarts) and not cut:
+        raise UserError(
+            "--resume and restarts=N are for networks cut into blocks; leave them out (a policy goes on with "
+            "resume=CHECKPOINT)"
+        )
+    if (resume or config.restarts) and out is None:
+        raise UserError("--resume and restarts=N need the directory of the run: --out DIR")
+    if config.restarts and under_torchrun():
+        raise UserError("torchrun restarts processes itself: give it --max-restarts N, and --resume to this command")
 
 
 def _epoch(trainer: Trainer, setting: Setting, seed: int, out: Path | None, reporter: Reporter) -> dict[str, Any]:
@@ -108,7 +146,5 @@ def _epoch(trainer: Trainer, setting: Setting, seed: int, out: Path | None, repo
         f"validation accuracy {record['validation_accuracy']:.3f}  {record['samples_per_second']:.0f} samples/s"
     )
     if out is not None:
-        checkpoint.save(trainer.state_dict(), out / "checkpoint.pt")
-        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        rundir.keep(out, record, trainer.state_dict())
     return record

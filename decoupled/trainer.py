@@ -232,23 +232,27 @@ class Trainer:
         }
         return copy.deepcopy(state)  # training on must not change what was saved
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, *, other_method: bool = False) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, *, other_method: bool = False, missing_ok: bool = False
+    ) -> None:
         """Continue from `state` (rank 0's counts); the model, method and optimizers must be built as they were.
 
         Args:
             state: what `state_dict` returned.
             other_method: it may be of another method (a warm-up): blocks go on with their weights, random numbers,
                 optimizers and schedulers; corrections, heads and stored variables are new.
+            missing_ok: with None for a state the trainer stays as it is.
 
         Raises:
             UserError: the state is of another method or number of blocks.
         """
-        if self._runtime.rank == 0:
+        if self._runtime.rank == 0 and not (missing_ok and state is None):
             check(state or {}, None if other_method else self.method.name, len(self._cuts) + 1)
         self._host()
         with self._runtime.call(self, "load_state_dict", None):
             state, other_method = self._runtime.agree((state, other_method))
-            assert state is not None
+            if state is None:
+                return
             shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
             self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
             self._build(torch.zeros(2, *shape, dtype=dtype))

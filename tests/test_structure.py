@@ -281,7 +281,7 @@ OPTIONS = {
 KEYS = {
     config.Recipe: "optimizer lr momentum weight_decay schedule batch_size epochs augment",
     config.TrainConfig: "data model blocks runtime task env steps actors precision recipe method seed "
-    "on_nonfinite resume other_method",
+    "on_nonfinite resume other_method restarts",
     config.CompareConfig: "data model blocks runtime task env steps actors precision recipe suite methods "
     "controls baseline seeds sweep cutoffs claims",
     config.FlopsConfig: "method model data inputs classes blocks skip update",

@@ -101,24 +101,29 @@ class Group:
         self._meet(timedelta(seconds=timeout))
         if self.rank:
             token = self.store.get("token")
-            host, port = self.store.get("hub").decode().rsplit(":", 1)
-            return Member(self.rank, self.world, (host, int(port)), token, beats, serve, timeout), token
+            hub = self.store.get("hub").decode()
+            host, port = hub.rsplit(":", 1)
+            try:
+                return Member(self.rank, self.world, (host, int(port)), token, beats, serve, timeout), token
+            except OSError as error:
+                raise PeerLost(f"rank {self.rank} cannot reach rank 0 at {hub}: {error}") from error
         token = secrets.token_hex(16).encode()
-        hub = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
+        star = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
         self.store.set("token", token.decode())
-        self.store.set("hub", f"{self.host}:{hub.port}")
+        self.store.set("hub", f"{self.host}:{star.port}")
         try:
-            hub.gather(timeout, self._look_after)
+            star.gather(timeout, self._look_after)
         except BaseException:
-            hub.close()
+            star.close()
             raise
-        return hub, token
+        return star, token
 
     def _meet(self, wait: timedelta) -> None:
         """Set `store` and `host`; start the others if that is this process's task."""
         if not self.starts:
             store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
-            self.store = PrefixStore(f"decoupled-{next(_made)}", store)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose processes may meet at the same store
+            self.store = PrefixStore(f"decoupled-{attempt}-{next(_made)}", store)
             self.host = self._reachable_host()
         elif self.rank:
             self.store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)

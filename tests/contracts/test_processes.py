@@ -6,21 +6,26 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional as F
 
 from decoupled import Trainer
 from decoupled.cli import main
 from decoupled.errors import OperationError, PeerLost, UserError
+from decoupled.runtime import launch
+from decoupled.runtime.control import Beats
 from decoupled.runtime.processes import Processes
 from decoupled.testing import OPTIMIZERS, Case, label, point, variants
 
@@ -316,6 +321,35 @@ def torchrun(ranks, *arguments, timeout=100):
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, cwd=ROOT,
     )  # fmt: skip
+
+
+def test_a_restart_does_not_meet_at_the_address_of_the_attempt_before(monkeypatch):
+    """The launcher's store outlives its processes."""
+    store, there = HashStore(), []
+    monkeypatch.setattr(launch, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    for variable, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(variable, value)
+    for attempt in (None, "1", "1"):
+        monkeypatch.setattr(launch, "_made", itertools.count())  # every attempt is a process of its own
+        if attempt:
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        group = launch.Group(0, 2, starts=False, follows=False)
+        group._meet(timedelta(seconds=1))
+        there.append(group.store.check(["hub"]))
+        group.store.set("hub", "here")
+    assert there == [False, False, True]
+
+
+def test_a_rank_that_cannot_reach_rank_0_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    group = launch.Group(1, 2, starts=False, follows=False)
+    group.store = HashStore()
+    group.store.set("token", "secret")
+    group.store.set("hub", f"127.0.0.1:{port}")
+    group._meet = lambda wait: None
+    with pytest.raises(PeerLost, match=rf"^rank 1 cannot reach rank 0 at 127.0.0.1:{port}: .*refused"):
+        group.connect(Beats(1.0), 1.0, lambda rank, reason: reason, lambda *_: None)
 
 
 def test_the_command_under_torchrun_gives_the_simulators_bits(tmp_path):
