@@ -6,7 +6,8 @@
       -> one table per optimizer: methods down, numbers of blocks across, accuracy or loss as mean (min..max) over seeds
       -> what each correction changes against its method without one, at the same blocks, optimizer and seed
 
-The page is benchmarks/results/delayed.md. A cell says how many seeds it has if some are missing.
+The page is benchmarks/results/delayed.md, or another one: `--page`, `--title`. A cell says how many seeds it has if some
+are missing.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", type=Path, nargs="+", help="written by `decoupled compare`")
-    directories = parser.parse_args().directories
-    parts = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in directories]
-    path = ROOT / "benchmarks" / "results" / "delayed.md"
-    write(path, "# Delayed gradients\n\n" + "\n\n".join(map(section, parts)) + "\n")
+    parser.add_argument("--page", default="delayed", help="name of the page (default: delayed)")
+    parser.add_argument("--title", default="Delayed gradients", help="its title (default: Delayed gradients)")
+    given = parser.parse_args()
+    parts = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in given.directories]
+    path = ROOT / "benchmarks" / "results" / f"{given.page}.md"
+    write(path, f"# {given.title}\n\n" + "\n\n".join(map(section, parts)) + "\n")
 
 
 def section(results: Mapping[str, Any]) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from decoupled.benchmarks import delayed
 
@@ -19,16 +23,20 @@ def record(label: str, lr: float, seed: int, loss: float, validation: float, sta
 
 
 def page(data: str, records: list[dict[str, Any]]) -> str:
+    return delayed.section(results(data, records))
+
+
+def results(data: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     config = {
         "recipe": {"epochs": 1, "batch_size": 2, "schedule": "cosine", "lr": 1.0, "optimizer": "sgd", "momentum": 0.9},
         "seeds": 2,
         "model": "mlp",
     }
     environment = {"cpu": "a cpu", "threads": 1, "torch": "2", "python": "3"}
-    return delayed.section({
+    return {
         "suite": "delayed", "command": "c", "data": data, "config": config, "environment": environment,
         "records": records, "runtime": "simulated", "created": "2026-11-27T00:00",
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def test_the_rate_with_the_least_validation_loss_is_shown_not_the_one_with_the_least_test_loss() -> None:
@@ -67,3 +75,18 @@ def test_a_rate_may_be_swept_by_itself_and_null_losses_are_no_results() -> None:
     assert "| ddg | 1.000 (1.000..1.000) [1] at 0.4 |" in page("python_source", records)
     records[1]["test_loss"] = None
     assert "| ddg | failed |" in page("python_source", records)
+
+
+def test_another_page_has_a_name_and_a_title_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delayed, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    found = results("digits", [record("dtp", 0.1, 0, 1.0, 5.0)])
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    for more in ([], ["--page", "targets", "--title", "Targets"]):
+        monkeypatch.setattr("sys.argv", ["delayed", str(tmp_path), *more])
+        delayed.main()
+    pages = tmp_path / "benchmarks" / "results"
+    assert {path.name: path.read_text().splitlines()[0] for path in pages.iterdir()} == {
+        "delayed.md": "# Delayed gradients",
+        "targets.md": "# Targets",
+    }
