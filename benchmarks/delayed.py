@@ -6,8 +6,8 @@
       -> one table per optimizer: methods down, numbers of blocks across, accuracy or loss as mean (min..max) over seeds
       -> what each correction changes against its method without one, at the same blocks, optimizer and seed
 
-The page is benchmarks/results/delayed.md, or another one: `--page`, `--title`. A cell says how many seeds it has if some
-are missing.
+The page is benchmarks/results/delayed.md, or another one: `--page`, `--title`. A cell says how many seeds it has if
+some are missing.
 """
 
 from __future__ import annotations
