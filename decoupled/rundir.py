@@ -8,29 +8,35 @@ DIR/checkpoint.pt     the state after the latest epoch
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from decoupled import checkpoint
+from decoupled import checkpoint, registry
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
+from decoupled.resumed import alone
 
-MAY_DIFFER = {"runtime", "restarts"}  # they change no number
+_PARTIAL = "config.yaml.partial"
 
 
-def begin(out: Path, config: TrainConfig, resume: bool) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Make `out`, or find what it holds.
+@contextmanager
+def opened(
+    out: Path, config: TrainConfig, resume: bool
+) -> Iterator[tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
+    """Make `out`, or find what it holds; nobody else writes to it meanwhile, where the system can see to that.
 
     Args:
         out: the directory.
         config: what is asked.
         resume: go on from its checkpoint if it has one; what was written after that is forgotten.
 
-    Returns:
+    Yields:
         The state of the checkpoint (None: there is none) and the records of the epochs before it.
 
     Raises:
@@ -38,24 +44,37 @@ def begin(out: Path, config: TrainConfig, resume: bool) -> tuple[dict[str, Any] 
     """
     known = (out / "config.yaml").is_file()
     if not (resume and known):
+        if resume:
+            (out / _PARTIAL).unlink(missing_ok=True)
         fresh_directory(out, *(["choose another --out, or go on with the run in it: --resume"] if known else []))
-        OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
-        return None, []
-    _check(out, config)
-    if not (out / "checkpoint.pt").is_file():
-        return None, _rows(out, 0)
-    state = checkpoint.load(out / "checkpoint.pt")
-    return state, _rows(out, state["position"]["epoch"])
+    with alone(out):
+        if not known:
+            OmegaConf.save(OmegaConf.create(plain(config)), out / _PARTIAL)
+            (out / _PARTIAL).replace(out / "config.yaml")
+        _check(out, config)
+        state = checkpoint.load(out / "checkpoint.pt") if (out / "checkpoint.pt").is_file() else None
+        yield state, _rows(out, state["position"]["epoch"] if state else 0)
 
 
 def keep(out: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write the record of an epoch, then the state after it."""
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     checkpoint.save(state, out / "checkpoint.pt")
 
 
+def blocks(out: Path, statistics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the statistics of all blocks; without any (nothing was left to train) those of before stay."""
+    path = out / "blocks.json"
+    if statistics:
+        path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
 def _check(out: Path, config: TrainConfig) -> None:
+    """See that the same is asked; how often to restart may differ, and the runtime where it changes no number."""
     try:
         before = OmegaConf.to_container(OmegaConf.load(out / "config.yaml"))
     except Exception as error:  # of yaml, of omegaconf or of the system
@@ -65,7 +84,8 @@ def _check(out: Path, config: TrainConfig) -> None:
     if not isinstance(before, dict):
         raise UserError(f"{out / 'config.yaml'} is not the configuration of a run; choose another --out")
     now = json.loads(json.dumps(plain(config)))
-    if other := sorted(k for k in now.keys() | before.keys() if k not in MAY_DIFFER and now.get(k) != before.get(k)):
+    free = {"restarts", *(["runtime"] if registry.make(config.method).fixed else [])}
+    if other := sorted(k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)):
         was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in other)
         raise UserError(f"{out} was made with {was}; ask for the same, or choose another --out without --resume")
 
@@ -78,12 +98,19 @@ def _rows(out: Path, epochs: int) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # cut off in the middle
-            break
-        if row["epoch"] > epochs:
+            if row["epoch"] > epochs:
+                break
+        except (ValueError, TypeError, KeyError):  # cut off in the middle
             break
         rows.append(row)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    there = [row["epoch"] for row in rows]
+    if epochs and (not there or there != list(range(there[0], epochs + 1))):
+        raise UserError(
+            f"{path} lacks epochs before {out / 'checkpoint.pt'}, written after {epochs}; go on from that one "
+            f"elsewhere: resume={out / 'checkpoint.pt'} with another --out"
+        )
+    if len(rows) < len(lines):
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(path)
     return rows

@@ -1,7 +1,7 @@
 """`decoupled train`: one model, one method; on several processes every rank runs this, and rank 0 reports and writes.
 
 DIR/                  config.yaml, metrics.jsonl and checkpoint.pt, see rundir.py
-DIR/blocks.json       statistics of every block
+DIR/blocks.json       statistics of every block since the (last) start
 DIR/events.jsonl.gz   what happened in the first operations since the (last) start, for `decoupled trace`
 
 A run that was cut off goes on after the last epoch that ended: by `--resume`, or by itself (`restarts`).
@@ -9,7 +9,6 @@ A run that was cut off goes on after the last epoch that ended: by `--resume`, o
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -70,27 +69,34 @@ def train(
 
 
 def _train(config: TrainConfig, out: Path | None, events: int, quiet: bool, resume: bool) -> dict[str, Any] | None:
-    method = registry.make(config.method)
+    """One attempt; on rank 0 with what there is to go on from."""
     if under_torchrun() and parse("runtime", config.runtime)[0] != "processes":
         raise UserError(f"torchrun needs runtime=processes, got runtime={config.runtime}")
-    first, name = launched_rank() == 0, label(config.method)
-    state = checkpoint.load(config.resume) if config.resume and first else None
-    setting = Setting.prepare(config, method)
-    history: list[dict[str, Any]] = []
-    other_method = config.other_method
-    if not first:
-        out = None
-    if out is not None:
-        found, history = rundir.begin(out, config, resume)
-        if found is not None:
-            state, other_method = found, False
+    if launched_rank():
+        return _run(config, None, events, True, resume, None, [])
+    here = resume and out is not None and (out / "checkpoint.pt").is_file()
+    state = checkpoint.load(config.resume) if config.resume and not here else None
+    if out is None:
+        return _run(config, None, events, quiet, resume, state, [])
+    registry.make(config.method)
+    with rundir.opened(out, config, resume) as (found, history):
+        return _run(config, out, events, quiet, resume, state if found is None else found, history)
+
+
+def _run(
+    config: TrainConfig, out: Path | None, events: int, quiet: bool, resume: bool, state: dict[str, Any] | None,
+    history: list[dict[str, Any]],
+) -> dict[str, Any] | None:  # fmt: skip
+    first, name, setting = (
+        launched_rank() == 0,
+        label(config.method),
+        Setting.prepare(config, registry.make(config.method)),
+    )
+    other_method = config.other_method and not history
     if state is not None and len(state["cuts"]) == len(setting.cuts):
         setting.cuts = list(state["cuts"])
-    ended = state is not None and state["position"]["epoch"] >= config.recipe.epochs  # then the timeline stays
-    with (
-        Reporter(setting.samples, quiet or not first) as reporter,
-        recording(out, name, 0 if ended else events) as logs,
-    ):
+    ended = state is not None and state["position"]["epoch"] >= config.recipe.epochs  # then its files stay
+    with Reporter(setting.samples, quiet) as reporter, recording(out, name, 0 if ended else events) as logs:
         reporter.start(name)
         more = {"on_nonfinite": config.on_nonfinite, "on_batch": reporter.advance, "observers": logs}
         with make_trainer(setting, config.method, config.seed, **more) as trainer:
@@ -108,9 +114,9 @@ def _train(config: TrainConfig, out: Path | None, events: int, quiet: bool, resu
                     )
                 started = True
             test = trainer.evaluate(setting.held_out("test"))
-            blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first else []
+            blocks = [asdict(block) | {"versions": None} for block in trainer.statistics()] if first and started else []
     if out is not None:
-        (out / "blocks.json").write_text(json.dumps(blocks) + "\n", encoding="utf-8")
+        blocks = rundir.blocks(out, blocks)
     counted = costs.per_sample(setting.cost(config.method))
     made = {"config": plain(config), "history": history, "test": test, "blocks": blocks, **counted}
     made["dataset"] = setting.dataset.summary
@@ -133,6 +139,8 @@ def _check(config: TrainConfig, out: Path | None, rollout: bool, resume: bool) -
         )
     if (resume or config.restarts) and out is None:
         raise UserError("--resume and restarts=N need the directory of the run: --out DIR")
+    if config.restarts and parse("runtime", config.runtime)[0] != "processes":
+        raise UserError(f"restarts=N is for runtime=processes, got runtime={config.runtime}; leave it out")
     if config.restarts and under_torchrun():
         raise UserError("torchrun restarts processes itself: give it --max-restarts N, and --resume to this command")
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore
 
 from decoupled.errors import PeerLost, UserError
 from decoupled.runtime.control import Beats, Control, Member
@@ -30,6 +30,7 @@ from decoupled.runtime.hub import Hub
 
 FOLLOW = "DECOUPLED_FOLLOW"  # in processes that rank 0 has started: the options of their runtime
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PAUSE = 0.2  # seconds between attempts to reach rank 0
 _made = itertools.count()  # runtimes of this program: every rank makes the same ones in the same order
 
 
@@ -100,30 +101,39 @@ class Group:
         """
         self._meet(timedelta(seconds=timeout))
         if self.rank:
-            token = self.store.get("token")
-            hub = self.store.get("hub").decode()
+            return self._reach(beats, timeout, serve)
+        token = secrets.token_hex(16).encode()
+        hub = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
+        self.store.set("hub", f"{self.host}:{hub.port} {token.decode()}")
+        try:
+            hub.gather(timeout, self._look_after)
+        except BaseException:
+            hub.close()
+            raise
+        return hub, token
+
+    def _reach(self, beats: Beats, timeout: float, serve: Callable[..., Any]) -> tuple[Member, bytes]:
+        """The line to rank 0. What a launcher's store holds may be left from before a restart: rank 0 replaces it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                hub, token = self.store.get("hub").decode().split(" ")
+            except DistStoreError as error:
+                raise PeerLost(f"rank {self.rank}: rank 0 never came within {timeout:g} s") from error
             host, port = hub.rsplit(":", 1)
             try:
-                return Member(self.rank, self.world, (host, int(port)), token, beats, serve, timeout), token
+                address, left = (host, int(port)), max(0.1, deadline - time.monotonic())
+                return Member(self.rank, self.world, address, token.encode(), beats, serve, left), token.encode()
             except OSError as error:
-                raise PeerLost(f"rank {self.rank} cannot reach rank 0 at {hub}: {error}") from error
-        token = secrets.token_hex(16).encode()
-        star = Hub(self.world, token, self.host, beats, describe, self._how_it_ended)
-        self.store.set("token", token.decode())
-        self.store.set("hub", f"{self.host}:{star.port}")
-        try:
-            star.gather(timeout, self._look_after)
-        except BaseException:
-            star.close()
-            raise
-        return star, token
+                if time.monotonic() + _PAUSE > deadline:
+                    raise PeerLost(f"rank {self.rank} cannot reach rank 0 at {hub}: {error}") from error
+            time.sleep(_PAUSE)
 
     def _meet(self, wait: timedelta) -> None:
         """Set `store` and `host`; start the others if that is this process's task."""
         if not self.starts:
             store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose processes may meet at the same store
-            self.store = PrefixStore(f"decoupled-{attempt}-{next(_made)}", store)
+            self.store = PrefixStore(f"decoupled-{next(_made)}", store)
             self.host = self._reachable_host()
         elif self.rank:
             self.store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)

@@ -85,7 +85,8 @@ class _Follows(Lower):
         return (_clean(y.detach(), self._doubled),)
 
     def pull(self, payload: tuple[Tensor, ...]) -> Tensor:
-        gradient = payload[0] / (-self._step * len(payload[0]))
+        difference = payload[0].to(torch.promote_types(payload[0].dtype, torch.float32))
+        gradient = difference / (-self._step * len(difference))
         return torch.cat((gradient, torch.zeros_like(gradient))) if self._doubled else gradient
 
 
@@ -138,7 +139,7 @@ class Back(Upper):
         (h, noisy), (out, moved) = x.to(own).chunk(2), y.to(own).chunk(2)
         with torch.enable_grad():
             self._lesson(h, noisy, out, moved).backward()
-        difference = heard[0].to(own)
+        difference = heard[0].to(out)
         if self._top:
             difference = difference.chunk(2)[0] * (-self._rule.step * len(h))
         with torch.no_grad():

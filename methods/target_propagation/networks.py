@@ -53,5 +53,6 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor, part: float) -> Tensor:
         """Noise like `x`, whose deviation is `part` of the root mean square of `x`."""
-        drawn = torch.randn(x.shape, generator=self._generator, device="cpu", dtype=torch.float32).to(x)
-        return drawn * (part * x.square().mean().sqrt().clamp(min=1e-6))
+        size = x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().sqrt()  # squares leave half precision
+        drawn = torch.randn(x.shape, generator=self._generator, device="cpu", dtype=torch.float32).to(size)
+        return (drawn * (part * size.clamp(min=1e-6))).to(x.dtype)

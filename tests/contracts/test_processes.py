@@ -323,33 +323,49 @@ def torchrun(ranks, *arguments, timeout=100):
     )  # fmt: skip
 
 
-def test_a_restart_does_not_meet_at_the_address_of_the_attempt_before(monkeypatch):
+def reach(store, timeout):
+    """What rank 1 does when it has come to the store."""
+    group = launch.Group(1, 2, starts=False, follows=False)
+    group.store = store
+    group._meet = lambda wait: None
+    return group.connect(Beats(1.0), timeout, lambda rank, reason: reason, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError("refused"), OSError("the other process does not know the token")]
+)
+def test_a_rank_that_meets_the_address_from_before_a_restart_waits_for_the_new_one(monkeypatch, error):
     """The launcher's store outlives its processes."""
-    store, there = HashStore(), []
-    monkeypatch.setattr(launch, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
-    for variable, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(variable, value)
-    for attempt in (None, "1", "1"):
-        monkeypatch.setattr(launch, "_made", itertools.count())  # every attempt is a process of its own
-        if attempt:
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        group = launch.Group(0, 2, starts=False, follows=False)
-        group._meet(timedelta(seconds=1))
-        there.append(group.store.check(["hub"]))
-        group.store.set("hub", "here")
-    assert there == [False, False, True]
+    store, asked = HashStore(), []
+    store.set("hub", "10.0.0.1:7 old")
+
+    def member(rank, world, address, token, *more):
+        asked.append((address, token))
+        if len(asked) < 3:
+            store.set("hub", "10.0.0.2:8 new")
+            raise error
+        return "the line"
+
+    monkeypatch.setattr(launch, "Member", member)
+    monkeypatch.setattr(launch, "_PAUSE", 0.0)
+    assert reach(store, 5.0) == ("the line", b"new")
+    assert asked == [(("10.0.0.1", 7), b"old"), (("10.0.0.2", 8), b"new"), (("10.0.0.2", 8), b"new")]
 
 
 def test_a_rank_that_cannot_reach_rank_0_says_so():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    group = launch.Group(1, 2, starts=False, follows=False)
-    group.store = HashStore()
-    group.store.set("token", "secret")
-    group.store.set("hub", f"127.0.0.1:{port}")
-    group._meet = lambda wait: None
+    store = HashStore()
+    store.set("hub", f"127.0.0.1:{port} secret")
     with pytest.raises(PeerLost, match=rf"^rank 1 cannot reach rank 0 at 127.0.0.1:{port}: .*refused"):
-        group.connect(Beats(1.0), 1.0, lambda rank, reason: reason, lambda *_: None)
+        reach(store, 0.5)
+
+
+def test_a_rank_that_rank_0_never_comes_to_says_so():
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(PeerLost, match=r"^rank 1: rank 0 never came within 0.2 s"):
+        reach(store, 0.2)
 
 
 def test_the_command_under_torchrun_gives_the_simulators_bits(tmp_path):

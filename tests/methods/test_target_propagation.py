@@ -98,6 +98,7 @@ def test_a_first_target_at_the_penultimate_block_makes_the_last_two_blocks_those
     assert torch.equal(mine[0][0], mine[0][1])  # the way back is zero at first
     two = Case(widths=CASE.widths, cuts=(2,), sizes=CASE.sizes)
     compare(train(two, spec).weights, train(two, "backprop").weights, 1e-13)
+    compare(train(two, {**spec, "pipelined": True}).weights, train(two, "pipedream").weights, 1e-13)
 
 
 def test_with_a_linear_way_back_the_length_of_the_step_does_not_matter():
@@ -179,7 +180,7 @@ def test_images_and_features_go_back_to_the_shape_they_came_from(hidden):
     assert all(not torch.equal(versions[0], versions[-1]) for versions in run.weights)
 
 
-def test_oneis_a_part_of_what_it_is_added_to_and_can_be_saved():
+def test_noise_is_a_part_of_what_it_is_added_to_and_can_be_saved():
     noise, x = Noise(), torch.full((100, 50), 3.0)
     state = noise.state_dict()
     first = noise(x, 0.1)
@@ -190,6 +191,12 @@ def test_oneis_a_part_of_what_it_is_added_to_and_can_be_saved():
     noise.load_state_dict(state)
     assert torch.equal(noise(x, 0.1), first)
     assert torch.isfinite(noise(torch.zeros(3, 2), 0.1)).all()
+    for size in (1e-4, 1e4):  # whose squares float16 does not have
+        half = noise(torch.full((100, 50), size, dtype=torch.float16), 0.1)
+        assert half.dtype == torch.float16
+        assert float(half.float().std()) == pytest.approx(0.1 * size, rel=0.05)
+    seeds = {w.upper._noise._generator.initial_seed() for w in train(CASE, "l_drl").trainer.workers[1:]}  # type: ignore
+    assert len(seeds) == 2
 
 
 def test_ways_back_have_an_optimizer_of_their_own_unless_told_otherwise():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoupled import rundir, train
+from decoupled import resumed, rundir, train
 from decoupled.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,17 +120,64 @@ def test_a_line_cut_off_in_the_middle_is_forgotten(whole, tmp_path, monkeypatch)
     same(out, whole)
 
 
-def test_a_run_that_has_ended_stays_as_it_is(whole, capsys):
-    before = contents(whole)[1]
+def test_a_run_that_has_ended_stays_as_it_is(whole, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {"blocks.json", "events.jsonl.gz"} <= before.keys()
     assert run(*SIMULATED, "--out", str(whole), "--resume") == 0
-    assert contents(whole)[1] == before
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
     assert "test accuracy" in capsys.readouterr().out
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "checkpoint.pt", "metrics.jsonl"):  # it was cut off behind its last epoch
+        (tmp_path / "run" / name).write_bytes(before[name])
+    assert run(*SIMULATED, "--out", str(tmp_path / "run"), "--resume") == 0
+    assert not (tmp_path / "run" / "blocks.json").exists()  # and not a file of zeros
+
+
+def test_a_run_that_went_on_from_a_checkpoint_elsewhere_goes_on_without_it(whole, tmp_path, monkeypatch):
+    first, out = tmp_path / "first.pt", tmp_path / "run"
+    first.write_bytes((whole / "checkpoint.pt").read_bytes())
+    more = [*SIMULATED, "method=ddg", "epochs=7", f"resume={first}", "other_method=True", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        cut_off(patch, (train, "_epoch", True))
+        with pytest.raises(Cut):
+            run(*more)
+    first.unlink()
+    assert run(*more) == 2
+    assert run(*more, "--resume") == 0
+    assert [row["epoch"] for row in contents(out)[1]] == [5, 6, 7]
+    assert contents(out)[0]["method"] == "ddg"
+
+
+def test_two_do_not_write_to_one_directory(whole, capsys):
+    with resumed.alone(whole):
+        assert run(*SIMULATED, "--out", str(whole), "--resume") == 2
+    assert "another process writes to" in capsys.readouterr().err
+
+
+def test_a_configuration_that_was_not_written_whole_is_written_again(tmp_path):
+    (tmp_path / "config.yaml.partial").write_text("data: dig")
+    assert run(*SIMULATED, "--out", str(tmp_path)) == 2
+    assert run(*SIMULATED, "epochs=1", "--out", str(tmp_path), "--resume") == 0
+    assert not (tmp_path / "config.yaml.partial").exists()
+
+
+@pytest.mark.parametrize("lines", ["", "1\n", '{"loss": 1}\n', "null\n"])
+def test_records_that_are_missing_are_not_passed_over(whole, tmp_path, capsys, lines):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("config.yaml", "checkpoint.pt"):
+        (out / name).write_bytes((whole / name).read_bytes())
+    (out / "metrics.jsonl").write_text(lines)
+    assert run(*SIMULATED, "--out", str(out), "--resume") == 2
+    assert f"metrics.jsonl lacks epochs before {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([*SIMULATED, "--resume"], "--resume and restarts=N need the directory of the run: --out DIR"),
+        ([*SIMULATED, "seed=1", "--resume", "--out", "{whole}"], "was made with seed=0; ask for the same"),
+        ([*SIMULATED, "restarts=1", "--out", "{other}"], "restarts=N is for runtime=processes, got runtime=simulated"),
         ([*SIMULATED, "restarts=1"], "--resume and restarts=N need the directory of the run: --out DIR"),
         ([*SIMULATED, "restarts=-1"], "restarts must be at least 0, got -1"),
         (["train", "method=sac", "env=Pendulum-v1", "restarts=1"], "are for networks cut into blocks; leave them out"),
