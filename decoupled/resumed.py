@@ -106,7 +106,12 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def save(out: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json: whoever is killed meanwhile leaves the old one or the new one."""
-    new = out / "results.json.new"
-    new.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(new, out / "results.json")
+    """Write results.json, in one piece."""
+    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file: whoever is killed meanwhile leaves the old one or the new one (and perhaps a part, as NAME.new)."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)

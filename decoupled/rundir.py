@@ -20,9 +20,7 @@ from decoupled import checkpoint, registry
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
-from decoupled.resumed import alone
-
-_PARTIAL = "config.yaml.partial"
+from decoupled.resumed import alone, write_whole
 
 
 @contextmanager
@@ -45,13 +43,13 @@ def opened(
     known = (out / "config.yaml").is_file()
     if not (resume and known):
         if resume:
-            (out / _PARTIAL).unlink(missing_ok=True)
+            (out / "config.yaml.new").unlink(missing_ok=True)  # of one that was killed
         fresh_directory(out, *(["choose another --out, or go on with the run in it: --resume"] if known else []))
     with alone(out):
-        if not known:
-            OmegaConf.save(OmegaConf.create(plain(config)), out / _PARTIAL)
-            (out / _PARTIAL).replace(out / "config.yaml")
-        _check(out, config)
+        if known:
+            _check(out, config)
+        else:
+            write_whole(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
         state = checkpoint.load(out / "checkpoint.pt") if (out / "checkpoint.pt").is_file() else None
         yield state, _rows(out, state["position"]["epoch"] if state else 0)
 
@@ -110,7 +108,5 @@ def _rows(out: Path, epochs: int) -> list[dict[str, Any]]:
             f"elsewhere: resume={out / 'checkpoint.pt'} with another --out"
         )
     if len(rows) < len(lines):
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -57,15 +57,15 @@ def train(
         return train_rl(config, out, events, quiet, rollout)
     if config.task is not None:
         return train_graph(config, out, events, quiet)
-    for left in reversed(range(config.restarts + 1)):
+    left = config.restarts
+    while True:
         try:
             return _train(config, out, events, quiet, resume)
         except PeerLost as error:
             if not left:
                 raise
             print(f"decoupled: {error}\ndecoupled: beginning again after the last epoch that ended", file=sys.stderr)
-            resume = True
-    raise AssertionError("unreachable")
+        left, resume = left - 1, True
 
 
 def _train(config: TrainConfig, out: Path | None, events: int, quiet: bool, resume: bool) -> dict[str, Any] | None:

@@ -45,10 +45,14 @@ class Line:
             OSError: it is not there, or does not know the token.
         """
         connection = socket.create_connection(address, timeout)
-        nonce, mine = _exactly(connection, _NONCE), secrets.token_bytes(_NONCE)
-        connection.sendall(hmac.digest(token, nonce, "sha256") + mine)
-        if not hmac.compare_digest(_exactly(connection, _NONCE), hmac.digest(token, mine, "sha256")):
-            raise OSError("the other process does not know the token")
+        try:
+            nonce, mine = _exactly(connection, _NONCE), secrets.token_bytes(_NONCE)
+            connection.sendall(hmac.digest(token, nonce, "sha256") + mine)
+            if not hmac.compare_digest(_exactly(connection, _NONCE), hmac.digest(token, mine, "sha256")):
+                raise OSError("the other process does not know the token")
+        except BaseException:
+            connection.close()  # who was left from before a restart is called again and again
+            raise
         connection.settimeout(None)
         return cls(connection)
 

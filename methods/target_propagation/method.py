@@ -18,7 +18,7 @@ Sources: Lee et al. 2015 (arXiv 1412.7525), Ernoult et al. 2022 (arXiv 2201.1341
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -60,17 +60,18 @@ def l_drl(
 
 
 def _ordered(coupling: Targets, pipelined: bool) -> Method:
-    facts = Facts(exact=False, reach=top, surrogate=True)
     if not pipelined:
-        return Method(coupling, sync, facts)
-    late = replace(
-        facts,
+        return Method(coupling, sync, Facts(exact=False, reach=top, surrogate=True))
+    facts = Facts(
+        exact=False,
+        reach=top,
+        surrogate=True,
         delay=lambda k, K: K - 1 - k,
         in_flight=lambda k, K: K - k,
         backward_weights="forward",
         locks=("forward", "backward", "update"),
     )
-    return Method(coupling, one_f_one_b, late)
+    return Method(coupling, one_f_one_b, facts)
 
 
 class _Follows(Lower):
@@ -164,7 +165,7 @@ class Targets(Coupling):
     noise: float
     hidden: int
     lr: float
-    penultimate: bool = False
+    penultimate: bool
     down: tuple[str, ...] = field(default=("difference",), init=False)
     substitutes: bool = field(default=True, init=False)  # half of the inputs have noise
 

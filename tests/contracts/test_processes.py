@@ -26,6 +26,7 @@ from decoupled.cli import main
 from decoupled.errors import OperationError, PeerLost, UserError
 from decoupled.runtime import launch
 from decoupled.runtime.control import Beats
+from decoupled.runtime.line import Line
 from decoupled.runtime.processes import Processes
 from decoupled.testing import OPTIMIZERS, Case, label, point, variants
 
@@ -359,6 +360,29 @@ def test_a_rank_that_cannot_reach_rank_0_says_so():
     store.set("hub", f"127.0.0.1:{port} secret")
     with pytest.raises(PeerLost, match=rf"^rank 1 cannot reach rank 0 at 127.0.0.1:{port}: .*refused"):
         reach(store, 0.5)
+
+
+def test_a_call_that_fails_leaves_no_connection_open():
+    heard: list[bytes] = []
+    ended = threading.Event()
+
+    def pretend():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(bytes(64))  # a nonce, and what is not an answer
+            while received := connection.recv(64):
+                heard.append(received)
+            ended.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with pytest.raises(OSError, match="does not know") as caught:
+            Line.call(server.getsockname(), b"token", 5.0)
+        assert ended.wait(5.0), "the other end still waits"
+        thread.join(5.0)
+    assert b"".join(heard)  # it was called
+    assert caught.traceback  # which would hold the connection
 
 
 def test_a_rank_that_rank_0_never_comes_to_says_so():

@@ -112,7 +112,7 @@ def upper(goal, W, lr=0.0) -> Any:
     """The upper half of the last of two linear blocks, y = x W^T."""
     n = len(W)
     torch.manual_seed(0)
-    half = Back(Place(1, 2, F.cross_entropy, ((n,), (n,))), Targets(goal, 0.5, 0.1, 0, lr))
+    half = Back(Place(1, 2, F.cross_entropy, ((n,), (n,))), Targets(goal, 0.5, 0.1, 0, lr, False))
     half.module.to(DOUBLE)
     return half
 

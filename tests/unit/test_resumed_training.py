@@ -155,10 +155,10 @@ def test_two_do_not_write_to_one_directory(whole, capsys):
 
 
 def test_a_configuration_that_was_not_written_whole_is_written_again(tmp_path):
-    (tmp_path / "config.yaml.partial").write_text("data: dig")
+    (tmp_path / "config.yaml.new").write_text("data: dig")
     assert run(*SIMULATED, "--out", str(tmp_path)) == 2
     assert run(*SIMULATED, "epochs=1", "--out", str(tmp_path), "--resume") == 0
-    assert not (tmp_path / "config.yaml.partial").exists()
+    assert not (tmp_path / "config.yaml.new").exists()
 
 
 @pytest.mark.parametrize("lines", ["", "1\n", '{"loss": 1}\n', "null\n"])
