@@ -129,12 +129,12 @@ def point(method: Spec) -> Method:
 
 
 def variants() -> list[dict[str, Any]]:
-    """Every registered method with its defaults, with each of its switches flipped, and with each count one higher."""
+    """Every registered method with its defaults, with each switch flipped, and with each count one lower (or 3, 2)."""
     specs = []
     for name in registry.methods():
         defaults = registry.options(name)
         changed = {key: not value for key, value in defaults.items() if isinstance(value, bool)}
-        changed |= {key: value + 1 for key, value in defaults.items() if type(value) is int}
+        changed |= {key: value + (1 if value <= 2 else -1) for key, value in defaults.items() if type(value) is int}
         specs += [{"name": name}, *({"name": name, key: value} for key, value in changed.items())]
     return specs
 

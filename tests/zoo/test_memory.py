@@ -1,7 +1,6 @@
 """Memory: what a block has held at most is what its retention keeps per pass, times the passes its order holds (F2)."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +34,7 @@ def rows(case, method):
             yield len(one.inputs)
 
 
-def formula(case: Case, method, k: int) -> int:
+def formula(case: Case, method, k: int, worker) -> int:
     """Most bytes at block k: every pass in flight its input or its graph, every weight version in flight a copy.
 
     A row is a sample, or one of several that the block is given for it. A layer with tanh saves its input and its
@@ -49,13 +48,13 @@ def formula(case: Case, method, k: int) -> int:
     late, kind = method.order.delay(k, case.K) > 0, method.retention
     if kind is Reconstruct:
         kind = KeepInput  # nothing in these networks can be reversed
-    changed = any({"forward", "backward"} & hooks(part) for part in acting(method, case, k))
+    hooked = set().union(*(hooks(part) for part in worker.corrections.parts))
+    changed = {"forward", "backward"} & hooked
     if kind in INPUTS and method.at_once(k, case.K) and method.facts.reach(k, case.K) and not changed:
         kind = KeepLiveGraph  # no copies
-    per_row = NUMBER * (sum(widths) if kind in GRAPHS else widths[0]) * built(method, case, k).upper.streams
+    per_row = NUMBER * (sum(widths) if kind in GRAPHS else widths[0]) * worker.upper.streams
     weights = NUMBER * sum(a * b + b for a, b in itertools.pairwise(widths))
-    predicted = any("forward" in hooks(part) for part in acting(method, case, k))
-    frozen = kind in (KeepGraph, KeepInputAndWeights) and (late or predicted)
+    frozen = kind in (KeepGraph, KeepInputAndWeights) and (late or "forward" in hooked)
     held: dict[int, tuple[int, int]] = {}  # pass -> samples, version
     most = step = 0
     count = list(rows(case, method))
@@ -70,14 +69,6 @@ def formula(case: Case, method, k: int) -> int:
     return most
 
 
-def built(method, case, k):
-    return train(case, method, batches=case.batches()[:1]).trainer.workers[k]
-
-
-def acting(method, case, k) -> Iterator:
-    return iter(built(method, case, k).corrections.parts)
-
-
 SPECS = [spec for spec in variants() if plain(point(spec))]
 
 
@@ -87,10 +78,11 @@ def test_most_of_the_zoo_is_measured():
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=label)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(case=cases(blocks=(1, 6), batches=(14, 16), size=(5, 6)))
 def test_memory_held_follows_the_formula(spec, case):
     """Exactly, where the cards ask for 5 %."""
     method = point(spec)
-    for k, block in enumerate(train(case, spec).trainer.statistics()):
-        assert block.peak_held_bytes == formula(case, method, k)
+    trainer = train(case, spec).trainer
+    for k, (block, worker) in enumerate(zip(trainer.statistics(), trainer.workers, strict=True)):
+        assert block.peak_held_bytes == formula(case, method, k, worker)

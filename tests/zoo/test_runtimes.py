@@ -32,7 +32,7 @@ def test_threads_equal_the_simulator(spec, case):
 
 
 @pytest.mark.parametrize("spec", FIXED, ids=label)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_speed_latency_and_jitter_change_nothing_but_seconds(spec, data):
     """Delays injected anywhere move no message to another operation (F3)."""
