@@ -160,6 +160,7 @@ OPTIONS = {
     "dgl": {"head": "mlp_sr"},
     "dgl_async": {"slots": 4, "uses": 4, "head": "mlp_sr"},
     "forward_forward": {"threshold": 1.0},
+    "sigprop": {},
     "auglocal": {"depth": 2, "decline": 0.5},
     "momentum_auxiliary": {"momentum": 0.995, "head": "auto"},
     "frozen_below": {"trained": 2},

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoupled.coupling import Bottom, Coupling, Lower, Place, Top, Upper
-from decoupled.errors import UserError
 from decoupled.messages import Data
+from decoupled.methods.local_parallelism.streams import Labelled, Sends, Streams
 
-STREAMS = 3
+_STREAMS = 3
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Goodness(Coupling):
     substitutes: bool = field(default=True, init=False)
 
     def lower(self, place: Place) -> Lower:
-        return Top(place) if place.top else GoodnessLower(place, self.threshold)
+        return Top(place) if place.top else Contrast(place, self.threshold)
 
     def upper(self, place: Place) -> Upper:
-        return Upper() if place.top else Streams()
+        return Streams(place, _STREAMS)
 
     def bottom(self, place: Place) -> Upper:
-        return Bottom() if place.top else Labelled(place)
+        return Bottom() if place.top else Written(place, "forward_forward", _STREAMS)
 
     def front(self, k: int, K: int) -> nn.Module | None:
         return UnitLength() if k else None
@@ -64,38 +64,15 @@ class UnitLength(nn.Module):
         return x / (x.square().mean(tuple(range(1, x.dim())), keepdim=True) + eps).sqrt()
 
 
-class Streams(Upper):
-    """The streams one after the other in one batch: (N, ...) each -> (3 N, ...)."""
+class Written(Labelled):
+    """The input as it is, with its label, and with another one."""
 
-    streams = STREAMS
+    def __init__(self, place: Place, method: str, streams: int) -> None:
+        super().__init__(place, method, streams)
+        self._codes = codes(self.classes, math.prod(place.inputs))
 
-    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
-        return torch.cat(payload)
-
-
-class Labelled(Bottom):
-    """Makes the streams from the data."""
-
-    streams = STREAMS
-
-    def __init__(self, place: Place) -> None:
-        self._classes, *positions = place.shapes[-1]
-        if place.modules and (positions or self._classes < 2):
-            raise UserError(
-                f"forward-forward needs one decision per sample between at least 2 classes, here the network ends in "
-                f"{place.shapes[-1]} per sample; use another method, e.g. greedy_local"
-            )
-        self._codes = codes(self._classes, math.prod(place.inputs))
-
-    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
-        assert data is not None and data.inputs is not None and data.targets is not None
-        x, labels = data.inputs, data.targets.to(data.inputs.device)
-        if not x.is_floating_point() or labels.is_floating_point() or labels.dim() != 1:
-            raise UserError(
-                f"forward-forward writes class numbers (N,) into floating-point inputs, got targets {labels.dtype} "
-                f"{tuple(labels.shape)} and inputs {x.dtype}; use another method, e.g. greedy_local"
-            )
-        return torch.cat([x, self._written(x, labels), self._written(x, others(labels, self._classes, data.batch))])
+    def streams_of(self, x: Tensor, labels: Tensor, batch: int) -> list[Tensor]:
+        return [x, self._written(x, labels), self._written(x, others(labels, self.classes, batch))]
 
     def _written(self, x: Tensor, labels: Tensor) -> Tensor:
         low, high = x.min(), x.max()
@@ -125,18 +102,13 @@ def goodness(y: Tensor) -> Tensor:
     return y.square().flatten(2).mean(2).sum(1) if y.dim() > 2 else y.square().sum(1)
 
 
-class GoodnessLower(Lower):
-    """Large for positive data, small for negative data."""
-
-    has_objective = needs_data = True
+class Contrast(Sends):
+    """J_k: large goodness for positive data, small for negative data."""
 
     def __init__(self, place: Place, threshold: float) -> None:
+        super().__init__(place, _STREAMS)
         self._theta = threshold * place.shapes[place.k][0]
-        self._parts = 1 if place.k == place.K - 2 else STREAMS  # the classifier needs the neutral stream alone
-
-    def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
-        return y.detach().chunk(STREAMS)[: self._parts]
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
-        _, positive, negative = y.chunk(STREAMS)
+        _, positive, negative = y.chunk(_STREAMS)
         return (F.softplus(self._theta - goodness(positive)) + F.softplus(goodness(negative) - self._theta)).mean() / 2

@@ -49,6 +49,7 @@ from decoupled.methods.local_parallelism.reach import (
     interlocked,
 )
 from decoupled.methods.local_parallelism.replay import Replayed
+from decoupled.methods.local_parallelism.signal import Signal
 from decoupled.order import local, objectives, sync, truncated
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
@@ -150,6 +151,12 @@ def forward_forward(threshold: float = 1.0) -> Method:
     if threshold <= 0:
         raise UserError(f"forward_forward needs a positive threshold, got {threshold}")
     return Method(Goodness(threshold), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+
+
+@register("sigprop")
+def sigprop() -> Method:
+    """The label goes up through the blocks as the input does, and every block but the last brings the two together."""
+    return Method(Signal(), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
 
 
 @register("frozen_below")

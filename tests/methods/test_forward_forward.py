@@ -136,7 +136,11 @@ def test_blocks_learn_to_tell_right_labels_from_wrong_ones():
     ("spec", "batch", "message"),
     [
         ({"name": "forward_forward", "threshold": 0.0}, None, "forward_forward needs a positive threshold, got 0.0"),
-        ("forward_forward", (torch.randn(4, 5), torch.rand(4, 3)), r"writes class numbers \(N,\) into floating-point"),
+        (
+            "forward_forward",
+            (torch.randn(4, 5), torch.rand(4, 3)),
+            r"forward_forward needs class numbers \(N,\)",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_one_line(spec, batch, message):
