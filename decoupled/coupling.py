@@ -56,32 +56,50 @@ class Place:
         return self.k == self.K - 1
 
 
-class Lower:
-    """The half that lives with block k.
+class Half:
+    """What the two halves of an edge have in common: each hears the other, and may own parameters.
 
     Attributes:
-        awaits: kind of the operation that takes a Down: "B" (also I and W), "A", or "" if none comes.
-        replies: Down messages per pass.
-        has_objective: whether J_k exists here.
-        needs_data: whether it reads targets or sample indices.
-        needs_inputs: whether it reads the raw batch as well.
-        remedy: what to do about an objective that is not finite.
-        relays: whether gradients that I takes are only passed on: weights follow what B or W takes alone, not the sum.
+        awaits: kind of the operation that takes what the other half sends, "" if nothing comes (or nobody takes it).
+            "A": an answer, for which no pass through the block waits.
         learns_from_answers: whether `answer` leaves gradients in its parameters, which are stepped on at once.
+        needs_data: whether it reads sample indices, and what else the class says.
         module: parameters of its own (dropped when the network is used), or None.
         optimizer: makes the optimizer of those parameters; None: they have one as the block.
     """
 
     awaits: str = ""
+    learns_from_answers: bool = False
+    needs_data: bool = False
+    module: nn.Module | None = None
+    optimizer: MakeOptimizer | None = None
+
+    def begin(self, epoch: int) -> None:
+        """An epoch (0, 1, ...) begins: the hook of methods whose `Order.phases` change what a half does."""
+
+    def answer(self, payload: Payload | None) -> None:
+        """Take, in an operation A, what the other half has sent; None if its pass was dropped there."""
+
+    def clear(self) -> None:
+        """Forget passes in flight (after a failure, or at a drained point)."""
+
+
+class Lower(Half):
+    """The half that lives with block k; it awaits Down in B (also I and W), or in A. Of the data it reads the targets.
+
+    Attributes:
+        replies: Down messages per pass.
+        has_objective: whether J_k exists here.
+        needs_inputs: whether it reads the raw batch as well.
+        remedy: what to do about an objective that is not finite.
+        relays: whether gradients that I takes are only passed on: weights follow what B or W takes alone, not the sum.
+    """
+
     replies: int = 0
     has_objective: bool = False
-    needs_data: bool = False
     needs_inputs: bool = False
     remedy: str = "lower the learning rate, or train with on_nonfinite='skip'"
     relays: bool = False
-    learns_from_answers: bool = False
-    module: nn.Module | None = None
-    optimizer: MakeOptimizer | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -92,14 +110,11 @@ class Lower:
         """What it has measured about its edge in this run, by name (residuals), for the statistics."""
         return {}
 
-    def begin(self, epoch: int) -> None:
-        """An epoch (0, 1, ...) begins: the hook of methods whose `Order.phases` change what a half does."""
-
-    def offer(self, data: Data) -> tuple[Tensor, ...] | None:
+    def offer(self, data: Data) -> Payload | None:
         """Payload of an operation E, before the block has run; None if only `emit` can make it."""
         return None
 
-    def emit(self, y: Tensor, data: Data | None) -> tuple[Tensor, ...]:
+    def emit(self, y: Tensor, data: Data | None) -> Payload:
         """Payload of Up, called at every forward; sent unless `offer` has sent one. `y`: (batch, *features)."""
         return (y.detach(),)
 
@@ -107,19 +122,13 @@ class Lower:
         """J_k, a scalar; `y` is a leaf that requires grad. None: there is nothing to learn from this pass yet."""
         raise NotImplementedError(f"{type(self).__name__} has no objective")
 
-    def pull(self, payload: tuple[Tensor, ...]) -> Tensor:
+    def pull(self, payload: Payload) -> Tensor:
         """The cotangent for `y` that a Down stands for."""
         return payload[0]
 
-    def returned(self, payload: tuple[Tensor, ...]) -> Tensor | None:
+    def returned(self, payload: Payload) -> Tensor | None:
         """The block's own output as a Down brings it back, or None if it brings none."""
         return None
-
-    def answer(self, payload: tuple[Tensor, ...] | None) -> None:
-        """Take a Down in an operation A (update of an auxiliary variable); None if its pass was dropped above."""
-
-    def clear(self) -> None:
-        """Forget passes in flight (after a failure, or at a drained point)."""
 
     def state_dict(self) -> dict[str, Any]:
         """State beside the parameters of `module`."""
@@ -129,41 +138,31 @@ class Lower:
         """Counterpart of `state_dict`."""
 
 
-class Upper:
-    """The half that lives with block k+1.
+class Upper(Half):
+    """The half that lives with block k+1; it awaits Up in F, or in A. Of the data it reads the raw batch.
 
     Attributes:
         replies: whether it sends a Down.
         differentiates: whether that needs the gradient for the block's input.
-        needs_data: whether it reads the raw batch or sample indices.
-        waits_up: whether a forward waits for Up.
         streams: rows of the block's input per sample.
         intake: the buffer that Up comes through; its Down, without a payload, then asks for the next.
-        module: parameters of its own, or None.
-        optimizer: as in `Lower`.
     """
 
+    awaits = "F"
     replies: bool = False
     differentiates: bool = True
-    needs_data: bool = False
-    waits_up: bool = True
     streams: int = 1
     intake: Intake | None = None
-    module: nn.Module | None = None
-    optimizer: MakeOptimizer | None = None
-
-    def begin(self, epoch: int) -> None:
-        """As for the lower half."""
 
     def carried(self, message: Up) -> Data | None:
         """What came along with the activation in place of a Data message (labels), or None."""
         return None
 
-    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
-        """The block's input."""
+    def receive(self, payload: Payload, data: Data | None) -> Tensor:
+        """The block's input, from an Up that the forward has waited for (else the payload is empty)."""
         return payload[0]
 
-    def reply(self, gradient: Tensor) -> tuple[Tensor, ...]:
+    def reply(self, gradient: Tensor) -> Payload:
         """Payload of Down, from the gradient for the block's input."""
         return (gradient,)
 
@@ -183,9 +182,9 @@ class Bottom(Upper):
     """Below block 0: the data."""
 
     needs_data = True
-    waits_up = False
+    awaits = ""
 
-    def receive(self, payload: tuple[Tensor, ...], data: Data | None) -> Tensor:
+    def receive(self, payload: Payload, data: Data | None) -> Tensor:
         assert data is not None and data.inputs is not None
         return data.inputs
 

@@ -11,7 +11,8 @@ counted. Of every block are counted, per example:
     weights   w      a backward that ends in the weight gradients
     inputs    i      a backward that ends in the input gradient (as an operation I does)
     both      b      one backward that gives both; b = w + i for one linear layer, less for deeper blocks
-    head      h      the objective: forward, and backward to the output of the block and the head's weights
+    head      h      the objective: forward, and backward to the output of the block and the head's weights; and making
+                     the input, where a block does so itself; what a head learns from answers is not counted
     update    u      per step, not per example: weights, with the head's, times FLOPs per weight
 
 The operations of one pass (`Method.order`) say which of them a block does: F f + h, B b (or w, if nobody below wants
@@ -46,7 +47,7 @@ from decoupled.plan import walk
 
 _EXAMPLES = 2  # BatchNorm wants more than one
 # What a message may hold that nobody computes with on its way; for anything else there is work that is not counted.
-COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative"}
+COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative", "input", "label"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Flops:
 
     Attributes:
         forward, weights, inputs, both: of the block itself.
-        head: of its objective.
+        head: of its objective, and of making its input where it does so itself.
         update: of its optimizer step.
         work: of all that the method lets it do with one example.
         head_parameters: weights of its coupling halves.
@@ -182,6 +183,7 @@ def cost(
                 lower.module.to("meta")  # what was copied from a block lives where the block does
             n = upper.streams  # rows per example
             head = _objective(lower, n, shapes[k], types[k + 1], shapes[-1][1:], tuple(inputs))
+            head += _own_input(upper, tuple(inputs), dtype)
             own = sum(_weights(half.module) for half in (lower, upper) if half.module is not None)
             step = update * (_weights(blocks[k]) + own)
             whole = replace(_times(n, flops), head=head, update=step, head_parameters=own)
@@ -236,6 +238,14 @@ def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
         return 0.0
     ones = torch.ones_like(y)
     return _counted(lambda: torch.autograd.grad(y, sinks, ones, retain_graph=True, allow_unused=True))[0]
+
+
+def _own_input(upper: Upper, inputs: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Making the block's input from that of the network, and learning from the Up that comes as an answer."""
+    if upper.module is None or upper.awaits != "A":
+        return 0.0
+    made = _count(upper.module, inputs, dtype)[0]
+    return made.forward + made.weights
 
 
 def _objective(

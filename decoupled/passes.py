@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from decoupled.messages import Data
+from decoupled.messages import Data, Up
 from decoupled.scaling import Scaled
 
 
@@ -26,3 +27,14 @@ class Pass:
     hops: int = 0  # blocks between the objective behind the latest gradient and the block below
     total: Scaled | None = None  # sum of the gradients for the output
     void: bool = False
+
+    def enter(self, message: Data | Up) -> None:
+        """Note which pass it is, from a message that it begins with."""
+        self.batch, self.round, self.indices = message.batch, message.round, message.indices
+        self.void = self.void or message.void
+
+
+def on(data: Data, device: torch.device) -> Data:
+    """`data` with its targets on that device."""
+    targets = None if data.targets is None else data.targets.to(device)
+    return data if targets is data.targets else replace(data, targets=targets)

@@ -77,10 +77,10 @@ class Steps:
                 scheduler.step()
         self.clear()
 
-    def step_lower(self) -> None:
-        """One step of the lower half's optimizer alone, if it has gradients."""
-        at = int(bool(self.block_parameters))  # its place among the optimizers
-        if self.lower_parameters and self._advance(self.optimizers[at]):
+    def step_half(self, upper: bool) -> None:
+        """One step of the optimizer of the upper (or lower) half alone, if it has gradients."""
+        at = bool(self.block_parameters) + (upper and bool(self.lower_parameters))  # its place among the optimizers
+        if (self.upper_parameters if upper else self.lower_parameters) and self._advance(self.optimizers[at]):
             if self.schedulers:
                 self.schedulers[at].step()
             self.optimizers[at].zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """What an operation waits for: a function of its kind and of what the coupling halves around the block declare.
 
 E, F   the data, if a half reads them; F also Up, if the upper half waits for it
-A      the answer, where the lower half awaits it alone
+A      the answers of both sides, where a half awaits them so
 B, I   the next Down of the pass, while any is to come (I: the own objective goes first)
 """
 
@@ -20,11 +20,11 @@ def needed(
         replies: Down messages of this pass still to come.
         own_taken: the block's own objective has been used. data_taken: the pass has its data.
     """
+    up = ("up",) if upper.awaits == kind else ()
     if kind in "EF":
-        data = ("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()
-        return data + (("up",) if kind == "F" and upper.waits_up else ())
+        return (("data",) if (lower.needs_data or upper.needs_data) and not data_taken else ()) + up
     if kind == "A":
-        return (down_port(0),) if lower.awaits == "A" else ()
+        return ((down_port(0),) if lower.awaits == "A" else ()) + up
     own_first = kind == "I" and lower.has_objective and not own_taken
     return (down_port(lower.replies - replies),) if lower.awaits == "B" and replies and not own_first else ()
 

@@ -3,6 +3,7 @@
         Up from below ----> F: upper.receive -> retention.keep -> lower.emit ----> Up to above
         Down to below <---- B: retention.open <- lower.objective / lower.pull <--- Down from above
                             S: optimizer step of the block and of its halves
+                            A: upper.answer, lower.answer: what no pass waits for
 
 What an operation waits for follows from its kind and from what the halves declare; nothing here asks for a method.
 """
@@ -10,7 +11,6 @@ What an operation waits for follows from its kind and from what the halves decla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from decoupled.coupling import Lower, Place, Upper
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Message, Up
 from decoupled.order import Order
-from decoupled.passes import Pass
+from decoupled.passes import Pass, on
 from decoupled.plan import ANY, Op
 from decoupled.retention import Retention
 from decoupled.runtime.contract import Actor, Outcome, Want
@@ -53,20 +53,10 @@ class Worker(Actor):
     """
 
     def __init__(
-        self,
-        place: Place,
-        block: Block,
-        lower: Lower,
-        upper: Upper,
-        retention: Retention,
-        order: Order,
-        corrections: Sequence[Correction],
-        steps: Steps,
-        on_nonfinite: str = "stop",
-        method: str = "",
-        scaling: Scaling | None = None,
-        losses: SampleLosses | None = None,
-    ) -> None:
+        self, place: Place, block: Block, lower: Lower, upper: Upper, retention: Retention, order: Order,
+        corrections: Sequence[Correction], steps: Steps, on_nonfinite: str = "stop", method: str = "",
+        scaling: Scaling | None = None, losses: SampleLosses | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.place, self.k, self.K, self.block = block.name, place, place.k, place.K, block
         self.lower, self.upper, self.retention, self.order = lower, upper, retention, order
         self.device, self.steps, self.counters, self.scaling = block.device, steps, Counters(), scaling or Scaling()
@@ -91,12 +81,12 @@ class Worker(Actor):
     def begin(self, start: int, epoch: int = 0) -> None:
         """Get ready for the run of an epoch whose first pass has key `start`; passes of a broken run are forgotten."""
         self._start, self._plan = start, self.order.at(epoch).plan(self.k, self.K)
-        self.lower.begin(epoch)
-        self.upper.begin(epoch)
+        for half in (self.lower, self.upper):
+            half.begin(epoch)
+            half.clear()
         self._passes.clear()
         self._versions, self._begun, self._dropped = [self.block.version], 0, False
         self.retention.clear()
-        self.lower.clear()
         self.steps.clear()
         self.counters.take_loss()
         self.block.module.train()
@@ -143,29 +133,36 @@ class Worker(Actor):
         if n is None:
             return self._step()
         if kind == "A":
-            for message in messages:
-                assert isinstance(message, Down)
-                self.lower.answer(None if message.void else message.payload)
-                if self.lower.learns_from_answers:
-                    self.steps.step_lower()
-            return []
+            return self._answer(messages)
         if kind in "EF":
             state = self._open(n, messages)
             return self._emit(n, state) if kind == "E" else self._forward(n, state, messages)
         return self._backward(kind, n, self._passes[n], messages)
 
+    def _answer(self, messages: tuple[Message, ...]) -> Sends:
+        for message in messages:
+            assert isinstance(message, Up | Down)
+            if below := isinstance(message, Up):
+                self._heed(message)
+            half = self.upper if below else self.lower
+            half.answer(None if message.void else message.payload)
+            if half.learns_from_answers:
+                self.steps.step_half(below)
+        return []
+
+    def _heed(self, message: Up) -> None:
+        self.corrections.hear("up", message.news)
+        self.scaling.hear(message.overflow)
+
     def _open(self, n: int, messages: tuple[Message, ...]) -> Pass:
         state = self._passes.setdefault(n, Pass(replies=self.lower.replies))
         for message in messages:
             assert isinstance(message, Data | Up)
-            state.batch, state.round, state.indices = message.batch, message.round, message.indices
-            state.void = state.void or message.void
+            state.enter(message)
             if isinstance(message, Data):
-                targets = None if message.targets is None else message.targets.to(self.device)
-                state.data = message if targets is message.targets else replace(message, targets=targets)
+                state.data = on(message, self.block.device)
             else:
-                self.corrections.hear("up", message.news)
-                self.scaling.hear(message.overflow)
+                self._heed(message)
                 state.data = (None if message.void else self.upper.carried(message)) or state.data
         return state
 

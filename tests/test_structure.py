@@ -147,7 +147,7 @@ OPTIONS = {
     "pipeoptim": {},
     "async_nesterov": {"gamma": 0.9, "stash": True, "adaptive": False},
     "petra": {"microbatches": 1},
-    "dni": {"conditional": False, "hidden": 0, "lr": 3e-5},
+    "dni": {"conditional": False, "hidden": 0, "lr": 3e-5, "inputs": False, "input_lr": 1e-3},
     "dtp": {"step": 0.5, "noise": 0.1, "hidden": 0, "lr": 1e-3, "penultimate": True, "pipelined": False},
     "l_drl": {"step": 0.5, "noise": 0.1, "hidden": 0, "lr": 1e-3, "penultimate": False, "pipelined": False},
     "fa": {"signs": False},

@@ -1,19 +1,22 @@
 """Synthetic gradients: a small network beside each block guesses the gradient, and learns from the one that comes.
 
-    name   coupling             order      retention     what block k < K-1 takes for the gradient of its output y_k
-    dni    Synthetic(targets)   answered   KeepNothing   s = M_k(y_k), conditional: M_k(y_k, one-hot targets)
+    name               coupling    order      retention     what block k < K-1 takes for the gradient of its output y_k
+    dni                Synthetic   answered   KeepNothing   s = M_k(y_k), conditional: M_k(y_k, one-hot targets)
+    dni, inputs=true   the same    the same   the same      the same, and for its input I_k(x), k > 0, x of the network
 
     F n, B n, S    step with s[n]; Down: d[n] = vjp_x(f_k, s[n])        nobody waits for the blocks above
-    A n            the answer from above: M_k steps on ||M_k(y_k[n]) - d_above[n]||^2, the mean over samples
+    A n            the answer from above: M_k steps on ||M_k(y_k[n]) - d_above[n]||^2, the mean over samples;
+                   inputs: the answer from below: I_k steps on ||I_k(x[n]) - y_{k-1}[n]||^2
 
 The edge updates twice per batch: the block with the guess, then the guess with the answer, which is itself a guess of
-the block above (the true gradient at the top).
+the block above (the true gradient at the top). With synthetic inputs nobody waits for the blocks below either.
 
 Source: Jaderberg et al. 2017 (arXiv 1608.05343).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,25 +25,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decoupled.coupling import Coupling, Lower, Place, Top, Upper
+from decoupled.coupling import Coupling, Lower, Payload, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.method import Facts, Method, own
 from decoupled.order import answered
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
+from decoupled.steps import MakeOptimizer
 
 
 @register("dni")
-def dni(conditional: bool = False, hidden: int = 0, lr: float = 3e-5) -> Method:
+def dni(
+    conditional: bool = False, hidden: int = 0, lr: float = 3e-5, inputs: bool = False, input_lr: float = 1e-3
+) -> Method:
     """Decoupled neural interfaces; `conditional`: the guess knows the targets (cDNI); `hidden`: width, 0 is linear.
 
-    `lr`: of Adam for the synthesisers; 0: they have the optimizer of the blocks.
+    `inputs`: blocks above the first guess their inputs, too (the full unlock). `lr`, `input_lr`: of Adam for the
+    guesses of gradients and of inputs; 0: they have the optimizer of the blocks.
     """
-    if hidden < 0 or lr < 0:
-        raise UserError(f"hidden and lr must be at least 0, got {hidden} and {lr}")
-    facts = Facts(exact=False, reach=own, surrogate=True, locks=("backward", "update"))
-    return Method(Synthetic(conditional, hidden, lr), answered, facts, KeepNothing)
+    if min(hidden, lr, input_lr) < 0:
+        raise UserError(f"hidden, lr and input_lr must be at least 0, got {hidden}, {lr} and {input_lr}")
+    locks = ("forward", "backward", "update") if inputs else ("backward", "update")
+    facts = Facts(exact=False, reach=own, surrogate=True, locks=locks)
+    return Method(Synthetic(conditional, hidden, lr, input_lr, inputs), answered, facts, KeepNothing)
 
 
 class Synthesiser(nn.Module):
@@ -82,7 +90,7 @@ class _Guess(Lower):
     awaits, replies = "A", 1
 
     def __init__(self, place: Place, conditional: bool, hidden: int, lr: float) -> None:
-        self.optimizer = partial(torch.optim.Adam, lr=lr) if lr else None
+        self.optimizer = adam(lr)
         shape = place.shapes[place.k]
         if len(shape) not in (1, 3):
             raise UserError(f"block{place.k} puts out {shape}; synthetic gradients are for features or images")
@@ -95,9 +103,9 @@ class _Guess(Lower):
         self._guess = guess
         return (y * guess.detach()).sum()
 
-    def answer(self, payload: tuple[Tensor, ...] | None) -> None:
+    def answer(self, payload: Payload | None) -> None:
         if payload is not None and self._guess is not None:
-            ((self._guess - payload[0].to(self._guess.device)) ** 2).sum().div(len(self._guess)).backward()
+            learn(self._guess, payload[0])
         self._guess = None
 
     def clear(self) -> None:
@@ -108,6 +116,63 @@ class _Answers(Upper):
     replies = True
 
 
+class _Made(_Answers):
+    """The block's input is I_k(x); what comes from below trains I_k."""
+
+    awaits = "A"
+    needs_data = learns_from_answers = True
+
+    def __init__(self, place: Place, hidden: int, lr: float) -> None:
+        self.optimizer = adam(lr)
+        shape, due = place.inputs, place.shapes[place.k - 1]
+        if len(shape) not in (1, 3) or len(due) not in (1, len(shape)):
+            raise UserError(
+                f"block{place.k} takes {due}, the network {shape}; synthetic inputs are features or images made from "
+                f"features or images; leave out inputs=true"
+            )
+        self.module: Any = input_model(shape, due, hidden)
+        self._made: Tensor | None = None  # of the pass that waits for its answer, with its graph
+
+    def receive(self, payload: Payload, data: Data | None) -> Tensor:
+        assert data is not None and data.inputs is not None
+        with torch.enable_grad():
+            self._made = made = self.module(data.inputs.to(next(self.module.parameters())))
+        return made.detach()
+
+    def answer(self, payload: Payload | None) -> None:
+        if payload is not None and self._made is not None:
+            learn(self._made, payload[0])
+        self._made = None
+
+    def clear(self) -> None:
+        self._made = None
+
+
+def input_model(shape: tuple[int, ...], due: tuple[int, ...], hidden: int) -> nn.Module:
+    """I_k: inputs of the network (features, or channels and space) -> inputs of block k, from layers as in M_k."""
+    channels, *space = due
+    if space:
+        resize, first = nn.AdaptiveAvgPool2d(tuple(space)), shape[0]
+    else:
+        resize, first = nn.Flatten(), math.prod(shape)
+
+    def layer(a: int, b: int) -> nn.Module:
+        return nn.Conv2d(a, b, 3, padding=1) if space else nn.Linear(a, b)
+
+    between = [layer(first, hidden), nn.ReLU()] if hidden else []
+    return nn.Sequential(resize, *between, layer(hidden or first, channels))
+
+
+def adam(lr: float) -> MakeOptimizer | None:
+    """Adam with this learning rate; 0: the optimizer of the blocks."""
+    return partial(torch.optim.Adam, lr=lr) if lr else None
+
+
+def learn(guess: Tensor, truth: Tensor) -> None:
+    """Leave the gradients of ||guess - truth||^2, the mean over samples, in what made the guess."""
+    ((guess - truth.to(guess.device)) ** 2).sum().div(len(guess)).backward()
+
+
 @dataclass(frozen=True)
 class Synthetic(Coupling):
     """Activation up; down the gradient that the block above has worked with, for its input."""
@@ -115,10 +180,12 @@ class Synthetic(Coupling):
     conditional: bool
     hidden: int
     lr: float
+    input_lr: float
+    substitutes: bool  # blocks guess their inputs, too
     down = ("gradient",)
 
     def lower(self, place: Place) -> Lower:
         return Top(place) if place.top else _Guess(place, self.conditional, self.hidden, self.lr)
 
     def upper(self, place: Place) -> Upper:
-        return _Answers()
+        return _Made(place, self.hidden, self.input_lr) if self.substitutes else _Answers()

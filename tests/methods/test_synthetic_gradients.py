@@ -9,24 +9,31 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled.errors import UserError
-from decoupled.methods.synthetic_gradients.method import Synthesiser, Synthetic, dni
-from decoupled.testing import Case, compare, flat, train
+from decoupled.methods.synthetic_gradients.method import Synthesiser, Synthetic, dni, input_model
+from decoupled.runtime.simulated import Simulated
+from decoupled.runtime.timing import Timing
+from decoupled.testing import Case, Tap, compare, flat, train
 
 CASE = Case(widths=(4, 5, 4, 3), cuts=(1, 2), sizes=(6,) * 9 + (4,))
 K, LR = CASE.K, 0.2
 
 
-def by_hand(conditional):
-    """Block k steps on the guess of today's synthesiser; then the synthesiser on what block k+1 has sent down."""
+def by_hand(conditional, made=()):
+    """Block k steps on the guess of today's synthesiser; then the synthesiser on what block k+1 has sent down.
+
+    `made`: first weights and biases of what makes the inputs of blocks 1 and 2, which then learns what comes up.
+    """
     blocks, widths = CASE.blocks(), (5, 4)
     guess = [torch.zeros(n, n + 3 * conditional, dtype=torch.float64) for n in widths]
     bias = [torch.zeros(n, dtype=torch.float64) for n in widths]
+    made = [(V.clone(), c.clone()) for V, c in made]
     history = [[flat(block)] for block in blocks]
     for x, y, _ in CASE.batches():
-        inputs = [x]
-        for block in blocks:
-            inputs.append(block(inputs[-1]).detach())
-        seen = [torch.cat((h, F.one_hot(y, 3)), 1) if conditional else h for h in inputs[1:-1]]
+        inputs, outputs = [x, *(x @ V.T + c for V, c in made)], []
+        for k, block in enumerate(blocks):
+            outputs.append(block(inputs[k]).detach())
+            inputs += [outputs[-1]] if len(inputs) == k + 1 else []
+        seen = [torch.cat((h, F.one_hot(y, 3)), 1) if conditional else h for h in outputs[:-1]]
         signals: Any = [h @ M.T + c for h, M, c in zip(seen, guess, bias, strict=True)]
         for k, block in enumerate(blocks):
             h = inputs[k].clone().requires_grad_()
@@ -41,18 +48,88 @@ def by_hand(conditional):
                 error = 2 * (signals[k - 1] - down) / len(x)
                 guess[k - 1] = guess[k - 1] - LR * error.T @ seen[k - 1]
                 bias[k - 1] = bias[k - 1] - LR * error.sum(0)
-    return history, guess, bias
+            if k and made:
+                error = 2 * (inputs[k] - outputs[k - 1]) / len(x)
+                made[k - 1] = made[k - 1][0] - LR * error.T @ x, made[k - 1][1] - LR * error.sum(0)
+    return history, guess, bias, made
+
+
+def layer(module: Any):
+    """Weight and bias of the only linear layer."""
+    (found,) = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return found.weight.detach(), found.bias.detach()
 
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_an_edge_updates_twice_per_batch(conditional):
     found = train(CASE, {"name": "dni", "conditional": conditional, "lr": 0.0})
-    history, guess, bias = by_hand(conditional)
+    history, guess, bias, _ = by_hand(conditional)
     compare(found.weights, history)
     for worker, M, c in zip(found.trainer.workers, guess, bias, strict=False):
-        layer: Any = worker.lower.module
-        torch.testing.assert_close(layer.layers[0].weight.detach(), M)
-        torch.testing.assert_close(layer.layers[0].bias.detach(), c)
+        torch.testing.assert_close(layer(worker.lower.module), (M, c))
+
+
+FULL = {"name": "dni", "inputs": True, "lr": 0.0, "input_lr": 0.0}
+
+
+def test_with_synthetic_inputs_it_updates_three_times():
+    still = train(CASE, FULL, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    start = [layer(worker.upper.module) for worker in still.trainer.workers[1:]]
+    found = train(CASE, FULL)
+    history, guess, bias, made = by_hand(False, start)
+    compare(found.weights, history)
+    for k, worker in enumerate(found.trainer.workers[1:]):
+        torch.testing.assert_close(layer(worker.upper.module), made[k])
+        torch.testing.assert_close(layer(found.trainer.workers[k].lower.module), (guess[k], bias[k]))
+        assert not torch.equal(made[k][0], start[k][0])
+
+
+def test_with_synthetic_inputs_no_block_waits_for_another_within_a_batch():
+    """On clocks where a message takes a hundred passes, all blocks begin at once; without, one after the other."""
+    for spec, waiting in ((FULL, 0), ("dni", K - 1)):
+        tap = Tap()
+        train(CASE, spec, runtime=Simulated(Timing(latency=100.0)), observers=[tap])
+        starts = {actor: start for actor, what, start, *_ in tap.operations if what == "F0"}
+        assert len(starts) == K
+        assert sum(start >= 100 for start in starts.values()) == waiting
+        steps = {actor: start for actor, what, start, *_ in tap.operations if what == "B0"}
+        assert sum(start >= 100 for start in steps.values()) == waiting
+
+
+def test_with_perfect_inputs_it_is_the_method_with_true_ones():
+    """Input models that are told what the blocks below make of the batch."""
+    x, y, _ = CASE.batches()[0]
+    hidden = [x]
+    for block in CASE.blocks():
+        hidden.append(block(hidden[-1]).detach())
+
+    class Told(nn.Module):
+        def __init__(self, truth):
+            super().__init__()
+            self.truth, self.unused = truth, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.truth + 0 * self.unused
+
+    class Oracle(Synthetic):
+        def upper(self, place):
+            half = super().upper(place)
+            half.module = Told(hidden[place.k])
+            return half
+
+    method = replace(dni(), coupling=Oracle(False, 0, 0.1, 0.1, True))
+    first = [(x, y)]
+    compare(train(CASE, method, batches=first).weights, train(CASE, "dni", batches=first).weights, 1e-15)
+
+
+@pytest.mark.parametrize("hidden", [0, 6])
+@pytest.mark.parametrize(
+    ("shape", "due"), [((5,), (3,)), ((1, 7, 7), (3, 4, 2)), ((2, 6, 6), (9,))], ids=["features", "images", "flat"]
+)
+def test_inputs_are_made_in_the_shape_that_is_due(shape, due, hidden):
+    made = input_model(shape, due, hidden)
+    assert made(torch.randn(4, *shape)).shape == (4, *due)
+    assert sum(isinstance(part, nn.ReLU) for part in made.modules()) == bool(hidden)
 
 
 def test_while_the_guess_is_zero_only_the_last_block_trains():
@@ -86,7 +163,7 @@ def test_with_a_perfect_guess_it_is_backpropagation():
                 half.module = Told(truth[place.k])
             return half
 
-    method = replace(dni(), coupling=Oracle(False, 0, 0.0))
+    method = replace(dni(), coupling=Oracle(False, 0, 0.0, 0.0, False))
     first = [CASE.batches()[0]]
     compare(train(CASE, method, batches=first).weights, train(CASE, "backprop", batches=first).weights, 1e-15)
 
@@ -126,8 +203,16 @@ def test_a_synthesiser_ticks_with_its_own_updates():
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match="hidden and lr must be at least 0, got -1 and"):
-        dni(hidden=-1)
+    for option in ("hidden", "lr", "input_lr"):
+        with pytest.raises(UserError, match=r"hidden, lr and input_lr must be at least 0, got .*-1"):
+            dni(**{option: -1})
     blocks = [nn.Unflatten(1, (2, 2)).double(), nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()]
     with pytest.raises(UserError, match=r"block0 puts out \(2, 2\); synthetic gradients are for features or images"):
         train(CASE, "dni", blocks=blocks)
+    flat_first = [
+        nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 2, 2))).double(),
+        nn.Flatten(),
+        nn.Linear(8, 3).double(),
+    ]
+    with pytest.raises(UserError, match=r"block1 takes \(2, 2, 2\), the network \(4,\); synthetic inputs are"):
+        train(CASE, FULL, blocks=flat_first)

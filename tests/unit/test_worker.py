@@ -1,5 +1,6 @@
 """The Worker: what each operation waits for, what it does with messages, and what it says when something fails."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from decoupled.correction import Correction, Shrink
 from decoupled.coupling import Bottom, Coupling, Gradient, LocalHead, Lower, Place, Top, Upper
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Up
-from decoupled.order import explicit, free, local, lockstep, rounds, sync, truncated, two_buffered
+from decoupled.order import answered, explicit, free, local, lockstep, rounds, sync, truncated, two_buffered
 from decoupled.retention import KeepGraph, KeepInput, KeepNothing, Retention
 from decoupled.steps import Steps
 from decoupled.worker import Worker
@@ -30,10 +31,8 @@ def worker(
     block = Block(nn.Sequential(nn.Linear(4, 2)).double(), f"block{k}")
     lower = lower or Gradient().lower(place)
     upper = upper or (Gradient().upper(place) if k else Bottom())
-    if lower.module is not None:
-        lower.module.double()
-    heads = [] if lower.module is None else list(lower.module.parameters())
-    steps = Steps((block.parameters, heads, []), lambda p: torch.optim.SGD(p, lr=lr))
+    heads, tails = ([] if h.module is None else list(h.module.double().parameters()) for h in (lower, upper))
+    steps = Steps((block.parameters, heads, tails), lambda p: torch.optim.SGD(p, lr=lr))
     made = Worker(
         place, block, lower, upper, retention(block, steps_between=True), order, corrections, steps, **options
     )  # fmt: skip
@@ -96,7 +95,7 @@ def test_data_is_taken_once_by_whichever_operation_comes_first():
 
 def test_an_upper_half_that_makes_its_own_input_does_not_wait_for_up():
     class FromData(Upper):
-        needs_data, waits_up, replies = True, False, False
+        needs_data, awaits, replies = True, "", False
 
         def receive(self, payload, data: Any):
             return data.inputs + 1
@@ -105,6 +104,42 @@ def test_an_upper_half_that_makes_its_own_input_does_not_wait_for_up():
     assert ports(one) == [("F0", ("data",), 0)]
     do(one, data(0))
     assert torch.equal(one.retention.open(0).x.detach(), X + 1)
+
+
+def test_an_upper_half_that_awaits_up_as_an_answer_runs_first_and_learns_from_it_at_once():
+    layer = nn.Linear(4, 2)
+
+    class Late(Upper):
+        awaits, needs_data, learns_from_answers = "A", True, True
+
+        def __init__(self):
+            self.module, self.heard = layer, []
+
+        def receive(self, payload, data: Any):
+            assert payload == ()
+            return data.inputs + 1
+
+        def answer(self, payload):
+            self.heard.append(payload)
+            if payload is not None:
+                layer(payload[0]).sum().backward()
+
+    upper = Late()
+    one = worker(1, 2, answered, upper=upper)
+    before = [p.clone() for p in layer.parameters()]
+    assert ports(one) == [("F0", ("data",), 0)]
+    do(one, data(0))
+    do(one)
+    do(one)
+    assert [torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True)] == [True, True]
+    assert ports(one) == [("A0", ("up",), 0)]
+    assert do(one, up(0)).sends == []
+    assert [torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True)] == [False, False]
+    assert all(p.grad is None for p in layer.parameters())
+    for _ in range(3):
+        do(one, *([data(1)] if ports(one)[0][0] == "F1" else []))
+    do(one, replace(up(1), void=True, payload=()))
+    assert [None if payload is None else len(payload) for payload in upper.heard] == [1, None]
 
 
 def test_a_truncated_order_relays_its_own_gradient_then_those_from_above_and_sums_them_for_the_weights():
