@@ -194,3 +194,23 @@ def own(k: int, K: int) -> Collection[int]:
 def top(k: int, K: int) -> Collection[int]:
     """Reach of a global method: every block hears the loss of the network only."""
     return (K - 1,)
+
+
+ALL_LOCKS = ("forward", "backward", "update")
+
+
+def late(passes: int, M: int = 1, weights: str = "forward", surrogate: bool = False) -> Facts:
+    """Facts of late gradients: at block k by `passes` (K-1-k) passes, of which M make one update.
+
+    1F1B without a flush and lockstep are late by 1 pass per block, a tick per hop by 2.
+    """
+    return Facts(
+        exact=False,
+        reach=top,
+        surrogate=surrogate,
+        delay=lambda k, K: -(passes * (K - 1 - k) // -M),
+        least_delay=lambda k, K: passes * (K - 1 - k) // M,
+        in_flight=lambda k, K: passes * (K - 1 - k) + 1,
+        backward_weights=weights,
+        locks=ALL_LOCKS,
+    )

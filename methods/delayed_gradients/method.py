@@ -39,7 +39,7 @@ from decoupled.compensation import Rescale, SpikeCompensation
 from decoupled.correction import Correction, Shrink
 from decoupled.coupling import Gradient
 from decoupled.errors import UserError
-from decoupled.method import Facts, Method, top
+from decoupled.method import ALL_LOCKS, Facts, Method, late, top
 from decoupled.methods.delayed_gradients.horizon import FromEntry
 from decoupled.methods.delayed_gradients.returned import ReturnOutput
 from decoupled.order import accumulate, lockstep, one_f_one_b, pinned, queues, tick, tick_backward_first, two_buffered
@@ -49,25 +49,10 @@ from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepL
 from decoupled.reversible import Reconstruct
 from decoupled.source import Split
 
-ALL_LOCKS = ("forward", "backward", "update")
-
-
-def _late(passes: int, M: int = 1, weights: str = "forward") -> Facts:
-    """A gradient is `passes` (K-1-k) passes late at block k, and M passes make one update."""
-    return Facts(
-        exact=False,
-        reach=top,
-        delay=lambda k, K: -(passes * (K - 1 - k) // -M),
-        least_delay=lambda k, K: passes * (K - 1 - k) // M,
-        in_flight=lambda k, K: passes * (K - 1 - k) + 1,
-        backward_weights=weights,
-        locks=ALL_LOCKS,
-    )
-
 
 def _at_one_moment(M: int = 1) -> Facts:
     """1F1B whose forwards see, in all blocks, the weights of the moment their batch came in; M passes per update."""
-    return replace(_late(1), delay=lambda k, K: -((K - 1) // -M), least_delay=None)
+    return replace(late(1), delay=lambda k, K: -((K - 1) // -M), least_delay=None)
 
 
 def _graph(recompute: bool, mutated: bool = False) -> type[Retention]:
@@ -83,14 +68,14 @@ def _weights(mutated: bool) -> str:
 @register("ddg")
 def ddg(recompute: bool = False, mutated: bool = False) -> Method:
     """Decoupled parallel backpropagation: exact gradients, K-1-k updates late; `mutated`: as its published code."""
-    return Method(Gradient(), lockstep, _late(1, weights=_weights(mutated)), _graph(recompute, mutated))
+    return Method(Gradient(), lockstep, late(1, weights=_weights(mutated)), _graph(recompute, mutated))
 
 
 @register("pipedream")
 def pipedream(recompute: bool = False, vertical_sync: bool = False) -> Method:
     """Asynchronous 1F1B with weight stashing; `vertical_sync`: a batch meets the weights of one moment everywhere."""
     if not vertical_sync:
-        return Method(Gradient(), one_f_one_b, _late(1), _graph(recompute))
+        return Method(Gradient(), one_f_one_b, late(1), _graph(recompute))
     return Method(Gradient(), pinned(one_f_one_b, lambda K: K - 1), _at_one_moment(), _graph(recompute))
 
 
@@ -119,13 +104,13 @@ def fdg(beta: float = 0.5, recompute: bool = False, mutated: bool = False) -> Me
 def adl(microbatches: int = 4, recompute: bool = False) -> Method:
     """Fully decoupled with accumulation: `microbatches` backwards per step make staleness as many times smaller."""
     order = accumulate(tick, microbatches)
-    return Method(Gradient(), order, _late(2, microbatches), _graph(recompute), feed=Split(microbatches))
+    return Method(Gradient(), order, late(2, microbatches), _graph(recompute), feed=Split(microbatches))
 
 
 @register("features_replay")
 def features_replay() -> Method:
     """Keeps only the input; replays it with today's weights when the gradient arrives."""
-    return Method(Gradient(), lockstep, _late(1, weights="current"), KeepInput)
+    return Method(Gradient(), lockstep, late(1, weights="current"), KeepInput)
 
 
 @register("dsp")
@@ -133,18 +118,18 @@ def dsp(queue: int | list = 2) -> Method:
     """Diversely stale: replay with today's weights; a pass spends `queue` ticks in the queues of an edge, or a list."""
     lengths = queue if isinstance(queue, list) else [queue]
 
-    def late(k: int, K: int) -> int:
+    def ticks(k: int, K: int) -> int:
         return sum(lengths[min(edge, len(lengths) - 1)] for edge in range(k, K - 1))
 
-    order, facts = queues(*lengths), _late(1, weights="current")
-    facts = replace(facts, delay=late, least_delay=None, in_flight=lambda k, K: late(k, K) + 1)
+    order, facts = queues(*lengths), late(1, weights="current")
+    facts = replace(facts, delay=ticks, least_delay=None, in_flight=lambda k, K: ticks(k, K) + 1)
     return Method(Gradient(), order, facts, KeepInput)
 
 
 @register("pipemare")
 def pipemare(microbatches: int = 4, anneal: int = 1000, decay: float = 0.135) -> Method:
     """One copy of the weights: smaller steps where gradients are late (T1), old weights are estimated (T2)."""
-    order, facts = accumulate(tick, microbatches), _late(2, microbatches, "current")
+    order, facts = accumulate(tick, microbatches), late(2, microbatches, "current")
     corrections = (Rescale(anneal), Discrepancy(decay))
     return Method(Gradient(), order, facts, KeepInput, corrections, feed=Split(microbatches))
 
@@ -154,34 +139,34 @@ def pipelined_backprop(prediction: str = "velocity", spike_compensation: bool = 
     """No stashing: forwards with predicted weights ("velocity", "weight", "none"), and compensated momentum."""
     corrections: tuple[Correction, ...] = () if prediction == "none" else (LinearPrediction(prediction),)
     corrections += (SpikeCompensation(),) if spike_compensation else ()
-    return Method(Gradient(), tick, _late(2, weights="current"), KeepInput, corrections)
+    return Method(Gradient(), tick, late(2, weights="current"), KeepInput, corrections)
 
 
 @register("spectrain")
 def spectrain(stash: bool = False) -> Method:
     """Predicts the weights of one moment for forward and backward; `stash`: the backward reuses the forward's."""
     weights, retention = ("forward", KeepGraph) if stash else ("current", KeepInput)
-    return Method(Gradient(), one_f_one_b, _late(1, weights=weights), retention, (FromEntry(stash=stash),))
+    return Method(Gradient(), one_f_one_b, late(1, weights=weights), retention, (FromEntry(stash=stash),))
 
 
 @register("xpipe")
 def xpipe(microbatches: int = 4) -> Method:
     """Predicts one moment for forward and backward as `spectrain`, over micro-batches that all look equally far."""
-    order, facts = accumulate(one_f_one_b, microbatches), _late(1, microbatches, "current")
+    order, facts = accumulate(one_f_one_b, microbatches), late(1, microbatches, "current")
     return Method(Gradient(), order, facts, KeepInput, (FromEntry(micro=microbatches),), feed=Split(microbatches))
 
 
 @register("pipeoptim")
 def pipeoptim() -> Method:
     """Forwards with the weights that the optimizer is expected to have reached by the backward; nothing is stashed."""
-    return Method(Gradient(), one_f_one_b, _late(1, weights="current"), KeepInput, (LinearPrediction(),))
+    return Method(Gradient(), one_f_one_b, late(1, weights="current"), KeepInput, (LinearPrediction(),))
 
 
 @register("async_nesterov")
 def async_nesterov(gamma: float = 0.9, stash: bool = True, adaptive: bool = False) -> Method:
     """Asynchronous 1F1B at Nesterov's look-ahead point; `adaptive`: more of it where gradients are later."""
     weights, retention = ("forward", KeepGraph) if stash else ("current", KeepInput)
-    return Method(Gradient(), one_f_one_b, _late(1, weights=weights), retention, (Lookahead(gamma, adaptive),))
+    return Method(Gradient(), one_f_one_b, late(1, weights=weights), retention, (Lookahead(gamma, adaptive),))
 
 
 @register("petra")
@@ -189,5 +174,5 @@ def petra(microbatches: int = 1) -> Method:
     """Reversible blocks keep nothing: output and gradient come down, the input is made again with today's weights."""
     if microbatches < 1:
         raise UserError(f"microbatches must be at least 1, got {microbatches}")
-    order, facts = accumulate(tick, microbatches), _late(2, microbatches, "current")
+    order, facts = accumulate(tick, microbatches), late(2, microbatches, "current")
     return Method(ReturnOutput(), order, facts, Reconstruct, feed=Split(microbatches))

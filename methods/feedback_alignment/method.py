@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from decoupled.coupling import Coupling, Gradient, Lower, Payload, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
-from decoupled.method import Facts, Method, own, top
+from decoupled.method import ALL_LOCKS, Facts, Method, late, own, top
 from decoupled.methods.feedback_alignment.feedback import RandomFeedback
 from decoupled.order import local, one_f_one_b, sync
 from decoupled.registry import register
@@ -41,22 +41,13 @@ def fa(signs: bool = False) -> Method:
 @register("dfa")
 def dfa(recompute: bool = False) -> Method:
     """Direct feedback alignment: the error of the output reaches every block through a fixed random matrix."""
-    facts = Facts(
-        exact=False,
-        reach=top,
-        surrogate=True,
-        delay=lambda k, K: K - 1 - k,
-        in_flight=lambda k, K: K - k,
-        backward_weights="forward",
-        locks=("forward", "backward", "update"),
-    )
-    return Method(DirectError(), one_f_one_b, facts, KeepInputAndWeights if recompute else KeepGraph)
+    return Method(DirectError(), one_f_one_b, late(1, surrogate=True), KeepInputAndWeights if recompute else KeepGraph)
 
 
 @register("drtp")
 def drtp() -> Method:
     """Direct random target projection: fixed random projections of the targets train every block in its forward."""
-    facts = Facts(exact=False, reach=own, surrogate=True, locks=("forward", "backward", "update"))
+    facts = Facts(exact=False, reach=own, surrogate=True, locks=ALL_LOCKS)
     return Method(RandomTarget(), local, facts, KeepNothing)
 
 

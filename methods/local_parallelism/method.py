@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from decoupled.coupling import LocalObjective
 from decoupled.errors import UserError, unknown
-from decoupled.method import Facts, Method, own
+from decoupled.method import ALL_LOCKS, Facts, Method, own
 from decoupled.methods.local_parallelism.auxiliary import Augmented
 from decoupled.methods.local_parallelism.goodness import Goodness
 from decoupled.methods.local_parallelism.momentum import Momentum, answered
@@ -54,14 +54,13 @@ from decoupled.order import local, objectives, sync, truncated
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
 
-ALL_LOCKS = ("forward", "backward", "update")
+GREEDY = Facts(exact=False, reach=own, locks=ALL_LOCKS)
 
 
 @register("greedy_local")
 def greedy_local(head: str = "auto") -> Method:
     """Every block minimises the loss of its own auxiliary head."""
-    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
-    return Method(LocalObjective(head), local, facts, KeepNothing)
+    return Method(LocalObjective(head), local, GREEDY, KeepNothing)
 
 
 @register("chunked_local")
@@ -97,15 +96,13 @@ def interlocking(n: int = 2, head: str = "auto") -> Method:
 @register("dgl")
 def dgl(head: str = "mlp_sr") -> Method:
     """Greedy, with the heads of decoupled greedy learning."""
-    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
-    return Method(LocalObjective(head), local, facts, KeepNothing)
+    return Method(LocalObjective(head), local, GREEDY, KeepNothing)
 
 
 @register("dgl_async")
 def dgl_async(slots: int = 4, uses: int = 4, head: str = "mlp_sr") -> Method:
     """`dgl` whose blocks wait for nobody: each draws from the latest `slots` outputs of the block below."""
-    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
-    return Method(Replayed(head, slots, uses), local, facts, KeepNothing)
+    return Method(Replayed(head, slots, uses), local, GREEDY, KeepNothing)
 
 
 @register("auglocal")
@@ -113,7 +110,7 @@ def auglocal(depth: int = 2, decline: float = 0.5) -> Method:
     """Greedy, with heads made like the layers to come: `depth` of them at the bottom, fewer towards the top."""
     if depth < 1 or not 0 <= decline <= 1:
         raise UserError(f"auglocal needs a depth of at least 1 and a decline from 0 to 1, got {depth} and {decline}")
-    return Method(Augmented(depth, decline), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+    return Method(Augmented(depth, decline), local, GREEDY, KeepNothing)
 
 
 @register("momentum_auxiliary")
@@ -133,7 +130,7 @@ def predsim(mode: str = "both", beta: float = 0.99) -> Method:
         raise unknown("mode", mode, betas)
     if not 0 <= beta <= 1:
         raise UserError(f"predsim needs a beta from 0 to 1, got {beta}")
-    return Method(PredSim(betas[mode]), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+    return Method(PredSim(betas[mode]), local, GREEDY, KeepNothing)
 
 
 @register("infopro")
@@ -141,8 +138,7 @@ def infopro(lambda1: float = 1.0, lambda2: float = 0.5, contrast: bool = False, 
     """Every block reconstructs the input, the less the higher it is, and tells classes apart, the more so."""
     if lambda1 < 0 or not 0 <= lambda2 <= 1:
         raise UserError(f"infopro needs lambda1 >= 0 and lambda2 from 0 to 1, got {lambda1} and {lambda2}")
-    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
-    return Method(InfoPro(lambda1, lambda2, contrast, head), local, facts, KeepNothing)
+    return Method(InfoPro(lambda1, lambda2, contrast, head), local, GREEDY, KeepNothing)
 
 
 @register("forward_forward")
@@ -150,13 +146,13 @@ def forward_forward(threshold: float = 1.0) -> Method:
     """Every block but the last tells data with the right label from data with a wrong one by its output's length."""
     if threshold <= 0:
         raise UserError(f"forward_forward needs a positive threshold, got {threshold}")
-    return Method(Goodness(threshold), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+    return Method(Goodness(threshold), local, GREEDY, KeepNothing)
 
 
 @register("sigprop")
 def sigprop() -> Method:
     """The label goes up through the blocks as the input does, and every block but the last brings the two together."""
-    return Method(Signal(), local, Facts(exact=False, reach=own, locks=ALL_LOCKS), KeepNothing)
+    return Method(Signal(), local, GREEDY, KeepNothing)
 
 
 @register("frozen_below")

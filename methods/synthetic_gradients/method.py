@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from decoupled.coupling import Coupling, Lower, Payload, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
-from decoupled.method import Facts, Method, own
+from decoupled.method import ALL_LOCKS, Facts, Method, own
 from decoupled.order import answered
 from decoupled.registry import register
 from decoupled.retention import KeepNothing
@@ -46,7 +46,7 @@ def dni(
     """
     if min(hidden, lr, input_lr) < 0:
         raise UserError(f"hidden, lr and input_lr must be at least 0, got {hidden}, {lr} and {input_lr}")
-    locks = ("forward", "backward", "update") if inputs else ("backward", "update")
+    locks = ALL_LOCKS if inputs else ("backward", "update")
     facts = Facts(exact=False, reach=own, surrogate=True, locks=locks)
     return Method(Synthetic(conditional, hidden, lr, input_lr, inputs), answered, facts, KeepNothing)
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from decoupled.coupling import Coupling, Lower, Payload, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
-from decoupled.method import Facts, Method, top
+from decoupled.method import Facts, Method, late, top
 from decoupled.methods.target_propagation.networks import Feedback, Noise
 from decoupled.order import one_f_one_b, sync
 from decoupled.registry import register
@@ -62,16 +62,7 @@ def l_drl(
 def _ordered(coupling: Targets, pipelined: bool) -> Method:
     if not pipelined:
         return Method(coupling, sync, Facts(exact=False, reach=top, surrogate=True))
-    facts = Facts(
-        exact=False,
-        reach=top,
-        surrogate=True,
-        delay=lambda k, K: K - 1 - k,
-        in_flight=lambda k, K: K - k,
-        backward_weights="forward",
-        locks=("forward", "backward", "update"),
-    )
-    return Method(coupling, one_f_one_b, facts)
+    return Method(coupling, one_f_one_b, late(1, surrogate=True))
 
 
 class _Follows(Lower):
