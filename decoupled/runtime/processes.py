@@ -173,15 +173,15 @@ class Processes(Runtime):
                 raise self._control.lost
             return self._control
         began = time.perf_counter()
-        control = None
+        control = endpoint = None
         try:
             control, token = self._group.connect(self._beats, self._startup, self._obituary, self._serve)
             control.on_abort, control.on_lost, control.status = self._aborted, self._lost, self._status
             endpoint = Endpoint(token, self._group.host)
             all_ranks = control.exchange("start", (endpoint.address, control.offset, self._group.me()), self._startup)
         except BaseException:
-            if control is not None:
-                control.close()
+            for opened in filter(None, (endpoint, control)):
+                opened.close()
             self._group.end(0.0)
             raise
         addresses, offsets, self._places.who = (list(column) for column in zip(*all_ranks, strict=True))

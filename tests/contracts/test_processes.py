@@ -25,7 +25,7 @@ from decoupled import Trainer
 from decoupled.cli import main
 from decoupled.errors import OperationError, PeerLost, UserError
 from decoupled.runtime import launch
-from decoupled.runtime.control import Beats
+from decoupled.runtime.control import Beats, Control
 from decoupled.runtime.line import Line
 from decoupled.runtime.processes import Processes
 from decoupled.testing import OPTIMIZERS, Case, label, point, variants
@@ -390,6 +390,18 @@ def test_a_rank_that_rank_0_never_comes_to_says_so():
     store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(PeerLost, match=r"^rank 1: rank 0 never came within 0.2 s"):
         reach(store, 0.2)
+
+
+def test_a_start_that_fails_leaves_nothing_open(monkeypatch):
+    def lost(self, *arguments):
+        raise PeerLost("rank 1 did not come")
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(Control, "exchange", lost)
+    runtime = Processes(processes=1)
+    with pytest.raises(PeerLost, match="did not come"):
+        runtime.start()
+    assert not {thread.name for thread in set(threading.enumerate()) - before if thread.is_alive()}
 
 
 def test_the_command_under_torchrun_gives_the_simulators_bits(tmp_path):
