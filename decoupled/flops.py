@@ -12,7 +12,7 @@ counted. Of every block are counted, per example:
     inputs    i      a backward that ends in the input gradient (as an operation I does)
     both      b      one backward that gives both; b = w + i for one linear layer, less for deeper blocks
     head      h      the objective: forward, and backward to the output of the block and the head's weights; and making
-                     the input, where a block does so itself; what a head learns from answers is not counted
+                     the input, where a block does so itself. What halves learn from answers is not counted
     update    u      per step, not per example: weights, with the head's, times FLOPs per weight
 
 The operations of one pass (`Method.order`) say which of them a block does: F f + h, B b (or w, if nobody below wants
@@ -47,7 +47,7 @@ from decoupled.plan import walk
 
 _EXAMPLES = 2  # BatchNorm wants more than one
 # What a message may hold that nobody computes with on its way; for anything else there is work that is not counted.
-COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative", "input", "label"}
+COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative"}
 
 
 @dataclass(frozen=True)
@@ -241,11 +241,9 @@ def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
 
 
 def _own_input(upper: Upper, inputs: tuple[int, ...], dtype: torch.dtype) -> float:
-    """Making the block's input from that of the network, and learning from the Up that comes as an answer."""
-    if upper.module is None or upper.awaits != "A":
-        return 0.0
-    made = _count(upper.module, inputs, dtype)[0]
-    return made.forward + made.weights
+    """Making the block's input from that of the network, where Up comes as an answer."""
+    makes = upper.module is not None and upper.awaits == "A"
+    return _count(upper.module, inputs, dtype)[0].forward if makes else 0.0  # type: ignore[arg-type]
 
 
 def _objective(

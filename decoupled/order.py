@@ -5,7 +5,7 @@
     I3, W3  the two halves of B3: input gradient (send Down) and weight gradient (zero-bubble and truncated orders)
     S   optimizer step
     E3  emit: send Up for pass 3 from what is stored, before the block itself has run (auxiliary variables)
-    A3  answer: take Down of pass 3 and update the auxiliary variable with it
+    A3  answer: take what nobody has waited for, Down of pass 3 (or Up), and learn from it: a variable, a guess
 
 An order is a pure function of (k, K): block k of K. It decides the *delay*, the number of own updates between F and B:
 
@@ -14,7 +14,7 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
     local                 F0 B0 S F1 B1 S ... (no Down is waited for)      0                1
     gpipe(M)              F0 .. F[M-1] B0 .. B[M-1] S ...                  0                M
     one_f_one_b_flush(M)  K-1-k forwards, then B F alternating, S per M    0                min(M, K-k)
-    answered              F0 B0 S A0 F1 B1 S ... (A takes the Down)        0                1
+    answered              F0 B0 S A0 F1 B1 S ... (A takes the answer)      0                1
     lockstep              F t, then B [t-(K-1-k)], S                       K-1-k            K-k
     one_f_one_b           the same operations, read as 1F1B                K-1-k            K-k
     tick                  F t, then B [t-2(K-1-k)], S                      2(K-1-k)         2(K-1-k)+1

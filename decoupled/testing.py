@@ -129,7 +129,7 @@ def point(method: Spec) -> Method:
 
 
 def variants() -> list[dict[str, Any]]:
-    """Every registered method with its defaults, with each switch flipped, and with each count one lower (or 3, 2)."""
+    """Every registered method with its defaults, with each switch flipped, with each count one more (above 2: less)."""
     specs = []
     for name in registry.methods():
         defaults = registry.options(name)

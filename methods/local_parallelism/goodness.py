@@ -111,4 +111,5 @@ class Contrast(Sends):
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
         _, positive, negative = y.chunk(_STREAMS)
-        return (F.softplus(self._theta - goodness(positive)) + F.softplus(goodness(negative) - self._theta)).mean() / 2
+        losses = F.softplus(self._theta - goodness(positive)) + F.softplus(goodness(negative) - self._theta)
+        return self.mean(losses, data) / 2

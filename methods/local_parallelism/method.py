@@ -13,6 +13,7 @@
     predsim            PredSim                    local             all (see objectives.py)    j = k
     infopro            InfoPro                    local             all (see objectives.py)    j = k
     forward_forward    Goodness                   local             all (see goodness.py)      j = k
+    sigprop            Signal                     local             all (see signal.py)        j = k
     frozen_below       Frozen(trained)            frozen(trained)   the last block             j = K-1 if k >= K-trained
     last_block_only    Frozen(1)                  frozen(1)         the last block             j = K-1 if k = K-1
 

@@ -5,7 +5,8 @@
     S_k = h_k t_k^T                                    (N, N); of images: the mean over space of every pixel's product
     J_k = cross entropy of row i of S_k with i         every input finds the target of its own label, k < K-1
 
-Rows of one class have equal targets, so J_k is a softmax over classes that weighs each with how often the batch has it.
+Rows of one class have equal targets (without dropout), so J_k is a softmax over classes that weighs each with how often
+the batch has it.
 The last block is the classifier: it is sent the inputs alone and follows the loss of the network.
 
 Source: Kohan, Rietman and Siegelmann 2022 (arXiv 2204.01723).
@@ -60,6 +61,8 @@ class Meeting(Sends):
     """J_k."""
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
-        h, t = y.flatten(1).chunk(_STREAMS)
-        similarity = h @ t.T / math.prod(y.shape[2:])
-        return F.cross_entropy(similarity, torch.arange(len(h), device=y.device))
+        with torch.autocast(y.device.type, enabled=False):  # sums over all pixels leave float16
+            h, t = (y.float() if y.dtype.itemsize < 4 else y).flatten(1).chunk(_STREAMS)
+            similarity = h @ t.T / math.prod(y.shape[2:])
+            losses = F.cross_entropy(similarity, torch.arange(len(h), device=y.device), reduction="none")
+            return self.mean(losses, data)

@@ -49,6 +49,9 @@ class Labelled(Bottom):
                 f"{self._method} needs class numbers (N,) and floating-point inputs, got targets {labels.dtype} "
                 f"{tuple(labels.shape)} and inputs {x.dtype}; use another method, e.g. greedy_local"
             )
+        labels = labels.long()  # of bytes torch makes a mask
+        if (labels < 0).any():
+            raise UserError(f"{self._method} needs a label for every sample; leave out those whose label is ignored")
         return torch.cat(self.streams_of(x, labels, data.batch))
 
     def streams_of(self, x: Tensor, labels: Tensor, batch: int) -> list[Tensor]:
@@ -67,3 +70,9 @@ class Sends(Lower):
 
     def emit(self, y: Tensor, data: Data | None) -> Payload:
         return y.detach().chunk(self._streams)[: self._sent]
+
+    @staticmethod
+    def mean(losses: Tensor, data: Data | None) -> Tensor:
+        """Over the samples, (N,); with the weights that a selection gives them."""
+        weights = None if data is None else data.weights
+        return (losses if weights is None else losses * weights.to(losses)).mean()

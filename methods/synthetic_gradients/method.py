@@ -127,8 +127,8 @@ class _Made(_Answers):
         shape, due = place.inputs, place.shapes[place.k - 1]
         if len(shape) not in (1, 3) or len(due) not in (1, len(shape)):
             raise UserError(
-                f"block{place.k} takes {due}, the network {shape}; synthetic inputs are features or images made from "
-                f"features or images; leave out inputs=true"
+                f"block{place.k} takes {due}, the network {shape}; synthetic inputs are features, or images made from "
+                f"images; leave out inputs=true"
             )
         self.module: Any = input_model(shape, due, hidden)
         self._made: Tensor | None = None  # of the pass that waits for its answer, with its graph
@@ -170,7 +170,9 @@ def adam(lr: float) -> MakeOptimizer | None:
 
 def learn(guess: Tensor, truth: Tensor) -> None:
     """Leave the gradients of ||guess - truth||^2, the mean over samples, in what made the guess."""
-    ((guess - truth.to(guess.device)) ** 2).sum().div(len(guess)).backward()
+    error = ((guess - truth.to(guess.device)) ** 2).sum() / len(guess)
+    if error.isfinite():  # else one of the two is of a pass that a block has dropped
+        error.backward()
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from decoupled.coupling import Place
 from decoupled.errors import UserError
 from decoupled.messages import Data, Up
+from decoupled.methods.local_parallelism.goodness import Written
 from decoupled.methods.local_parallelism.signal import Coded, Meeting, Signal
 from decoupled.testing import OPTIMIZERS, Case, Tap, compare, flat, train
 
 CASE = Case(widths=(5, 6, 4, 5, 3), cuts=(1, 2), sizes=(6, 6, 5))
+TWO = Case(widths=(5, 6, 3), cuts=(1,), sizes=(6,) * 8)
 K, CLASSES = CASE.K, 3
 
 
@@ -126,11 +128,56 @@ def test_inputs_come_to_lie_with_the_targets_of_their_own_label():
         assert (nearest == y).double().mean() > 0.9
 
 
-def test_targets_that_are_no_classes_are_one_line():
-    def loss(output, target):
-        return output.square().mean()
+@pytest.mark.parametrize("method", ["sigprop", "forward_forward"])
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.randn(4, 5), torch.rand(4), r"needs class numbers \(N,\)"),
+        (torch.randn(4, 5), torch.zeros(4, 2, dtype=torch.int64), r"needs class numbers \(N,\)"),
+        (torch.randint(3, (4, 5)), torch.arange(4), r".*got targets torch.int64 \(4,\) and inputs torch.int64"),
+        (torch.randn(4, 5), torch.tensor([0, 1, -100, 2]), "needs a label for every sample"),
+    ],
+    ids=["numbers", "positions", "integers", "ignored"],
+)
+def test_data_without_a_class_per_sample_are_one_line(method, x, y, message):
+    made = Coded if method == "sigprop" else Written
+    with pytest.raises(UserError, match=f"^{method} {message}"):
+        made(place(0, (4,)), method, 2).receive((), Data(0, batch=0, inputs=x, targets=y))
 
-    batch = torch.randn(4, 5), torch.rand(4, 3)
-    with pytest.raises(Exception, match=r"sigprop needs class numbers \(N,\) and floating-point") as caught:
-        train(CASE, "sigprop", blocks=[b.float() for b in CASE.blocks()], batches=[batch], loss=loss)
-    assert isinstance(caught.value.__cause__, UserError)
+
+@pytest.mark.parametrize("outputs", [(1,), (3, 7)])
+def test_networks_without_a_class_per_sample_are_one_line(outputs):
+    there = Place(0, 2, F.cross_entropy, ((4,), outputs), (5,), (nn.Linear(5, 4), nn.Linear(4, 1)))
+    with pytest.raises(UserError, match="sigprop needs one decision per sample between at least 2 classes"):
+        Coded(there, "sigprop", 2)
+
+
+def test_labels_may_be_bytes():
+    coded, labels = Coded(place(0, (4,)), "sigprop", 2), torch.tensor([2, 0, 1])
+    made = [
+        coded.receive((), Data(0, batch=0, inputs=torch.ones(3, 5), targets=labels.to(kind)))
+        for kind in (torch.uint8, torch.int64)
+    ]
+    assert torch.equal(*made)
+
+
+def test_a_weight_counts_a_sample_as_often():
+    """Weights 2, 0 and 1 are the first sample twice and the last one once, among the same targets."""
+    y, weights = torch.randn(6, 4), torch.tensor([2.0, 0.0, 1.0])
+    found = Meeting(place(0, (4,)), 2).objective(y, Data(0, batch=0, weights=weights))
+    rows = F.cross_entropy(y[:3] @ y[3:].T, torch.arange(3), reduction="none")
+    torch.testing.assert_close(found, (2 * rows[0] + rows[2]) / 3)
+    specs = ("sigprop", {"name": "self_paced", "boss": "sigprop"})
+    plain, weighed = (train(TWO, spec, epochs=3).weights for spec in specs)
+    assert not torch.equal(plain[0][-1], weighed[0][-1])
+    with pytest.raises(UserError, match="weighs samples, and block1 gets no data of its own"):
+        train(CASE, {"name": "self_paced", "boss": "sigprop"})
+
+
+def test_large_images_fit_into_half_precision():
+    """The sum over all pixels is beyond float16; it is taken in float32, whatever the block computes in."""
+    y = torch.full((4, 64, 96, 96), 1.5, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Meeting(place(0, (64, 96, 96)), 2).objective(y, None)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(2.0).log())

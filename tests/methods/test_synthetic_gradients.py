@@ -12,7 +12,7 @@ from decoupled.errors import UserError
 from decoupled.methods.synthetic_gradients.method import Synthesiser, Synthetic, dni, input_model
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.timing import Timing
-from decoupled.testing import Case, Tap, compare, flat, train
+from decoupled.testing import Case, Tap, compare, flat, label, point, train
 
 CASE = Case(widths=(4, 5, 4, 3), cuts=(1, 2), sizes=(6,) * 9 + (4,))
 K, LR = CASE.K, 0.2
@@ -120,6 +120,48 @@ def test_with_perfect_inputs_it_is_the_method_with_true_ones():
     method = replace(dni(), coupling=Oracle(False, 0, 0.1, 0.1, True))
     first = [(x, y)]
     compare(train(CASE, method, batches=first).weights, train(CASE, "dni", batches=first).weights, 1e-15)
+
+
+@pytest.mark.parametrize("spec", [{"name": "dni"}, {"name": "dni", "inputs": True}], ids=label)
+@pytest.mark.parametrize("bad", range(K - 1))
+def test_a_pass_that_is_not_finite_teaches_nobody(spec, bad):
+    """One output is infinite, once: weights and guesses stay finite, and at most its own pass is dropped anywhere."""
+
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return x * (torch.inf if self.training and self.calls == 3 else 1.0)
+
+    blocks = CASE.blocks()
+    blocks[bad] = nn.Sequential(*blocks[bad], Once())
+    run = train(CASE, spec, blocks=blocks, on_nonfinite="skip")
+    for worker in run.trainer.workers:
+        for module in (worker.block.module, worker.lower.module, worker.upper.module):
+            assert all(p.isfinite().all() for p in (module.parameters() if module is not None else ()))
+    assert [block.updates for block in run.trainer.statistics()] == [
+        len(CASE.sizes) - (k == bad or (k > bad and "inputs" not in spec)) for k in range(K)
+    ]
+
+
+def test_input_models_have_an_optimizer_and_a_width_of_their_own():
+    for lr, kinds in ((1e-4, ["SGD", "Adam", "Adam"]), (0.0, ["SGD", "Adam", "SGD"])):
+        spec = {"name": "dni", "inputs": True, "input_lr": lr, "hidden": 7}
+        _, middle, _ = train(CASE, spec).trainer.workers
+        assert [type(made).__name__ for made in middle.steps.optimizers] == kinds
+        assert middle.steps.optimizers[2].param_groups[0]["lr"] == (lr or LR)
+        module: Any = middle.upper.module
+        assert [p.shape[0] for p in module.parameters()] == [7, 7, 5, 5]
+    assert point(FULL).facts.locks == ("forward", *point("dni").facts.locks)
+
+
+def test_images_are_averaged_to_the_size_that_is_due():
+    pool = next(input_model((1, 4, 6), (2, 2, 3), 0).children())
+    x = torch.arange(24.0).reshape(1, 1, 4, 6)
+    torch.testing.assert_close(pool(x), F.avg_pool2d(x, 2))
 
 
 @pytest.mark.parametrize("hidden", [0, 6])

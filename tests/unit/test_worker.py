@@ -14,6 +14,7 @@ from decoupled.coupling import Bottom, Coupling, Gradient, LocalHead, Lower, Pla
 from decoupled.errors import NonFiniteError, OperationError, UserError
 from decoupled.messages import Data, Down, End, Up
 from decoupled.order import answered, explicit, free, local, lockstep, rounds, sync, truncated, two_buffered
+from decoupled.passes import Pass
 from decoupled.retention import KeepGraph, KeepInput, KeepNothing, Retention
 from decoupled.steps import Steps
 from decoupled.worker import Worker
@@ -140,6 +141,32 @@ def test_an_upper_half_that_awaits_up_as_an_answer_runs_first_and_learns_from_it
         do(one, *([data(1)] if ports(one)[0][0] == "F1" else []))
     do(one, replace(up(1), void=True, payload=()))
     assert [None if payload is None else len(payload) for payload in upper.heard] == [1, None]
+
+
+def test_what_comes_along_with_an_answer_from_below_is_heard(monkeypatch):
+    """News of corrections, and of gradients that were not finite, travel with every Up."""
+
+    class Late(Upper):
+        awaits, needs_data = "A", True
+
+        def receive(self, payload, data: Any):
+            return data.inputs
+
+    one, heard = worker(1, 2, answered, upper=Late()), []
+    monkeypatch.setattr(one.corrections, "hear", lambda port, news: heard.append((port, news)))
+    monkeypatch.setattr(one.scaling, "hear", lambda news: heard.append(("overflow", news)))
+    do(one, data(0))
+    do(one)
+    do(one)
+    do(one, up(0, news=(1.5,), overflow=(3.0,)))
+    assert heard == [("up", (1.5,)), ("overflow", (3.0,))]
+
+
+def test_a_pass_stays_dropped_whatever_comes_next():
+    state = Pass(replies=0)
+    for void, expected in ((False, False), (True, True), (False, True)):
+        state.enter(data(0, void=void))
+        assert state.void == expected
 
 
 def test_a_truncated_order_relays_its_own_gradient_then_those_from_above_and_sums_them_for_the_weights():
