@@ -242,8 +242,9 @@ def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
 
 def _own_input(upper: Upper, inputs: tuple[int, ...], dtype: torch.dtype) -> float:
     """Making the block's input from that of the network, where Up comes as an answer."""
-    makes = upper.module is not None and upper.awaits == "A"
-    return _count(upper.module, inputs, dtype)[0].forward if makes else 0.0  # type: ignore[arg-type]
+    if upper.module is None or upper.awaits != "A":
+        return 0.0
+    return _count(upper.module, inputs, dtype)[0].forward
 
 
 def _objective(

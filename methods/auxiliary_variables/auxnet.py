@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from decoupled.coupling import Coupling, Lower, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
-from decoupled.method import Facts, Method, own
+from decoupled.method import ALL_LOCKS, Facts, Method, own
 from decoupled.methods.auxiliary_variables.rule import Rule
 from decoupled.order import rounds
 from decoupled.registry import register
@@ -30,7 +30,7 @@ from decoupled.retention import KeepNothing
 @register("auxnet")
 def auxnet(beta: float = 0.1, eta: float = 5.0, width: int = 16) -> Method:
     """Layer-parallel penalty method whose variables small networks generate from the raw batch."""
-    facts = Facts(exact=False, reach=own, locks=("forward", "backward", "update"))
+    facts = Facts(exact=False, reach=own, locks=ALL_LOCKS)
     return Method(Generated(Rule(beta, eta), width), rounds(), facts, KeepNothing)
 
 

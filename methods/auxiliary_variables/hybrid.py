@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from decoupled.method import Facts, Method
+from decoupled.method import ALL_LOCKS, Facts, Method
 from decoupled.methods.auxiliary_variables.penalty import LayerParallel, ahead
 from decoupled.methods.auxiliary_variables.rule import Phases, Rule
 from decoupled.order import Order, sync
@@ -35,7 +35,7 @@ def hybrid(
     warm = warm and not (sweep and sigma is None)  # a sweep moves lambda itself, in the first visit
     coupling = LayerParallel(Rule(beta, eta, sigma, warm=warm), phases, downsample=downsample)
     where = "in parallel epochs"
-    locks = ("forward", "update") if sweep else ("forward", "backward", "update")
+    locks = ("forward", "update") if sweep else ALL_LOCKS
     facts = Facts(
         exact=False,
         reach=lambda k, K: sorted({k, K - 1}),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decoupled.coupling import Coupling, Lower, Payload, Place, Top, Upper
+from decoupled.coupling import Coupling, Half, Lower, Payload, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
 from decoupled.method import ALL_LOCKS, Facts, Method, own
@@ -51,6 +51,16 @@ def dni(
     return Method(Synthetic(conditional, hidden, lr, input_lr, inputs), answered, facts, KeepNothing)
 
 
+def layers(a: int, hidden: int, b: int, spatial: bool) -> nn.Sequential:
+    """From a channels to b, with one hidden layer or none (0): 3x3 convolutions, or linear."""
+
+    def layer(a: int, b: int) -> nn.Module:
+        return nn.Conv2d(a, b, 3, padding=1) if spatial else nn.Linear(a, b)
+
+    between = [layer(a, hidden), nn.ReLU()] if hidden else []
+    return nn.Sequential(*between, layer(hidden or a, b))
+
+
 class Synthesiser(nn.Module):
     """M_k: from an output of the block to a guess of its gradient, of the same shape; zero at first.
 
@@ -64,16 +74,9 @@ class Synthesiser(nn.Module):
     def __init__(self, features: int, spatial: bool, classes: int, hidden: int) -> None:
         super().__init__()
         self._classes = classes
-
-        def layer(a: int, b: int) -> nn.Conv2d | nn.Linear:
-            return nn.Conv2d(a, b, 3, padding=1) if spatial else nn.Linear(a, b)
-
-        first = [layer(features + classes, hidden), nn.ReLU()] if hidden else []
-        last = layer(hidden or features + classes, features)
-        assert last.bias is not None
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*first, last)
+        self.layers = layers(features + classes, hidden, features, spatial)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, y: Tensor, targets: Tensor) -> Tensor:
         """y: (batch, features) or (batch, channels, height, width); targets: (batch,)."""
@@ -83,11 +86,28 @@ class Synthesiser(nn.Module):
         return self.layers(y)
 
 
-class _Guess(Lower):
-    """J_k = <y_k, s>, whose gradient for y_k is s; an answer trains the synthesiser."""
+class _Guesses(Half):
+    """Its guess of what comes as an answer learns from the answer: ||guess - answer||^2, the mean over samples."""
 
-    has_objective = needs_data = learns_from_answers = True
-    awaits, replies = "A", 1
+    awaits = "A"
+    needs_data = learns_from_answers = True
+    _guess: Tensor | None = None  # of the pass that waits for its answer, with its graph
+
+    def answer(self, payload: Payload | None) -> None:
+        if payload is not None and self._guess is not None:
+            error = ((self._guess - payload[0].to(self._guess.device)) ** 2).sum() / len(self._guess)
+            if error.isfinite():  # else one of the two is of a pass that a block has dropped
+                error.backward()
+        self._guess = None
+
+    def clear(self) -> None:
+        self._guess = None
+
+
+class _Guess(_Guesses, Lower):
+    """J_k = <y_k, s>, whose gradient for y_k is s = M_k(y_k); what comes from above trains M_k."""
+
+    has_objective, replies = True, 1
 
     def __init__(self, place: Place, conditional: bool, hidden: int, lr: float) -> None:
         self.optimizer = adam(lr)
@@ -95,7 +115,6 @@ class _Guess(Lower):
         if len(shape) not in (1, 3):
             raise UserError(f"block{place.k} puts out {shape}; synthetic gradients are for features or images")
         self.module: Any = Synthesiser(shape[0], len(shape) == 3, place.shapes[-1][0] if conditional else 0, hidden)
-        self._guess: Tensor | None = None  # of the pass that waits for its answer, with its graph
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
         assert data is not None
@@ -103,24 +122,13 @@ class _Guess(Lower):
         self._guess = guess
         return (y * guess.detach()).sum()
 
-    def answer(self, payload: Payload | None) -> None:
-        if payload is not None and self._guess is not None:
-            learn(self._guess, payload[0])
-        self._guess = None
-
-    def clear(self) -> None:
-        self._guess = None
-
 
 class _Answers(Upper):
     replies = True
 
 
-class _Made(_Answers):
+class _Made(_Guesses, _Answers):
     """The block's input is I_k(x); what comes from below trains I_k."""
-
-    awaits = "A"
-    needs_data = learns_from_answers = True
 
     def __init__(self, place: Place, hidden: int, lr: float) -> None:
         self.optimizer = adam(lr)
@@ -131,48 +139,25 @@ class _Made(_Answers):
                 f"images; leave out inputs=true"
             )
         self.module: Any = input_model(shape, due, hidden)
-        self._made: Tensor | None = None  # of the pass that waits for its answer, with its graph
 
     def receive(self, payload: Payload, data: Data | None) -> Tensor:
         assert data is not None and data.inputs is not None
         with torch.enable_grad():
-            self._made = made = self.module(data.inputs.to(next(self.module.parameters())))
+            self._guess = made = self.module(data.inputs.to(next(self.module.parameters())))
         return made.detach()
-
-    def answer(self, payload: Payload | None) -> None:
-        if payload is not None and self._made is not None:
-            learn(self._made, payload[0])
-        self._made = None
-
-    def clear(self) -> None:
-        self._made = None
 
 
 def input_model(shape: tuple[int, ...], due: tuple[int, ...], hidden: int) -> nn.Module:
     """I_k: inputs of the network (features, or channels and space) -> inputs of block k, from layers as in M_k."""
     channels, *space = due
     if space:
-        resize, first = nn.AdaptiveAvgPool2d(tuple(space)), shape[0]
-    else:
-        resize, first = nn.Flatten(), math.prod(shape)
-
-    def layer(a: int, b: int) -> nn.Module:
-        return nn.Conv2d(a, b, 3, padding=1) if space else nn.Linear(a, b)
-
-    between = [layer(first, hidden), nn.ReLU()] if hidden else []
-    return nn.Sequential(resize, *between, layer(hidden or first, channels))
+        return nn.Sequential(nn.AdaptiveAvgPool2d(tuple(space)), layers(shape[0], hidden, channels, True))
+    return nn.Sequential(nn.Flatten(), layers(math.prod(shape), hidden, channels, False))
 
 
 def adam(lr: float) -> MakeOptimizer | None:
     """Adam with this learning rate; 0: the optimizer of the blocks."""
     return partial(torch.optim.Adam, lr=lr) if lr else None
-
-
-def learn(guess: Tensor, truth: Tensor) -> None:
-    """Leave the gradients of ||guess - truth||^2, the mean over samples, in what made the guess."""
-    error = ((guess - truth.to(guess.device)) ** 2).sum() / len(guess)
-    if error.isfinite():  # else one of the two is of a pass that a block has dropped
-        error.backward()
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from decoupled.coupling import Place
 from decoupled.errors import UserError
 from decoupled.messages import Data, Up
-from decoupled.methods.local_parallelism.goodness import UnitLength, codes, goodness, others
+from decoupled.methods.local_parallelism.goodness import Contrast, UnitLength, codes, goodness, others
 from decoupled.testing import OPTIMIZERS, Case, Tap, compare, flat, train
 
 CASE = Case(widths=(5, 6, 4, 5, 3), cuts=(1, 2), sizes=(6, 6, 5))
@@ -82,6 +82,14 @@ def test_goodness_of_images_is_averaged_over_space():
     torch.testing.assert_close(goodness(y[..., 0, 0]), y[..., 0, 0].square().sum(1))
 
 
+def test_a_weight_counts_a_sample_as_often():
+    half = Contrast(Place(0, 3, F.cross_entropy, ((4,), (4,), (CLASSES,)), (5,)), 0.5)
+    y, weights = torch.randn(3 * 3, 4), torch.tensor([2.0, 0.0, 1.0])
+    found = half.objective(y, Data(0, batch=0, weights=weights))
+    rows = [half.objective(y[i::3], None) for i in range(3)]  # one sample each, its three streams
+    torch.testing.assert_close(found, (2 * rows[0] + rows[2]) / 3)
+
+
 def test_streams_go_up_and_only_the_plain_one_to_the_last_block():
     tap = Tap()
     train(CASE, "forward_forward", observers=[tap])
@@ -111,20 +119,10 @@ def test_the_length_of_an_output_tells_the_next_block_nothing():
     torch.testing.assert_close(UnitLength()(h).square().mean(1), torch.ones(4))
 
 
-def test_blocks_learn_to_tell_right_labels_from_wrong_ones():
+def test_blocks_learn_to_tell_right_labels_from_wrong_ones(tellable):
     """On data whose label can be told from the rest of the input."""
-    torch.manual_seed(0)
-    y = torch.randint(3, (256,))
-    x = torch.randn(256, 12) + 2 * F.one_hot(y + 6, 12)
-    blocks = [
-        nn.Sequential(nn.Linear(12, 32), nn.ReLU()),
-        nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
-        nn.Linear(32, 3),
-    ]
-    run = train(
-        CASE, "forward_forward", blocks=blocks, batches=list(zip(x.split(32), y.split(32), strict=True)), epochs=30,
-        optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
-    )  # fmt: skip
+    x, y, how = tellable
+    run = train(CASE, "forward_forward", epochs=30, **how)
     made = codes(3, 12) * float(x.max() - x.min()) + float(x.min())
     right, wrong = (torch.cat([made[labels], x[:, 3:]], 1) for labels in (y, (y + 1) % 3))
     for network in (run.trainer.model[:1], run.trainer.model[:3]):
