@@ -401,7 +401,10 @@ def test_a_start_that_fails_leaves_nothing_open(monkeypatch):
     runtime = Processes(processes=1)
     with pytest.raises(PeerLost, match="did not come"):
         runtime.start()
-    assert not {thread.name for thread in set(threading.enumerate()) - before if thread.is_alive()}
+    started = set(threading.enumerate()) - before
+    for thread in started:
+        thread.join(5.0)  # told to end; when it gets there is the scheduler's
+    assert not {thread.name for thread in started if thread.is_alive()}
 
 
 def test_the_command_under_torchrun_gives_the_simulators_bits(tmp_path):
