@@ -118,7 +118,7 @@ def chain(
     scaled = next((one for one in precise if one.scale is not None), None)
     workers = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)  # heads are initialised from the seed alone
+        torch.default_generator.manual_seed(recipe.seed)  # heads are initialised from the seed alone
         for k, module in enumerate(modules):
             losses = None
             if method.selection is not None:

@@ -69,7 +69,7 @@ class Case:
 
     def blocks(self) -> list[nn.Module]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             units = [nn.Sequential(nn.Linear(a, b)) for a, b in itertools.pairwise(self.widths)]
         for unit in units[:-1]:
             unit.append(nn.Tanh())

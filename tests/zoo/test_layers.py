@@ -27,7 +27,7 @@ def network():
 
 
 def fit(method, blocks, **options):
-    return train(CASE, method, blocks=blocks, optimizer=OPTIMIZERS["momentum"], epochs=2, **options)
+    return train(CASE, method, blocks=blocks, optimizer=OPTIMIZERS["momentum"], **options)
 
 
 @pytest.mark.parametrize("runtime", ["simulated", "threads"])
@@ -36,7 +36,7 @@ def test_running_statistics_move_once_per_pass_in_the_forward(spec, runtime):
     """The first layer sees nothing but data, so its statistics are known beforehand, whatever the method does (D3)."""
     expected, tap = nn.BatchNorm1d(4).double(), Tap()
     blocks = network()
-    run = fit(spec, blocks, runtime=runtime, observers=[tap])
+    run = fit(spec, blocks, epochs=2, runtime=runtime, observers=[tap])
     passes: list[Any] = []
     for x, y, _ in CASE.batches() * 2:
         passes += point(spec).feed.passes(Data(0, batch=0, inputs=x, targets=y))
@@ -73,7 +73,7 @@ def test_recomputing_with_the_same_weights_is_keeping_the_graph_bit_for_bit(spec
     runs = []
     for retention in (KeepGraph, KeepInputAndWeights):
         blocks = network()
-        run = fit(replace(point(spec), retention=retention), blocks)
+        run = fit(replace(point(spec), retention=retention), blocks, epochs=2)
         runs.append((run.weights, {k: v.clone() for k, v in nn.Sequential(*blocks).state_dict().items()}))
     (kept, kept_state), (recomputed, recomputed_state) = runs
     compare(kept, recomputed, tolerance=0.0)

@@ -195,9 +195,10 @@ def test_and_every_message_matters(spec):
     for kind in (Up, Down):
         for k in range(K):
             louder = [(port, shouted(m) if isinstance(m, kind) else m) for port, m in received[k]]
-            heard = any(isinstance(m, kind) for _, m in received[k])
+            if not any(isinstance(m, kind) for _, m in received[k]):
+                continue
             learns = not torch.equal(run.weights[k][0], run.weights[k][-1])
-            assert torch.equal(alone(spec, k, louder), run.weights[k][-1]) != (heard and learns)
+            assert torch.equal(alone(spec, k, louder), run.weights[k][-1]) != learns
 
 
 def shouted(message: Boundary) -> Boundary:
