@@ -26,7 +26,7 @@ SUITES = Path(__file__).resolve().parent / "benchmarks" / "suites"
 class Recipe:
     """How to train: the same for every method."""
 
-    optimizer: str = "sgd"  # sgd | adam | adamw
+    optimizer: str = "sgd"  # sgd | adam | adamw | soap | muon
     lr: float = 0.1
     momentum: float = 0.9  # sgd only
     weight_decay: float = 0.0

@@ -49,13 +49,15 @@ def of_run(
     units: Sequence[nn.Module], cuts: Sequence[int], inputs: torch.Tensor, method: str | Mapping[str, Any],
     recipe: Recipe,
 ) -> Cost | None:  # fmt: skip
-    """The cost of a method in a setting, or None where it cannot be counted (other messages than gradients down).
+    """The cost of a method in a setting, or None where it cannot be counted (such messages, such an optimizer).
 
     Args:
         units, cuts: the network and where later blocks begin. inputs: some samples, for shape and type.
         method: as for `Trainer`. recipe: tells the optimizer.
     """
-    update = UPDATE["momentum" if recipe.optimizer == "sgd" and recipe.momentum else recipe.optimizer]
+    update = UPDATE.get("momentum" if recipe.optimizer == "sgd" and recipe.momentum else recipe.optimizer)
+    if update is None:  # it depends on the shapes of the weights
+        return None
     try:
         return flops.cost(_blocks(units, cuts), inputs.shape[1:], method, dtype=inputs.dtype, update=update)
     except UserError:

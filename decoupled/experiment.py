@@ -27,6 +27,7 @@ from decoupled.errors import UserError, first_line, unknown
 from decoupled.evaluation import evaluate, normalising
 from decoupled.method import Method
 from decoupled.observe.recorder import Recorder
+from decoupled.optimizers import Muon, Soap
 from decoupled.partition import split
 from decoupled.records import complete, point
 from decoupled.steps import MakeOptimizer, MakeScheduler
@@ -116,6 +117,8 @@ def optimizer_for(recipe: Recipe) -> MakeOptimizer:
         "sgd": lambda p: torch.optim.SGD(p, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
         "adam": lambda p: torch.optim.Adam(p, recipe.lr, weight_decay=recipe.weight_decay),
         "adamw": lambda p: torch.optim.AdamW(p, recipe.lr, weight_decay=recipe.weight_decay),
+        "soap": lambda p: Soap(p, recipe.lr, weight_decay=recipe.weight_decay),
+        "muon": lambda p: Muon(p, recipe.lr, weight_decay=recipe.weight_decay),
     }
     if recipe.optimizer not in makers:
         raise unknown("optimizer", recipe.optimizer, makers)
