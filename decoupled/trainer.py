@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -226,6 +227,7 @@ class Trainer:
             "cuts": self.cuts,
             "sample": {"shape": list(self._sample[0]), "dtype": self._sample[1]},
             "position": {"epoch": self._epoch, "batch": self._batch, "key": self._key},
+            "seed": self._recipe.seed,
             "rng": self._resume_rng or rng_state(),
             "blocks": self._everywhere("state"),
             "selection": {} if self._between is None else self._between.selector.state_dict(),
@@ -235,7 +237,7 @@ class Trainer:
     def load_state_dict(
         self, state: Mapping[str, Any] | None, *, other_method: bool = False, missing_ok: bool = False
     ) -> None:
-        """Continue from `state` (rank 0's counts); the model, method and optimizers must be built as they were.
+        """Continue from `state` (rank 0's counts) and its seed; build the model, method and optimizers as they were.
 
         Args:
             state: what `state_dict` returned.
@@ -255,6 +257,7 @@ class Trainer:
                 return
             shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
             self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
+            self._recipe = replace(self._recipe, seed=state.get("seed", self._recipe.seed))
             self._build(torch.zeros(2, *shape, dtype=dtype))
             load_worker_states(self._workers, copy.deepcopy(state["blocks"]), other_method)
             if self._between is not None and not other_method:
