@@ -237,7 +237,7 @@ class Trainer:
     def load_state_dict(
         self, state: Mapping[str, Any] | None, *, other_method: bool = False, missing_ok: bool = False
     ) -> None:
-        """Continue from `state` (rank 0's counts) and its seed; build the model, method and optimizers as they were.
+        """Continue from `state` (rank 0's counts) and seed; build the model, method and optimizers as they were.
 
         Args:
             state: what `state_dict` returned.
@@ -257,7 +257,8 @@ class Trainer:
                 return
             shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
             self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
-            self._recipe = replace(self._recipe, seed=state.get("seed", self._recipe.seed))
+            if not other_method:
+                self._recipe = replace(self._recipe, seed=state.get("seed", self._recipe.seed))
             self._build(torch.zeros(2, *shape, dtype=dtype))
             load_worker_states(self._workers, copy.deepcopy(state["blocks"]), other_method)
             if self._between is not None and not other_method:

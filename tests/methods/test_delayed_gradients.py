@@ -299,7 +299,7 @@ def test_a_warm_up_with_another_method_hands_on_everything_but_what_belongs_to_a
     """T3 of PipeMare: synchronous epochs first. Weights, momentum, schedulers and counts go on, corrections begin."""
     batches, spec = CASE.batches(), {"name": "pipemare", "microbatches": 2, "anneal": 3}
 
-    def made(method, blocks):
+    def made(method, blocks, seed=0):
         return Trainer(
             blocks,
             method,
@@ -307,6 +307,7 @@ def test_a_warm_up_with_another_method_hands_on_everything_but_what_belongs_to_a
             optimizer=OPTIMIZERS["momentum"],
             scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.5),
             runtime="simulated",
+            seed=seed,
         )
 
     blocks = CASE.blocks()
@@ -315,10 +316,11 @@ def test_a_warm_up_with_another_method_hands_on_everything_but_what_belongs_to_a
         state = first.state_dict()
         weights = [flat(block) for block in blocks]
     blocks = CASE.blocks()
-    with made(spec, blocks) as trainer:
+    with made(spec, blocks, seed=3) as trainer:
         with pytest.raises(UserError, match="other_method=True takes over what does not belong to the method"):
             trainer.load_state_dict(state)
         trainer.load_state_dict(state, other_method=True)
+        assert trainer.state_dict()["seed"] == 3
         for k, (block, worker) in enumerate(zip(blocks, trainer.workers, strict=True)):
             assert torch.equal(flat(block), weights[k])
             assert worker.block.version == worker.steps.schedulers[0].last_epoch == len(batches)
