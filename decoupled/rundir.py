@@ -51,7 +51,7 @@ def opened(
         else:
             write_whole(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
         state = checkpoint.load(out / "checkpoint.pt") if (out / "checkpoint.pt").is_file() else None
-        yield state, _rows(out, state["position"]["epoch"] if state else 0)
+        yield state, _rows(out, state.get("position", state)["epoch"] if state else 0)
 
 
 def keep(out: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ def _check(out: Path, config: TrainConfig) -> None:
     if not isinstance(before, dict):
         raise UserError(f"{out / 'config.yaml'} is not the configuration of a run; choose another --out")
     now = json.loads(json.dumps(plain(config)))
-    free = {"restarts", *(["runtime"] if registry.make(config.method).fixed else [])}
+    free = {"restarts", *(["runtime"] if config.env is None and registry.make(config.method).fixed else [])}
     if other := sorted(k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k)):
         was = ", ".join(f"{key}={json.dumps(before.get(key))}" for key in other)
         raise UserError(f"{out} was made with {was}; ask for the same, or choose another --out without --resume")

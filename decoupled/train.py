@@ -53,13 +53,13 @@ def train(
         PeerLost: a process of the run has died or hangs, once more than `config.restarts` times.
     """
     _check(config, out, rollout, resume)
-    if config.env is not None:
-        return train_rl(config, out, events, quiet, rollout)
-    if config.task is not None:
+    if config.task is not None and config.env is None:
         return train_graph(config, out, events, quiet)
     left = config.restarts
     while True:
         try:
+            if config.env is not None:
+                return train_rl(config, out, events, quiet, rollout, resume)
             return _train(config, out, events, quiet, resume)
         except PeerLost as error:
             if not left:
@@ -132,11 +132,8 @@ def _check(config: TrainConfig, out: Path | None, rollout: bool, resume: bool) -
         raise UserError("other_method=True goes with resume=CHECKPOINT of a network cut into blocks; leave it out")
     if config.restarts < 0:
         raise UserError(f"restarts must be at least 0, got {config.restarts}")
-    if (resume or config.restarts) and not cut:
-        raise UserError(
-            "--resume and restarts=N are for networks cut into blocks; leave them out (a policy goes on with "
-            "resume=CHECKPOINT)"
-        )
+    if (resume or config.restarts) and config.task is not None:
+        raise UserError("--resume and restarts=N are not for graphs (task=), which keep weights alone; leave them out")
     if (resume or config.restarts) and out is None:
         raise UserError("--resume and restarts=N need the directory of the run: --out DIR")
     if config.restarts and parse("runtime", config.runtime)[0] != "processes":

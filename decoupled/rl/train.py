@@ -1,23 +1,18 @@
 """`decoupled train env=...`: one environment, one method; the same files as for a network cut into blocks.
 
-DIR/config.yaml       what was asked
-DIR/metrics.jsonl     one record per epoch (steps / epochs environment steps)
-DIR/checkpoint.pt     everything to go on from, after the latest epoch
+DIR/                  config.yaml, metrics.jsonl (per epoch: steps / epochs steps), checkpoint.pt, see rundir.py
 DIR/events.jsonl.gz   what happened in the first operations, for `decoupled trace`
 DIR/rollout.gif       one episode of the trained policy, if it is asked for
 """
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from decoupled import checkpoint, registry
-from decoupled.compare import fresh_directory
+from decoupled import checkpoint, registry, rundir
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
 from decoupled.experiment import label
@@ -32,26 +27,34 @@ from decoupled.runtime.launch import under_torchrun
 
 
 def train_rl(
-    config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False, rollout: bool = False
-) -> dict[str, Any]:
+    config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False, rollout: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Train, evaluate after every epoch, and write a directory; see `decoupled.train.train`.
 
     Returns:
         config, history, test, blocks (one entry per role), dataset, startup_seconds, metric.
 
     Raises:
-        UserError: an unknown name, an impossible value, or `out` holds files.
+        UserError: an unknown name, an impossible value, or `out` holds files (those of another run, with `resume`).
+        PeerLost: a process of the run has died or hangs.
     """
     if under_torchrun():
         raise UserError("env= starts its own processes (runtime=processes): leave out torchrun")
     if rollout and out is None:
         raise UserError("a rollout is a file of the run's directory: add --out DIR, or leave out --rollout")
     registry.make(config.method, Roles)
-    state = checkpoint.load(config.resume) if config.resume else None
-    setting, name, history = RLSetting.prepare(config), label(config.method), []
-    if out is not None:
-        fresh_directory(out)
-        OmegaConf.save(OmegaConf.create(plain(config)), out / "config.yaml")
+    setting = RLSetting.prepare(config)
+    with nullcontext((None, [])) if out is None else rundir.opened(out, config, resume) as (found, history):
+        state = found or (checkpoint.load(config.resume) if config.resume else None)
+        return _run(config, setting, out, events if found is None else 0, quiet, rollout, state, history)
+
+
+def _run(
+    config: TrainConfig, setting: RLSetting, out: Path | None, events: int, quiet: bool, rollout: bool,
+    state: dict[str, Any] | None, history: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    name = label(config.method)
     with Reporter(setting.samples, quiet) as reporter, recording(out, name, events) as logs:
         reporter.start(name)
 
@@ -97,7 +100,5 @@ def _epoch(trainer: RLTrainer, steps: int, out: Path | None, reporter: Reporter)
         f"{record['updates_per_second']:.0f} updates/s"
     )
     if out is not None:
-        checkpoint.save(trainer.state_dict(), out / "checkpoint.pt")
-        with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        rundir.keep(out, record, trainer.state_dict())
     return record

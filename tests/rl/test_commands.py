@@ -14,13 +14,15 @@ import gymnasium
 import pytest
 import torch
 
-from decoupled import cli, registry
+from decoupled import cli, registry, rundir
 from decoupled.config import CompareConfig, TrainConfig, read, suites
+from decoupled.errors import PeerLost
 from decoupled.rl import Roles, Spaces, render, train
 from decoupled.rl.environments import labelled, maker
 from decoupled.rl.experiment import RLSetting
 from decoupled.rl.render import write_gif
 from decoupled.rl.testing import Line
+from decoupled.train import train as whole_train
 
 NAME = min(registry.methods(Roles), key=lambda name: len(registry.options(name)))
 SMALL = ["env={name: Pendulum-v1, max_episode_steps: 20}", "batch_size=16", "epochs=2", "runtime=threads"]
@@ -46,6 +48,60 @@ def test_train_writes_what_other_runs_write_and_goes_on(tmp_path: Path, capsys: 
     assert cli.main([*words, "steps=150", f"resume={first / 'checkpoint.pt'}", "--out", str(second), "--json"]) == 0
     (record,) = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert (record["steps"], record["epoch"]) == (150, 3)
+
+
+class Cut(Exception):
+    """The end of a run."""
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_policy_that_was_cut_off_goes_on_and_ends_as_if_nothing_had_happened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    words = ["train", f"method={method(actors=0)}", *SMALL, "epochs=3", "steps=150", "--quiet", "--json"]
+    assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    keep, kept = rundir.keep, []
+
+    def cutting(*arguments: Any) -> None:
+        keep(*arguments)
+        kept.append(None)
+        if len(kept) == after:
+            raise Cut
+
+    monkeypatch.setattr(rundir, "keep", cutting)
+    words += ["--out", str(tmp_path / "cut")]
+    with pytest.raises(Cut):
+        cli.main(words)
+    assert cli.main(words) == 2  # it does not go on unasked
+    assert cli.main([*words, "--resume"]) == 0
+    capsys.readouterr()
+    assert cli.main([*words, "--resume"]) == 0  # nothing is left to train: the same test again
+    again = json.loads(capsys.readouterr().out)
+    assert again["test"] == whole["test"]
+    for one, other in zip(again["history"], whole["history"], strict=True):
+        assert {k: v for k, v in one.items() if "second" not in k} == {
+            k: v for k, v in other.items() if "second" not in k
+        }
+    rows = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 2, 3]
+    assert cli.main([*words, "--resume", "seed=4"]) == 2
+    assert "was made with seed=0; ask for the same" in capsys.readouterr().err
+
+
+def test_a_policy_that_lost_a_process_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def once(config: Any, out: Any, events: int, quiet: bool, rollout: bool, resume: bool) -> dict[str, Any]:
+        asked.append(resume)
+        if len(asked) == 1:
+            raise PeerLost("rank 1 was killed")
+        return {}
+
+    monkeypatch.setattr("decoupled.train.train_rl", once)
+    config = read(TrainConfig, [f"method={NAME}", "env=Pendulum-v1", "runtime=processes", "restarts=1"])
+    assert whole_train(config, tmp_path / "run") == {}
+    assert asked == [False, True]
 
 
 def test_compare_draws_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def test_records_that_are_missing_are_not_passed_over(whole, tmp_path, capsys, l
         ([*SIMULATED, "restarts=1", "--out", "{other}"], "restarts=N is for runtime=processes, got runtime=simulated"),
         ([*SIMULATED, "restarts=1"], "--resume and restarts=N need the directory of the run: --out DIR"),
         ([*SIMULATED, "restarts=-1"], "restarts must be at least 0, got -1"),
-        (["train", "method=sac", "env=Pendulum-v1", "restarts=1"], "are for networks cut into blocks; leave them out"),
+        (["train", "method=ampnet", "task=list_reduction", "restarts=1"], "are not for graphs (task=)"),
         ([*SIMULATED, "lr=0.3", "--resume", "--out", "{whole}"], 'was made with recipe={"optimizer": "sgd", "lr": 0.1'),
         ([*SIMULATED, "--out", "{whole}"], "choose another --out, or go on with the run in it: --resume"),
         ([*SIMULATED, "--resume", "--out", "{other}"], "exists already; nothing was overwritten: choose another --out"),
