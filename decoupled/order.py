@@ -17,6 +17,7 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
     answered              F0 B0 S A0 F1 B1 S ... (A takes the answer)      0                1
     lockstep              F t, then B [t-(K-1-k)], S                       K-1-k            K-k
     one_f_one_b           the same operations, read as 1F1B                K-1-k            K-k
+    admitting(n)          1F1B with at most n forwards ahead               min(n, K-k)-1    min(n, K-k)
     tick                  F t, then B [t-2(K-1-k)], S                      2(K-1-k)         2(K-1-k)+1
     tick_backward_first   B [t-2(K-1-k)], S, then F t                      2(K-1-k)-1 (>=0) max(1, 2(K-1-k))
     queues(length)        F t, then B [t-length(K-1-k)], S                 length(K-1-k)    length(K-1-k)+1
@@ -31,14 +32,15 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
 A forward sees the newest weights unless the order says that it sees fewer steps (`sees`: vertical sync, two buffers).
 
 Sources: Huo et al. 2018 (lockstep), Narayanan et al. 2019 (1F1B), 2021 (double buffers), Zhuang et al. 2021 (ticks),
-Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017 (free).
+Xu et al. 2020 (queues), Huang et al. 2019 (GPipe), Qi et al. 2024 (zero bubble), Gaunt et al. 2017 (free), Chen et al.
+2026 (admission; in AMDP, which fills the time that it leaves with pipelines in other directions).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from decoupled.errors import UserError
@@ -152,6 +154,13 @@ tick = Order("tick", _shifted(lambda k, K: 2 * (K - 1 - k)))
 tick_backward_first = Order("tick_backward_first", _shifted(lambda k, K: 2 * (K - 1 - k), backward_first=True))
 
 
+def admitting(n: int) -> Order:
+    """1F1B that lets at most `n` passes in before the first has come back: less staleness, and less work at once."""
+    if not isinstance(n, int) or n < 1:
+        raise UserError(f"at least 1 pass must be admitted, got {n}")
+    return Order(f"admitting({n})", _shifted(lambda k, K: min(n, K - k) - 1))
+
+
 def queues(*lengths: int) -> Order:
     """A forward and a backward per tick; a pass spends so many ticks on an edge (from below; the last: all above)."""
     if not lengths or not all(isinstance(n, int) and n >= 1 for n in lengths):
@@ -259,19 +268,6 @@ def free(credit: Callable[[int, int], int] | int | None = None) -> Order:
     if isinstance(credit, int):
         return Order(f"free({credit})", credit=lambda k, K: credit)
     return Order("free" if credit is None else "free(custom)", credit=credit or (lambda k, K: K - k))
-
-
-def versions(operations: Iterable[Op], batch: int) -> tuple[int, int]:
-    """(own updates before F of `batch`, own updates before its B or W), counted from the operations alone."""
-    steps = forward = 0
-    for op in operations:
-        if op.kind == "S":
-            steps += 1
-        elif op.batch == batch and op.kind == "F":
-            forward = steps
-        elif op.batch == batch and op.kind in "BW":
-            return forward, steps
-    raise ValueError(f"the operations hold no backward of pass {batch}")
 
 
 def _profile(order: Order, k: int, K: int) -> tuple[int, list[int]]:

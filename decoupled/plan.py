@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from decoupled.errors import UserError
@@ -124,3 +124,16 @@ def walk(plan: FixedPlan | FreePlan) -> Iterator[Op]:
     while options := plan.options():
         yield options[0]
         plan.done(options[0])
+
+
+def versions(operations: Iterable[Op], batch: int) -> tuple[int, int]:
+    """(own updates before F of `batch`, own updates before its B or W), counted from the operations alone."""
+    steps = forward = 0
+    for op in operations:
+        if op.kind == "S":
+            steps += 1
+        elif op.batch == batch and op.kind == "F":
+            forward = steps
+        elif op.batch == batch and op.kind in "BW":
+            return forward, steps
+    raise ValueError(f"the operations hold no backward of pass {batch}")

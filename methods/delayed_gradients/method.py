@@ -2,7 +2,7 @@
 
     name                  order                            retention               corrections
     ddg                   lockstep                         KeepGraph *             -
-    pipedream             one_f_one_b, or pinned           KeepGraph *             -
+    pipedream             one_f_one_b, pinned, admitting   KeepGraph *             -
     pipedream_2bw         two_buffered(M)                  KeepGraph *             -
     fdg                   tick_backward_first              KeepGraph *             Shrink(beta) per hop
     adl                   accumulate(tick, M)              KeepGraph *             -
@@ -42,7 +42,17 @@ from decoupled.errors import UserError
 from decoupled.method import ALL_LOCKS, Facts, Method, late, top
 from decoupled.methods.delayed_gradients.horizon import FromEntry
 from decoupled.methods.delayed_gradients.returned import ReturnOutput
-from decoupled.order import accumulate, lockstep, one_f_one_b, pinned, queues, tick, tick_backward_first, two_buffered
+from decoupled.order import (
+    accumulate,
+    admitting,
+    lockstep,
+    one_f_one_b,
+    pinned,
+    queues,
+    tick,
+    tick_backward_first,
+    two_buffered,
+)
 from decoupled.prediction import Discrepancy, LinearPrediction, Lookahead
 from decoupled.registry import register
 from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, Retention
@@ -53,6 +63,12 @@ from decoupled.source import Split
 def _at_one_moment(M: int = 1) -> Facts:
     """1F1B whose forwards see, in all blocks, the weights of the moment their batch came in; M passes per update."""
     return replace(late(1), delay=lambda k, K: -((K - 1) // -M), least_delay=None)
+
+
+def _admitted(n: int) -> Facts:
+    """1F1B with at most n passes in a block."""
+    room = lambda k, K: min(n, K - k)  # noqa: E731
+    return replace(late(1), delay=lambda k, K: room(k, K) - 1, least_delay=None, in_flight=room)
 
 
 def _graph(recompute: bool, mutated: bool = False) -> type[Retention]:
@@ -72,8 +88,12 @@ def ddg(recompute: bool = False, mutated: bool = False) -> Method:
 
 
 @register("pipedream")
-def pipedream(recompute: bool = False, vertical_sync: bool = False) -> Method:
-    """Asynchronous 1F1B with weight stashing; `vertical_sync`: a batch meets the weights of one moment everywhere."""
+def pipedream(recompute: bool = False, vertical_sync: bool = False, admission: int | None = None) -> Method:
+    """1F1B with stashed weights; `vertical_sync`: of one moment in all blocks; `admission`: most passes in a block."""
+    if admission is not None:
+        if vertical_sync or admission < 2:
+            raise UserError("admission takes 2 or more (1 is backprop), and goes without vertical_sync")
+        return Method(Gradient(), admitting(admission), _admitted(admission), _graph(recompute))
     if not vertical_sync:
         return Method(Gradient(), one_f_one_b, late(1), _graph(recompute))
     return Method(Gradient(), pinned(one_f_one_b, lambda K: K - 1), _at_one_moment(), _graph(recompute))

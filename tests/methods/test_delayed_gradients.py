@@ -194,6 +194,27 @@ def test_versions_of_a_run_are_the_golden_ones(name, blocks):
         assert block.staleness == {d: 1 for d in range(late)} | {late: 22 - late}
 
 
+@pytest.mark.parametrize("blocks", [2, 5])
+@pytest.mark.parametrize("runtime", ["simulated", "threads"])
+def test_admission_bounds_how_late_a_batch_is_and_its_gradient_is_exact_where_it_was(blocks, runtime):
+    case = Case(widths=(3,) * (blocks + 1), cuts=tuple(range(1, blocks)), sizes=(2,) * 12)
+    run, gradients = with_gradients({"name": "pipedream", "admission": 3}, case, runtime=runtime)
+    late = [min(3, blocks - k) - 1 for k in range(blocks)]
+    for k, block in enumerate(run.trainer.statistics()):
+        assert block.versions == [(n, max(0, n - late[k]), n) for n in range(12)]
+        assert block.peak_in_flight == late[k] + 1
+    for m, (x, y, _) in enumerate(case.batches()):
+        met = [run.weights[j][max(0, m - late[j])] for j in range(blocks)]
+        for k, expected in enumerate(gradient_at(met, x, y, case)):
+            torch.testing.assert_close(gradients[k][m], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [{"admission": 1}, {"admission": 2, "vertical_sync": True}])
+def test_admission_is_refused_where_it_means_nothing(more):
+    with pytest.raises(UserError, match="admission takes 2 or more"):
+        point({"name": "pipedream", **more})
+
+
 @given(st.integers(2, 6))
 @settings(max_examples=5)
 def test_every_epoch_starts_from_a_drained_pipeline(blocks):

@@ -12,6 +12,7 @@ from decoupled.errors import UserError
 from decoupled.order import (
     Order,
     accumulate,
+    admitting,
     explicit,
     free,
     gpipe,
@@ -25,7 +26,7 @@ from decoupled.order import (
     two_buffered,
     zero_bubble,
 )
-from decoupled.plan import ANY, FixedPlan, FreePlan, Op, S
+from decoupled.plan import ANY, FixedPlan, FreePlan, Op, S, versions
 
 DELAYED = {
     "sync": orders.sync,
@@ -41,6 +42,7 @@ ACCUMULATED = {f"accumulate(tick, {M})": accumulate(orders.tick, M) for M in (1,
 ACCUMULATED |= {f"two_buffered({M})": two_buffered(M) for M in (1, 3)}
 SPLIT = {f"zero_bubble({M})": zero_bubble(M) for M in (1, 2, 5)}
 OTHERS = {f"queues({n})": queues(n) for n in (1, 3)} | SPLIT | ACCUMULATED
+OTHERS |= {f"admitting({n})": admitting(n) for n in (1, 2, 4)}
 OTHERS |= {"pinned": pinned(orders.one_f_one_b, lambda K: K - 1)}
 OTHERS |= {f"truncated({n})": truncated(n) for n in (1, 2, 3, 9)} | {"rounds": rounds(), "sweep": rounds(sweep=True)}
 ALL = DELAYED | GROUPED | OTHERS
@@ -77,7 +79,7 @@ def in_flight(name, k, K):
     ],
 )
 def test_versions_of_batch_20_in_4_blocks(name, vector):
-    assert [orders.versions(DELAYED[name].operations(k, 4), 20) for k in range(4)] == vector
+    assert [versions(DELAYED[name].operations(k, 4), 20) for k in range(4)] == vector
 
 
 @pytest.mark.parametrize("K", range(1, 7))
@@ -85,7 +87,7 @@ def test_versions_of_batch_20_in_4_blocks(name, vector):
 def test_versions_for_every_number_of_blocks(name, K):
     for k, batch in itertools.product(range(K), range(25)):
         late = golden(name, k, K)
-        assert orders.versions(DELAYED[name].operations(k, K), batch) == (max(0, batch - late), batch)
+        assert versions(DELAYED[name].operations(k, K), batch) == (max(0, batch - late), batch)
 
 
 @pytest.mark.parametrize("K", range(1, 7))
@@ -94,6 +96,20 @@ def test_delay_and_room(name, K):
     for k in range(K):
         assert DELAYED[name].delay(k, K) == golden(name, k, K)
         assert DELAYED[name].in_flight(k, K) == in_flight(name, k, K)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_no_pass_is_later_than_its_admission_allows(n):
+    """B7: min(n, K-k) - 1 updates at block k; all n = K-k and more are 1F1B, one is backpropagation."""
+    for K in range(1, 7):
+        for k in range(K):
+            assert admitting(n).delays(k, K) == [min(n, K - k) - 1]
+            assert admitting(n).in_flight(k, K) == min(n, K - k)
+        top = [admitting(n).text(k, K, 9) == orders.one_f_one_b.text(k, K, 9) for k in range(K)]
+        assert top == [K - k <= n for k in range(K)]
+    assert admitting(1).text(0, 4, 9) == orders.sync.text(0, 4, 9)
+    with pytest.raises(UserError, match="at least 1 pass must be admitted, got 0"):
+        admitting(0)
 
 
 def test_lockstep_and_asynchronous_1f1b_are_the_same_operations():
@@ -164,7 +180,7 @@ def test_a_short_run_is_a_long_one_with_the_later_passes_left_out(order, place, 
     """The end of a run is no special case: the passes that exist meet the same versions."""
     short, long = (parse(order.text(*place, n)) for n in (batches, 40))
     for n in range(batches):
-        assert orders.versions(short, n) == orders.versions(long, n)
+        assert versions(short, n) == versions(long, n)
 
 
 @every_order
@@ -216,7 +232,7 @@ def test_grouped_orders_step_once_per_minibatch_and_are_never_late(M):
 
 def met(order, k, K, batch):
     """(steps that the weights of the forward have seen, steps before the backward)."""
-    forward, backward = orders.versions(order.operations(k, K), batch)
+    forward, backward = versions(order.operations(k, K), batch)
     return (forward if order.sees is None else order.sees(k, K, batch)), backward
 
 
@@ -260,7 +276,7 @@ def test_two_buffers_do_from_k_minus_1_micro_batches_on(K):
         assert order.sees is not None
         assert set(order.delays(k, K)) == {-(-(K - 1) // M)}
         for n in range(60):
-            assert order.sees(k, K, n) <= orders.versions(order.operations(k, K), n)[0]
+            assert order.sees(k, K, n) <= versions(order.operations(k, K), n)[0]
         steps = 0
         alive = []  # versions that exist or are needed again, today's included
         for op in parse(order.text(k, K, 12 * M)):
@@ -417,7 +433,7 @@ def test_an_explicit_order_knows_its_room_and_delay():
 
 def test_versions_need_a_backward():
     with pytest.raises(ValueError, match="no backward of pass 1"):
-        orders.versions(parse("F0 B0 S F1"), 1)
+        versions(parse("F0 B0 S F1"), 1)
 
 
 def test_an_order_prints_its_name():
