@@ -8,7 +8,8 @@
     muon   W - lr (decay W + 0.2 sqrt(max(rows, columns)) O),   O = nearly the orthogonal matrix next to M
 
 What has fewer than two dimensions is updated as by AdamW. Which matrix is an embedding or the last layer, which Muon's
-authors leave to AdamW, cannot be seen from a weight: here all are treated alike.
+authors leave to AdamW, cannot be seen from a weight: here all are treated alike. Nor can one see that a tensor stacks
+the weights of several layers, as the networks of policies do: those are not for these two.
 
 Sources: Vyas et al. 2025 (SOAP, arXiv 2409.11321), Jordan et al. 2024 (Muon) with the scale of Liu et al. 2025 (arXiv
 2502.16982), as in `torch.optim.Muon`, which takes matrices only. That late gradients harm Adam less in an eigenbasis
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-LARGEST = 10_000  # rows or columns that are rotated; an embedding of more keeps that side as it is
+LARGEST = 4096  # rows or columns that are rotated; a side of more (a vocabulary, wide kernels) stays as it is
 
 
 class Matrices(Optimizer):
@@ -69,18 +70,20 @@ class Soap(Matrices):
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.95, 0.95), eps: float = 1e-8,
         weight_decay: float = 0.0, frequency: int = 10,
     ) -> None:  # fmt: skip
-        _check(lr, betas, weight_decay)
+        _check(lr, betas, eps, weight_decay)
+        if frequency < 1:
+            raise ValueError(f"frequency must be at least 1, got {frequency}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "frequency": frequency}
         super().__init__(params, defaults)
 
     def direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        (beta1, beta2), t = group["betas"], state["step"] - 1
         sides = (G @ G.T if len(G) <= LARGEST else None, G.T @ G if G.shape[1] <= LARGEST else None)
         if "bases" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
-            state["covariances"] = list(sides)
-            state["bases"] = [None if side is None else torch.linalg.eigh(side)[1].flip(1) for side in sides]
+            state["covariances"] = [None if side is None else (1 - beta2) * side for side in sides]
+            state["bases"] = [None if side is None else _eigenvectors(side) for side in sides]
             return torch.zeros_like(G)
-        (beta1, beta2), t = group["betas"], state["step"] - 1
         mean, square, bases = state["exp_avg"], state["exp_avg_sq"], state["bases"]
         mean.lerp_(G, 1 - beta1)
         square.lerp_(_rotated(G, *bases).square_(), 1 - beta2)
@@ -106,7 +109,7 @@ class Muon(Matrices):
         self, params: Any, lr: float = 1e-3, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
-        _check(lr, (momentum, *betas), weight_decay)
+        _check(lr, (momentum, *betas), eps, weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -118,10 +121,11 @@ class Muon(Matrices):
         return 0.2 * max(G.shape) ** 0.5 * _orthogonal(G.lerp(M, momentum))
 
 
-def _check(lr: float, betas: tuple[float, ...], weight_decay: float) -> None:
-    if not lr >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
+def _check(lr: float, betas: tuple[float, ...], eps: float, weight_decay: float) -> None:
+    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(
-            f"lr and weight_decay must be at least 0, betas and momentum in [0, 1); got {lr}, {weight_decay}, {betas}"
+            f"lr, eps and weight_decay must be at least 0, betas and momentum in [0, 1); got {lr}, {eps}, "
+            f"{weight_decay}, {betas}"
         )
 
 
@@ -137,6 +141,12 @@ def _rotated(X: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
     """U' X V; None is the identity."""
     X = X.clone() if U is None else U.T @ X
     return X if V is None else X @ V
+
+
+def _eigenvectors(side: Tensor) -> Tensor:
+    """In double precision, and off zero: a side of which whole rows are zero (tokens that did not come) breaks eigh."""
+    exact = side.double().nan_to_num(0.0, 0.0, 0.0)  # what is not finite is for the loss to report
+    return torch.linalg.eigh(exact + 1e-30 * torch.eye(len(side), dtype=exact.dtype, device=side.device))[1].to(side)
 
 
 def _refresh(state: dict[str, Any]) -> None:

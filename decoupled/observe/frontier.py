@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from decoupled.observe.charts import fixed, significant
 from decoupled.observe.plane import Curve, Scale, plane
-from decoupled.observe.points import Record, by_point
+from decoupled.observe.points import Record, by_point, describe
 
 Pair = tuple[float, float]
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -87,12 +87,14 @@ def section(results: Mapping[str, Any], styles: Mapping[str, str]) -> dict[str, 
 
     Returns:
         cutoffs: each with its text, figures and rows (label, style, three least numbers). model: rows of `_model`.
-        workers: how many of them `model` is about.
+        workers: how many of them `model` is about. uncounted: configurations whose FLOPs are not known.
     """
     cutoffs: Sequence[float] = (results.get("config") or {}).get("cutoffs") or []
     records: Sequence[Record] = [record for record in results.get("records") or [] if record.get("flops")]
     if not cutoffs or not records:
         return None
+    others = [r for r in results["records"] if not r.get("flops") and r["label"] in styles]
+    uncounted = sorted({", ".join(filter(None, (r["label"], describe(r.get("point") or {})))) for r in others})
     own = {label: [record for record in records if record["label"] == label] for label in styles}
     own = {label: runs for label, runs in own.items() if runs}
     unit, scale = _unit([p["flops"] for r in records for p in r["curve"]])
@@ -103,7 +105,7 @@ def section(results: Mapping[str, Any], styles: Mapping[str, str]) -> dict[str, 
         parts.append({"cutoff": f"{cutoff:g}", "figures": figures, "rows": rows})
     workers = min(results["environment"].get("cores") or 1, results["blocks"])
     model = _model(own, styles, results.get("baseline"), workers)
-    return {"cutoffs": parts, "unit": unit, "model": model, "workers": workers}
+    return {"cutoffs": parts, "unit": unit, "model": model, "workers": workers, "uncounted": uncounted}
 
 
 def _cells(records: Sequence[Record], cutoff: float, scale: float) -> list[str]:

@@ -58,6 +58,11 @@ class RLSetting:
         if task.steps < task.recipe.epochs:
             raise UserError(f"steps={task.steps} cannot be cut into {task.recipe.epochs} epochs; raise steps")
         optimizer_for(task.recipe)
+        if task.recipe.optimizer in ("soap", "muon"):
+            raise UserError(
+                f"optimizer={task.recipe.optimizer} is for networks: policies stack the weights of several in one "
+                "tensor, which it would take for one matrix; use adam, adamw or sgd"
+            )
         for spec in methods(task):
             if task.steps <= (warmup := registry.make(spec, Roles).warmup):
                 raise UserError(

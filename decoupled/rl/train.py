@@ -45,9 +45,11 @@ def train_rl(
         raise UserError("a rollout is a file of the run's directory: add --out DIR, or leave out --rollout")
     registry.make(config.method, Roles)
     setting = RLSetting.prepare(config)
+    here = resume and out is not None and (out / "checkpoint.pt").is_file()
+    state = checkpoint.load(config.resume) if config.resume and not here else None
     with nullcontext((None, [])) if out is None else rundir.opened(out, config, resume) as (found, history):
-        state = found or (checkpoint.load(config.resume) if config.resume else None)
-        return _run(config, setting, out, events if found is None else 0, quiet, rollout, state, history)
+        ended = found is not None and found["epoch"] >= config.recipe.epochs  # then its files stay
+        return _run(config, setting, out, 0 if ended else events, quiet, rollout, found or state, history)
 
 
 def _run(

@@ -163,7 +163,7 @@ class RLTrainer:
                 "the same method and version has written"
             )
         for name, now in self._options().items():
-            if (before := state["options"].get(name)) != now:
+            if (before := state["options"].get(name, now if name == "optimizers" else None)) != now:
                 raise UserError(
                     f"the state was saved with {name}={before}, this trainer has {name}={now}: go on with "
                     f"{name}={before}, or begin anew"
@@ -287,7 +287,8 @@ class RLTrainer:
         """What a saved state depends on."""
         names = ("actors", "envs", "capacity", "prioritized", "alpha", "n_step", "gamma")
         own = {name: getattr(self.roles, name) for name in names}
-        return {"env": labelled(self.env), **own, **self.agent.options}
+        kinds = sorted({type(optimizer).__name__ for optimizer in self.agent.optimizers.values()})
+        return {"env": labelled(self.env), **own, **self.agent.options, "optimizers": kinds}
 
     def _make_agent(self) -> Agent:
         return self.roles.agent(self.spaces, self._optimizer, self.seed)

@@ -141,7 +141,7 @@ class Screener(Chooser):
 
     def __init__(self, inputs: Tensor, tokens: int, margin: float, lr: float, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self._network = screener(inputs, tokens)
         self._tokens, self._margin = tokens, margin
         self._adam = torch.optim.Adam(self._network.parameters(), lr)

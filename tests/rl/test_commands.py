@@ -71,10 +71,13 @@ def test_a_policy_that_was_cut_off_goes_on_and_ends_as_if_nothing_had_happened(
 
     monkeypatch.setattr(rundir, "keep", cutting)
     words += ["--out", str(tmp_path / "cut")]
+    assert cli.main([*words, "resume=nowhere.pt"]) == 2  # and nothing is left of it
     with pytest.raises(Cut):
         cli.main(words)
     assert cli.main(words) == 2  # it does not go on unasked
-    assert cli.main([*words, "--resume"]) == 0
+    (tmp_path / "cut" / "events.jsonl.gz").unlink()  # who is killed writes none
+    assert cli.main([*words, "--events", "9", "--resume"]) == 0
+    assert cli.main(["trace", str(tmp_path / "cut")]) == 0
     capsys.readouterr()
     assert cli.main([*words, "--resume"]) == 0  # nothing is left to train: the same test again
     again = json.loads(capsys.readouterr().out)
@@ -151,6 +154,7 @@ def test_methods_of_a_suite_act_at_random_for_the_same_steps(suite: str) -> None
         (["env=Pendulum-v1", "task=list_reduction"], "env= and task= are different things"),
         (["env=Pendulum-v1", "actors=-1"], "actors and pretrain must be 0 or more"),
         (["env=Pendulum-v1", "lr=0"], "lr must be positive"),
+        (["env=Pendulum-v1", "optimizer=muon"], "optimizer=muon is for networks: policies stack the weights"),
         (["env={name: Pendulum-v1, gravity: 1}"], "unexpected keyword argument 'gravity'"),
         (["env={name: Pendulum-v1, g: abc}"], "env 'Pendulum-v1(g=abc)' fails: unsupported operand type(s)"),
         (

@@ -217,6 +217,15 @@ def test_a_state_of_other_options_is_refused(then: dict[str, Any], now: dict[str
         assert torch.equal(before, weights(other))
 
 
+def test_a_state_of_another_optimizer_is_refused() -> None:
+    def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, 0.1)
+
+    with make(0, name=plain()) as one, RLTrainer(Line(), {"name": plain(), "actors": 0}, optimizer=sgd) as other:
+        with pytest.raises(UserError, match=r"optimizers=\['Adam'\], this trainer has optimizers=\['SGD'\]"):
+            other.load_state_dict(one.state_dict() | {"options": other._options() | {"optimizers": ["Adam"]}})
+
+
 def test_a_state_of_another_environment_of_the_same_size_is_refused() -> None:
     with make(0, env="Pendulum-v1") as one, make(0, env={"name": "Pendulum-v1", "g": 5}) as other:
         with pytest.raises(UserError, match=r"env=Pendulum-v1, this trainer has env=Pendulum-v1\(g=5\)"):

@@ -131,6 +131,9 @@ def test_the_page_shows_frontiers_prediction_and_claims() -> None:
     page = render(data)
     for text in ("sequential MFLOP", "No configuration reached it", "quality: ", "Predicted"):
         assert text in page
+    assert "Left out" not in page
+    left_out = render(results([*runs, record("b", 2, [1.0, 0.5], flops=None)], cutoffs=[0.6]))
+    assert "Left out, for their FLOPs are not counted: b, batch_size=2." in left_out
 
 
 def test_compare_prices_a_run_as_flops_counts_it(tmp_path: Path) -> None:

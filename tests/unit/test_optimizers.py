@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -101,16 +102,61 @@ def test_bases_come_to_diagonalise_the_covariances_and_are_refreshed_when_due():
     assert (covariance - torch.diag(covariance.diag())).norm() > 0.3 * inside.norm()  # in the basis of the weight
 
 
-def test_a_side_that_is_too_long_keeps_its_basis(monkeypatch):
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (5, 5)])
+def test_a_side_that_is_too_long_keeps_its_basis(monkeypatch, shape):
+    """With both too long it is AdamW, and gradients are left as they are."""
     monkeypatch.setattr("decoupled.optimizers.LARGEST", 4)
-    weight = nn.Parameter(draws(5, 3))
-    optimizer = Soap([weight], frequency=1)
-    for gradient in draws(4, 5, 3):
-        weight.grad = gradient
+    weight, unused = nn.Parameter(draws(*shape)), nn.Parameter(draws(2, 2))
+    optimizer, before = SOAP([weight, unused]), unused.detach().clone()
+    gradients = draws(6, *shape)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
         optimizer.step()
-    left, right = optimizer.state[weight]["bases"]
-    assert left is None
-    assert right.shape == (3, 3)
+        assert torch.equal(weight.grad, gradient)
+    bases = optimizer.state[weight]["bases"]
+    assert [None if basis is None else len(basis) for basis in bases] == [n if n <= 4 else None for n in shape]
+    assert torch.equal(unused, before)  # it had no gradient
+    if shape == (5, 5):
+        first = trajectory(SOAP, draws(*shape), gradients[:1])[0]
+        assert_close([weight.detach()], trajectory(ADAM, first, gradients[1:])[-1:])
+
+
+def test_tokens_that_never_come_break_no_basis():
+    """Whole rows of the gradient are zero, in single precision: eigh fails on such a matrix as it is."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(512, 32)
+    optimizer = Soap(embedding.parameters(), 1e-3, frequency=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        embedding(torch.randint(512, (64,))).square().sum().backward()
+        optimizer.step()
+    assert embedding.weight.isfinite().all()
+    left, right = optimizer.state[embedding.weight]["bases"]
+    for basis in (left, right):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis)), rtol=0, atol=1e-4)
+
+
+def test_the_first_gradient_weighs_in_the_covariances_as_any_other():
+    gradients, weight = draws(7, 3, 4), nn.Parameter(draws(3, 4))
+    optimizer = SOAP([weight])
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    weights = [0.05 * 0.95**age for age in reversed(range(7))]
+    expected = sum(w * g @ g.T for w, g in zip(weights, gradients, strict=True))
+    torch.testing.assert_close(optimizer.state[weight]["covariances"][0], expected)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+@BOTH
+def test_gradients_of_nothing_and_gradients_that_are_not_numbers(optimizer, value):
+    """Zeros move nothing; NaN goes on into the weights, where the loss shows it, as with torch's optimizers."""
+    weight = nn.Parameter(draws(4, 3))
+    made, before = optimizer([weight]), weight.detach().clone()
+    for _ in range(4):
+        weight.grad = torch.full_like(weight, value)
+        made.step()
+    assert torch.equal(weight, before) if value == 0 else weight.isnan().all()
 
 
 # --- muon ---------------------------------------------------------------------------------------------------------
@@ -185,8 +231,16 @@ def test_recipes_name_them(name):
 
 
 def test_bad_values_are_one_line():
-    with pytest.raises(UserError, match="optimizer muon: lr and weight_decay must be at least 0"):
+    with pytest.raises(UserError, match="optimizer muon: lr, eps and weight_decay must be at least 0"):
         optimizer_for(Recipe(optimizer="muon", weight_decay=-1))
+    wrong: list[dict[str, Any]] = [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}]
+    for options in wrong:
+        with pytest.raises(ValueError, match="must be at least 0"):
+            Soap([nn.Parameter(draws(2))], **options)
+    with pytest.raises(ValueError, match="momentum in"):
+        Muon([nn.Parameter(draws(2))], momentum=1.0)
+    with pytest.raises(ValueError, match="frequency must be at least 1, got 0"):
+        Soap([nn.Parameter(draws(2))], frequency=0)
     with pytest.raises(UserError, match=r"unknown optimizer 'shampoo'.*adamw.*muon.*soap"):
         optimizer_for(Recipe(optimizer="shampoo"))
 

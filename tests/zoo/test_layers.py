@@ -81,12 +81,16 @@ def test_recomputing_with_the_same_weights_is_keeping_the_graph_bit_for_bit(spec
 
 
 @pytest.mark.parametrize("spec", variants(), ids=label)
-def test_dropout_is_drawn_from_the_seed_alone(spec):
-    """Same seed, same masks, whatever the global generator has been used for; another seed, other masks."""
-    runs = []
+def test_dropout_is_drawn_from_the_seed_alone(spec, monkeypatch):
+    """Same seed, same masks, whatever the global generators have been used for, which go on; another seed, others."""
+    runs, accelerators, blocks = [], [], [network() for _ in range(3)]
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", accelerators.append)
     for seed, noise in ((1, 0), (1, 17), (2, 0)):
         torch.manual_seed(noise)
-        runs.append(fit(spec, network(), seed=seed).weights)
+        before = torch.get_rng_state()
+        runs.append(fit(spec, blocks.pop(), seed=seed).weights)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert accelerators == [0, 17, 0]
     compare(runs[0], runs[1], tolerance=0.0)
     with pytest.raises(AssertionError, match=r"differs by|updates instead of"):  # a selection draws from the seed, too
         compare(runs[0], runs[2])
