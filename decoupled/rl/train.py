@@ -48,7 +48,7 @@ def train_rl(
     here = resume and out is not None and (out / "checkpoint.pt").is_file()
     state = checkpoint.load(config.resume) if config.resume and not here else None
     with nullcontext((None, [])) if out is None else rundir.opened(out, config, resume) as (found, history):
-        ended = found is not None and found["epoch"] >= config.recipe.epochs  # then its files stay
+        ended = found is not None and found["memory"]["pace"]["steps"] >= config.steps  # then its files stay
         return _run(config, setting, out, 0 if ended else events, quiet, rollout, found or state, history)
 
 

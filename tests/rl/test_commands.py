@@ -81,6 +81,7 @@ def test_a_policy_that_was_cut_off_goes_on_and_ends_as_if_nothing_had_happened(
     capsys.readouterr()
     assert cli.main([*words, "--resume"]) == 0  # nothing is left to train: the same test again
     again = json.loads(capsys.readouterr().out)
+    assert cli.main(["trace", str(tmp_path / "cut")]) == 0  # of the run before
     assert again["test"] == whole["test"]
     for one, other in zip(again["history"], whole["history"], strict=True):
         assert {k: v for k, v in one.items() if "second" not in k} == {
