@@ -17,7 +17,7 @@ An order is a pure function of (k, K): block k of K. It decides the *delay*, the
     answered              F0 B0 S A0 F1 B1 S ... (A takes the answer)      0                1
     lockstep              F t, then B [t-(K-1-k)], S                       K-1-k            K-k
     one_f_one_b           the same operations, read as 1F1B                K-1-k            K-k
-    admitting(n)          1F1B with at most n forwards ahead               min(n, K-k)-1    min(n, K-k)
+    admitting(n)          1F1B, n passes spread evenly over K blocks       ceil(n(K-k)/K)-1 ceil(n(K-k)/K)
     tick                  F t, then B [t-2(K-1-k)], S                      2(K-1-k)         2(K-1-k)+1
     tick_backward_first   B [t-2(K-1-k)], S, then F t                      2(K-1-k)-1 (>=0) max(1, 2(K-1-k))
     queues(length)        F t, then B [t-length(K-1-k)], S                 length(K-1-k)    length(K-1-k)+1
@@ -155,10 +155,14 @@ tick_backward_first = Order("tick_backward_first", _shifted(lambda k, K: 2 * (K 
 
 
 def admitting(n: int) -> Order:
-    """1F1B that lets at most `n` passes in before the first has come back: less staleness, and less work at once."""
+    """1F1B that lets at most `n` passes in before the first has come back: less staleness, and less work at once.
+
+    They keep their distance: a block goes ahead by as many forwards as its share of the way there and back holds, so
+    that no backward waits for a pass that has not been let in.
+    """
     if not isinstance(n, int) or n < 1:
         raise UserError(f"at least 1 pass must be admitted, got {n}")
-    return Order(f"admitting({n})", _shifted(lambda k, K: min(n, K - k) - 1))
+    return Order(f"admitting({n})", _shifted(lambda k, K: -(-min(n, K) * (K - k) // K) - 1))
 
 
 def queues(*lengths: int) -> Order:

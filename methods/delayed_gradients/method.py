@@ -66,8 +66,8 @@ def _at_one_moment(M: int = 1) -> Facts:
 
 
 def _admitted(n: int) -> Facts:
-    """1F1B with at most n passes in a block."""
-    room = lambda k, K: min(n, K - k)  # noqa: E731
+    """1F1B with n passes in the pipeline (never more than K), at even distances."""
+    room = lambda k, K: -(-min(n, K) * (K - k) // K)  # noqa: E731
     return replace(late(1), delay=lambda k, K: room(k, K) - 1, least_delay=None, in_flight=room)
 
 
@@ -89,7 +89,7 @@ def ddg(recompute: bool = False, mutated: bool = False) -> Method:
 
 @register("pipedream")
 def pipedream(recompute: bool = False, vertical_sync: bool = False, admission: int | None = None) -> Method:
-    """1F1B with stashed weights; `vertical_sync`: of one moment in all blocks; `admission`: most passes in a block."""
+    """1F1B with stashed weights; `vertical_sync`: of one moment in all blocks; `admission`: most passes at once."""
     if admission is not None:
         if vertical_sync or admission < 2:
             raise UserError("admission takes 2 or more (1 is backprop), and goes without vertical_sync")

@@ -1,6 +1,7 @@
 """Orders: the golden vectors of the notes, what every order must satisfy, and the text it prints and parses."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -100,13 +101,15 @@ def test_delay_and_room(name, K):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 def test_no_pass_is_later_than_its_admission_allows(n):
-    """B7: min(n, K-k) - 1 updates at block k; all n = K-k and more are 1F1B, one is backpropagation."""
+    """B7: never more than min(n, K-k) - 1 updates at block k; K and more are 1F1B, one is backpropagation."""
     for K in range(1, 7):
+        late = [admitting(n).delays(k, K) for k in range(K)]
+        assert late == [[math.ceil(min(n, K) * (K - k) / K) - 1] for k in range(K)]
         for k in range(K):
-            assert admitting(n).delays(k, K) == [min(n, K - k) - 1]
-            assert admitting(n).in_flight(k, K) == min(n, K - k)
-        top = [admitting(n).text(k, K, 9) == orders.one_f_one_b.text(k, K, 9) for k in range(K)]
-        assert top == [K - k <= n for k in range(K)]
+            assert late[k][0] <= min(n, K - k) - 1
+            assert admitting(n).in_flight(k, K) == late[k][0] + 1
+            assert n < K or admitting(n).text(k, K, 9) == orders.one_f_one_b.text(k, K, 9)
+    assert [admitting(3).delay(k, 8) for k in range(8)] == [2, 2, 2, 1, 1, 1, 0, 0]
     assert admitting(1).text(0, 4, 9) == orders.sync.text(0, 4, 9)
     with pytest.raises(UserError, match="at least 1 pass must be admitted, got 0"):
         admitting(0)

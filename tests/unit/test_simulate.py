@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -41,6 +42,13 @@ def test_small_delay_costs_latency_tolerance(K: int, latency: float, expected: f
     """notes: forward : backward = 1 : 2, one-way latency in forward times, delay K-1-k."""
     result = simulate("pipedream", K, 1500, Timing(latency=latency))
     assert sum(result.utilisation) / K == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize(("K", "n"), [(2, 2), (4, 3), (8, 2), (8, 3), (8, 4), (8, 6), (8, 20)])
+@pytest.mark.parametrize("backward", [1.0, 2.0])
+def test_blocks_that_admit_n_passes_work_as_often_as_those_come_by(K: int, n: int, backward: float) -> None:
+    result = simulate({"name": "pipedream", "admission": n}, K, 1000, Timing(forward=1.0, backward=backward))
+    assert result.utilisation == pytest.approx([1 / math.ceil(K / n)] * K, rel=0.02)
 
 
 def test_a_slow_block_sets_the_pace() -> None:
