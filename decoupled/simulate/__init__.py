@@ -14,7 +14,6 @@ from typing import Any
 
 from decoupled import registry
 from decoupled.build import wiring
-from decoupled.coupling import Place
 from decoupled.errors import UserError
 from decoupled.messages import End
 from decoupled.method import Method
@@ -126,17 +125,17 @@ def simulate(
     given = timing
     again = per_block("recompute", timing.recompute, blocks)
     timing = replace(timing, recompute=[bool(again[k]) or point.replays(k, blocks) for k in range(blocks)])
-    shapes = ((1,),) * blocks
-    places = [Place(k, blocks, lambda y, t: y.sum(), shapes, (1,)) for k in range(blocks)]
-    sizes = sizes_of(point, load, blocks)
-    actors = [Planned(place, point, size) for place, size in zip(places, sizes, strict=True)]
+    actors = [Planned(point, k, blocks) for k in range(blocks)]
+    rows = {actor.name: actor.upper.streams for actor in actors}
+    for actor, sizes in zip(actors, sizes_of(point, load, list(rows.values())), strict=True):
+        actor.weigh(sizes)
     readers, intakes, edges = wiring(actors, replace(point, selection=None))
     ticker = Ticker([reader.name for reader in readers], batches * point.feed.count)
     cost, delay, share = timing.cost(), timing.delay(), point.feed.share
     idle = {actor.name for actor in actors if not actor.learns}
 
     def price(actor: str, op: str) -> float:
-        return 0.0 if actor in idle and op[0] != "F" else cost(actor, op) * (1 if op == "S" else share)
+        return 0.0 if actor in idle and op[0] != "F" else cost(actor, op) * (1 if op == "S" else share * rows[actor])
 
     path = CriticalPath(blocks, [actor.name for actor in actors if actor.k and actor.upper.replies])
     runtime = Simulated(
@@ -155,7 +154,10 @@ def _record(
     blocks, elapsed = len(actors), times.elapsed
     alone = Timing(timing.forward, timing.backward, timing.step, slow=timing.slow).cost()
     work = sum(
-        a.forwards / point.feed.count * (alone(a.name, "F") + alone(a.name, "B") + alone(a.name, "S")) for a in actors
+        a.forwards
+        / point.feed.count
+        * (a.upper.streams * (alone(a.name, "F") + alone(a.name, "B")) + alone(a.name, "S"))
+        for a in actors
     )
     busy = [times.busy[actor.name] / elapsed if elapsed else 0.0 for actor in actors]
     limits = None if load.memory is None else per_block("memory", load.memory, blocks)
@@ -208,22 +210,32 @@ def per_block(name: str, numbers: Numbers, blocks: int) -> list[float]:
     return found
 
 
-def sizes_of(method: Method, load: Load, blocks: int) -> list[Sizes]:
+def sizes_of(method: Method, load: Load, rows: Sequence[int]) -> list[Sizes]:
     """Bytes of one pass at every block. Down go as many tensors as the coupling says, of the size of what came up.
 
     Where the coupling says that they have another shape (`down_like_up`), they are taken for the network's output.
+
+    Args:
+        rows: of each block's input, per sample (`Upper.streams`).
     """
+    blocks = len(rows)
     lists = [per_block(name, getattr(load, name), blocks) for name in ("activation", "graph", "weights")]
     activation, graph, weights = lists
-    share, up, down = method.feed.share, len(method.coupling.up), len(method.coupling.down)
+    share, up, down = method.feed.share, tensors_up(method, rows), len(method.coupling.down)
     below = [activation[0], *activation[:-1]]
     return [
         Sizes(
-            up=up * activation[k] * share,
+            up=up[k] * activation[k] * share,
             down=down * (below[k] if method.coupling.down_like_up else activation[-1]) * share,
-            input=below[k] * share,
-            graph=graph[k] * share,
+            input=rows[k] * below[k] * share,
+            graph=rows[k] * graph[k] * share,
             weights=weights[k],
         )
         for k in range(blocks)
     ]
+
+
+def tensors_up(method: Method, rows: Sequence[int]) -> list[int]:
+    """Tensors in a message of every block: those of the coupling, of streams no more than the block above takes."""
+    named = len(method.coupling.up)
+    return [named if max(rows) == 1 else min(named, above) for above in (*rows[1:], 0)]

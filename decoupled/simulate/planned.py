@@ -56,7 +56,7 @@ class Ticker(Actor):
 
 
 class Planned(Actor):
-    """A worker without tensors.
+    """A worker without tensors; `weigh` says what its messages and memory are counted as.
 
     Attributes:
         learns: whether any objective reaches it. version: of its weights. forwards: run so far.
@@ -64,29 +64,33 @@ class Planned(Actor):
         held: most bytes held for passes. bytes_up, bytes_down: sent.
     """
 
-    def __init__(self, place: Place, method: Method, sizes: Sizes) -> None:
-        self.k, self.K, self.name = place.k, place.K, f"block{place.k}"
-        self.lower, self.upper = halves(method, place)
+    def __init__(self, method: Method, k: int, K: int) -> None:
+        self.k, self.K, self.name = k, K, f"block{k}"
+        self.lower, self.upper = halves(method, Place(k, K, lambda y, t: y.sum(), ((1,),) * K, (1,)))
         self.needs_data = self.lower.needs_data or self.upper.needs_data
-        self._order, self._plan = method.order, method.order.plan(place.k, place.K)
-        self.learns = bool(method.facts.reach(place.k, place.K))
+        self._order, self._plan = method.order, method.order.plan(k, K)
+        self.learns = bool(method.facts.reach(k, K))
         self._forward: dict[int, list[int]] = {}  # pass -> version at F, Down messages to come, Down messages sent
         self._data: set[int] = set()
         self._own: set[int] = set()
         self._early: set[int] = set()
         self.version = self.most = self.forwards = 0
         self.staleness: Counter[int] = Counter()
-        late = method.order.rule is None or method.order.delay(place.k, place.K) > 0
-        site = Site(place.k, place.K, float(late), (), None)
+        late = method.order.rule is None or method.order.delay(k, K) > 0
+        site = Site(k, K, float(late), (), None)
         moved = any(correction.moves(site) for correction in method.corrections)
-        kept = {"graph": sizes.graph, "input": sizes.input, "nothing": 0.0}
-        self.sizes, self._pass = sizes, kept[method.keeps(place.k, place.K)]
-        self.replays = method.replays(place.k, place.K)
+        self._keeps = method.keeps(k, K)
+        self.replays = method.replays(k, K)
         self._copies = (late or moved) and not method.retention.today
         self._users: Counter[int] = Counter()  # version -> passes that run with a copy of it
         self._reserved: set[int] = set()  # versions that forwards to come will run with
         self._begun = 0
         self.held = self.bytes_up = self.bytes_down = 0.0
+        self.weigh(Sizes(0.0, 0.0, 0.0, 0.0, 0.0))
+
+    def weigh(self, sizes: Sizes) -> None:
+        """Count messages and memory as `sizes` from now on."""
+        self.sizes, self._pass = sizes, {"graph": sizes.graph, "input": sizes.input, "nothing": 0.0}[self._keeps]
 
     def wants(self) -> Sequence[Want]:
         return [self._want(op) for op in self._plan.options()]

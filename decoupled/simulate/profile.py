@@ -5,8 +5,9 @@
     DIR/config.yaml       method, batch size
 
 Times are those of a minibatch on one device per block. On a GPU an operation is recorded when it has been queued, not
-when it is done: profiles are for runs on CPUs. Of a method that replays, the replay is taken out of the backward, so
-that another method can be simulated from the profile; what its graphs take has to be measured with graphs, or given.
+when it is done: profiles are for runs on CPUs. Of a method that replays, the replay is taken out of the backward, and
+what one sends in several streams is divided by them, so that another method can be simulated from the profile; what its
+graphs take has to be measured with graphs, or given.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from decoupled import registry
 from decoupled.errors import UserError, first_line
 from decoupled.method import Method
 from decoupled.observe.events import Events, Operation, Transfer, read
+from decoupled.simulate.planned import Planned
 
 STATISTICS = "blocks.json"
 
@@ -66,9 +68,11 @@ def load_profile(directory: Path) -> Profile:
 
 
 def _profile(method: Method, spec: Any, events: Events, blocks: list[dict[str, Any]], size: int) -> Profile:
-    from decoupled.simulate import Load, simulate  # which takes profiles
+    from decoupled.simulate import Load, simulate, tensors_up  # which takes profiles
 
     K, share = len(blocks), method.feed.share
+    rows = [Planned(method, k, K).upper.streams for k in range(K)]
+    tensors = tensors_up(method, rows)
     seconds: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for operation in events.of(Operation):
         seconds[operation.actor, operation.name[0]].append(operation.end - operation.start)
@@ -77,17 +81,19 @@ def _profile(method: Method, spec: Any, events: Events, blocks: list[dict[str, A
         found = [seconds[f"block{k}", kind] for kind in kinds if seconds[f"block{k}", kind]]
         return sum(fmean(times[len(times) // 2 :]) for times in found)
 
-    forward = [mean(k, "F") / share for k in range(K)]
+    forward = [mean(k, "F") / (share * rows[k]) for k in range(K)]
     if not min(forward):
         raise UserError("the run has recorded no operations of a block; train again, with --events")
-    backward = [max(0.0, mean(k, "BIW") / share - method.replays(k, K) * forward[k]) for k in range(K)]
+    backward = [max(0.0, mean(k, "BIW") / (share * rows[k]) - method.replays(k, K) * forward[k]) for k in range(K)]
     copies = simulate(method, K, 4 * K, load=Load(activation=0, graph=0, weights=1)).held
     weights = [4.0 * block["parameters"] for block in blocks]
     kept = [
-        max(0.0, block["peak_held_bytes"] - copies[k] * weights[k]) / max(1, block["peak_in_flight"]) / share
+        max(0.0, block["peak_held_bytes"] - copies[k] * weights[k])
+        / max(1, block["peak_in_flight"])
+        / (share * rows[k])
         for k, block in enumerate(blocks)
     ]
-    up = [block["bytes_up"] / block["samples"] * size / len(method.coupling.up) for block in blocks]
+    up = [block["bytes_up"] / block["samples"] * size / max(1, tensors[k]) for k, block in enumerate(blocks)]
     under_way = sorted(t.arrived - t.sent for t in events.of(Transfer) if t.kind in ("Up", "Down"))
     return Profile(
         method=spec, batch_size=size, forward=forward, backward=backward, step=[mean(k, "S") for k in range(K)],

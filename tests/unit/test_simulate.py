@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ from decoupled import methods, registry
 from decoupled.errors import UserError
 from decoupled.runtime.timing import Timing
 from decoupled.simulate import Load, simulate
+from decoupled.testing import Tap, point
+
+
+def trainer_of(layers: Sequence[nn.Module], method: Any) -> decoupled.Trainer:
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.01)  # noqa: E731
+    return decoupled.Trainer(layers, method, loss=nn.functional.cross_entropy, optimizer=sgd, runtime="simulated")
 
 
 @pytest.mark.parametrize("name", methods())
@@ -122,6 +129,29 @@ def test_a_device_that_is_too_small_is_named() -> None:
     assert replayed.held == [3.0, 2.0, 10.0] and not replayed.too_small
 
 
+@pytest.mark.parametrize("name", [n for n in registry.methods() if point(n).fixed and point(n).selection is None])
+def test_messages_are_those_of_the_real_workers(name: str) -> None:
+    K, batch, width, count = 4, 8, 3, 6
+    layers = [nn.Linear(width, width) for _ in range(K)]
+    batches = [(torch.randn(batch, width), torch.randint(width, (batch,)), torch.arange(batch)) for _ in range(count)]
+    with trainer_of(layers, name) as trainer:
+        trainer.fit(batches)
+        real = trainer.statistics()
+    tensor = batch * width * 4
+    found = simulate(name, K, count, load=Load(activation=tensor))
+    assert found.bytes_up == pytest.approx([block.bytes_up / count for block in real])
+    if point(name).coupling.linear:  # others may leave messages without content
+        assert found.bytes_down == pytest.approx([block.bytes_down / count for block in real])
+
+
+@pytest.mark.parametrize(("name", "rows"), [("greedy_local", [1, 1, 1]), ("sigprop", [2, 2, 1]), ("dtp", [1, 2, 1])])
+def test_a_block_of_several_streams_takes_as_many_times_as_long(name: str, rows: list[int]) -> None:
+    timeline = Tap()
+    simulate(name, 3, 4, Timing(forward=[1.0, 10.0, 100.0], backward=1.0), observers=[timeline])
+    forwards = {actor: end - start for actor, kind, start, end in timeline.operations if kind[0] == "F"}
+    assert forwards == {"block0": rows[0] * 1.0, "block1": rows[1] * 10.0, "block2": rows[2] * 100.0}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -135,10 +165,7 @@ def test_held_memory_is_what_the_real_workers_hold(name: Any) -> None:
     K, batch, width = 3, 8, 5
     layers = [nn.Linear(width, width) for _ in range(K)]
     batches = [(torch.randn(batch, width), torch.randint(width, (batch,))) for _ in range(12)]
-    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.01)  # noqa: E731
-    with decoupled.Trainer(
-        layers, name, loss=nn.functional.cross_entropy, optimizer=sgd, runtime="simulated"
-    ) as trainer:
+    with trainer_of(layers, name) as trainer:
         trainer.fit(batches)
         real = [block.peak_held_bytes for block in trainer.statistics()]
     graph = 2 * batch * width * 4  # input and output of a linear layer
