@@ -36,6 +36,7 @@ from decoupled.benchmarks.plot import Axes, Panel, draw
 from decoupled.benchmarks.speed import RESULTS, machine
 from decoupled.data import Dataset, Loader, Split
 from decoupled.evaluation import evaluate
+from decoupled.seeding import seeded
 
 METHODS: dict[str, str | dict[str, Any]] = {
     "backprop": "backprop",
@@ -83,8 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def network(inputs: Sequence[int], classes: int, seed: int, width: int = 32, side: int = 3) -> list[nn.Module]:
     """Five blocks; the filters of the first are `side` x `side`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         first = nn.Conv2d(inputs[0], width, side, stride=2, padding=side // 2)
         inner = [nn.Conv2d(width, width, 3, stride=stride, padding=1) for stride in (1, 2, 1)]
         top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))

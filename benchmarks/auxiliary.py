@@ -40,6 +40,7 @@ from decoupled.benchmarks.speed import RESULTS, machine
 from decoupled.data import Dataset, Loader
 from decoupled.evaluation import evaluate
 from decoupled.methods.auxiliary_variables.proximal import Sign
+from decoupled.seeding import seeded
 
 WIDTH, BATCH = 1000, 128
 PEERS = {"dladmm": {"rho": 1e-6}, "pdadmm": {"rho": 1e-3}, "bcd": {}, "taylor_admm": {}, "mac": {}}
@@ -125,8 +126,7 @@ ROWS: dict[str, Row] = {
 
 def with_signs(seed: int) -> list[nn.Module]:
     """784 - 200 - sign - 10, one module per block."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return [nn.Sequential(nn.Flatten(), nn.Linear(784, 200)), Sign(), nn.Linear(200, 10)]
 
 

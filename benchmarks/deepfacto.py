@@ -37,6 +37,7 @@ from decoupled.benchmarks.page import environment, produce, table
 from decoupled.benchmarks.speed import RESULTS, machine
 from decoupled.data import Dataset, Loader
 from decoupled.methods.auxiliary_variables.nmf import NMF
+from decoupled.seeding import seeded
 
 GROUPS = torch.tensor([0, 1, 0, 0, 0, 2, 0, 2, 3, 2])  # of T-shirt .. ankle boot: tops, trousers, shoes, bags
 WIDTH, BATCH, LR = 256, 128, 1e-3
@@ -70,8 +71,7 @@ class Relabelled:
 
 def network(seed: int, rank: int, classes: int, factorise: bool) -> list[nn.Module]:
     """Blocks; the second one's output are the features."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         below = nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH), nn.ReLU())
         narrow = NMF(WIDTH, rank, seed=seed) if factorise else nn.Sequential(nn.Linear(WIDTH, rank), nn.ReLU())
         return [below, narrow, nn.Linear(rank, classes)]

@@ -38,6 +38,7 @@ from decoupled.messages import Data
 from decoupled.methods.auxiliary_variables.mgrit import Multigrid
 from decoupled.partition import split
 from decoupled.registry import make
+from decoupled.seeding import seeded
 from decoupled.trainer import Trainer
 
 SERIAL, MUST = "backprop", 1.7
@@ -207,8 +208,7 @@ def one_run(trainer: Trainer, loader: Loader, batches: int, patience: float) -> 
 
 def multigrid(job: Job, layers: int = 16, channels: int = 16, coarsening: int = 4) -> list[list[str]]:
     """Rows on multigrid in layers: error of output and gradient, and the pace of two threads against serial layers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         functions = [
             nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(1, channels), nn.ReLU())
             for _ in range(layers)

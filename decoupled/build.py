@@ -30,6 +30,7 @@ from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
 from decoupled.sample_losses import SampleLosses
 from decoupled.scaling import Precision, Scaling, precisions
+from decoupled.seeding import seeded
 from decoupled.source import Reader
 from decoupled.specs import check_options, parse
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
@@ -117,8 +118,7 @@ def chain(
     precise = recipe.precisions(K)
     scaled = next((one for one in precise if one.scale is not None), None)
     workers = []
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)  # heads are initialised from the seed alone
+    with seeded(recipe.seed):  # heads are initialised from the seed alone
         for k, module in enumerate(modules):
             losses = None
             if method.selection is not None:

@@ -29,6 +29,7 @@ from decoupled.messages import Data, Message
 from decoupled.method import Method
 from decoupled.runtime.contract import Edge, Observer
 from decoupled.runtime.timing import Timing
+from decoupled.seeding import seeded
 from decoupled.source import Repeat
 from decoupled.steps import MakeOptimizer
 from decoupled.trainer import Trainer
@@ -68,8 +69,7 @@ class Case:
         return len(self.cuts) + 1
 
     def blocks(self) -> list[nn.Module]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
+        with seeded(self.seed):
             units = [nn.Sequential(nn.Linear(a, b)) for a, b in itertools.pairwise(self.widths)]
         for unit in units[:-1]:
             unit.append(nn.Tanh())

@@ -19,6 +19,7 @@ from decoupled.models.resnet import resnet
 from decoupled.models.revnet import revnet
 from decoupled.models.transformer import transformer
 from decoupled.models.wide_resnet import wide_resnet
+from decoupled.seeding import seeded
 from decoupled.specs import check_options, parse
 
 __all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer", "wide_resnet"]
@@ -68,6 +69,5 @@ def build(spec: str | Mapping[str, Any], inputs: Sequence[int], classes: int, se
     builder = _BUILDERS[base]
     check_options("model", name, builder, options)
     # The CPU generator is seeded directly: torch.manual_seed would also reseed the accelerators.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed), torch.device("cpu"):
         return builder(tuple(inputs), classes, **options)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from decoupled import flops
 from decoupled.messages import Data, Losses
 from decoupled.methods.data_selection.plain import Table, are_tokens, draws, indices, numbers, vocabulary
+from decoupled.seeding import seeded
 from decoupled.selection import Choice, Chooser, Selection
 
 UNTRAINED = 1000.0
@@ -140,8 +141,7 @@ class Screener(Chooser):
     """ScreenerNet; `tokens`: how many different ones, 0 if inputs are none."""
 
     def __init__(self, inputs: Tensor, tokens: int, margin: float, lr: float, seed: int) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self._network = screener(inputs, tokens)
         self._tokens, self._margin = tokens, margin
         self._adam = torch.optim.Adam(self._network.parameters(), lr)

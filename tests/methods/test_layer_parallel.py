@@ -22,6 +22,7 @@ from decoupled.methods.auxiliary_variables.mgrit import Multigrid
 from decoupled.methods.auxiliary_variables.rule import Phases, Rule
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.timing import Timing
+from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2, 3), sizes=(6, 6, 5))
@@ -293,8 +294,7 @@ BATCHES = [(IMAGES[i], LABELS[i], i) for i in torch.arange(12).split(4)]
 
 
 def convolutions() -> list[nn.Module]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return [
             nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh()).double(),
             nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Tanh()).double(),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from decoupled import Trainer
 from decoupled.errors import UserError
 from decoupled.methods.local_parallelism.objectives import contrastive, similarity
+from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 6, 3), cuts=(1, 2, 4, 5), sizes=(6, 6, 6, 6, 5))
@@ -70,8 +71,7 @@ def test_dgl_is_greedy_with_its_heads(head):
     """On images, bit for bit."""
     runs = []
     for name in ("dgl", "greedy_local"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             blocks = images()
             x, y = torch.randn(6, 2, 8, 8), torch.randint(3, (6,))
         runs.append(train(CASE, {"name": name, "head": head}, blocks=blocks, batches=[(x, y)] * 3).weights)

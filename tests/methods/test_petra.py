@@ -17,6 +17,7 @@ from decoupled.models import build
 from decoupled.models.revnet import revnet
 from decoupled.order import sync
 from decoupled.reversible import Coupled, Reconstruct, invert, invertible
+from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, compare, flat, point, train
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -28,8 +29,7 @@ def residual(width, norm=False):
 
 def network(norm=False, units=2):
     """Blocks 1 and 2 are reversible, the stem and the classifier are not."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return [
             nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double(),
             nn.Sequential(*[Coupled(residual(3, norm)) for _ in range(units)]).double(),

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from decoupled import heads
 from decoupled.errors import UserError
+from decoupled.seeding import seeded
 from decoupled.testing import Case, train
 
 IMAGE, FLAT, SEQUENCE = (6, 5, 7), (9,), (8, 12)
@@ -76,8 +77,7 @@ def test_what_does_not_fit_is_one_line(kind, shape, output, message):
 
 def sequence_blocks():
     """Two blocks on token numbers: embedding, then a classifier of every position."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return [nn.Embedding(5, 6), nn.Sequential(nn.Linear(6, 5), heads.ClassesFirst())]
 
 

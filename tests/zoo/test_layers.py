@@ -9,6 +9,7 @@ from torch import nn
 
 from decoupled.messages import Data
 from decoupled.retention import KeepGraph, KeepInputAndWeights
+from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, Tap, compare, label, point, train, variants
 
 CASE = Case(widths=(4, 5, 3), cuts=(), sizes=(12, 12, 12, 12, 12, 10))
@@ -16,8 +17,7 @@ CASE = Case(widths=(4, 5, 3), cuts=(), sizes=(12, 12, 12, 12, 12, 10))
 
 def network():
     """Three blocks with normalisation and dropout in each of the lower two; the first layer sees the raw data."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         blocks = [
             nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Dropout(0.3), nn.Tanh()),
             nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5)),
