@@ -36,7 +36,7 @@ from decoupled.benchmarks.plot import Axes, Panel, draw
 from decoupled.benchmarks.speed import RESULTS, machine
 from decoupled.data import Dataset, Loader, Split
 from decoupled.evaluation import evaluate
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 
 METHODS: dict[str, str | dict[str, Any]] = {
     "backprop": "backprop",

@@ -40,7 +40,7 @@ from decoupled.benchmarks.speed import RESULTS, machine
 from decoupled.data import Dataset, Loader
 from decoupled.evaluation import evaluate
 from decoupled.methods.auxiliary_variables.proximal import Sign
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 
 WIDTH, BATCH = 1000, 128
 PEERS = {"dladmm": {"rho": 1e-6}, "pdadmm": {"rho": 1e-3}, "bcd": {}, "taylor_admm": {}, "mac": {}}

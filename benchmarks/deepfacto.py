@@ -37,7 +37,7 @@ from decoupled.benchmarks.page import environment, produce, table
 from decoupled.benchmarks.speed import RESULTS, machine
 from decoupled.data import Dataset, Loader
 from decoupled.methods.auxiliary_variables.nmf import NMF
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 
 GROUPS = torch.tensor([0, 1, 0, 0, 0, 2, 0, 2, 3, 2])  # of T-shirt .. ankle boot: tops, trousers, shoes, bags
 WIDTH, BATCH, LR = 256, 128, 1e-3

@@ -37,8 +37,8 @@ from decoupled.data import Augment, Loader, Split
 from decoupled.messages import Data
 from decoupled.methods.auxiliary_variables.mgrit import Multigrid
 from decoupled.partition import split
+from decoupled.randomness import seeded
 from decoupled.registry import make
-from decoupled.seeding import seeded
 from decoupled.trainer import Trainer
 
 SERIAL, MUST = "backprop", 1.7

@@ -10,18 +10,16 @@ same numbers on every runtime, whatever other blocks do.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from decoupled.errors import UserError
+from decoupled.randomness import LAYERS, UNREPLAYABLE, OwnRandomness, Recompute
 
 Weights = list[Tensor]
 Slots = dict[str, Any]  # a module's parameters or buffers by name
@@ -50,7 +48,7 @@ class Block:
     Whether a block draws at all is decided in its first run: a module that begins to call random functions later is not
     noticed. Dropout is, even with p = 0: as a function, or as a layer, also of attention, whose p changes between runs;
     not a p that changes within one, and no layer that was not there in the beginning. A recompute of the module's own
-    (torch.utils.checkpoint) in the backward is not the block's: with dropout in it the masks would be others.
+    (torch.utils.checkpoint) in the backward may not draw, see `walking`.
     """
 
     def __init__(
@@ -75,8 +73,9 @@ class Block:
         self._recurrent = [layer for layer in self._parts if isinstance(layer, nn.RNNBase)]
         self._random = True if self._dropouts or self._attention else None  # None: not known before the first run
         # Whether something else draws than the layers of dropout, likewise; what an unknown kind of layer does is.
-        known = all(type(layer) in _LAYERS and "forward" not in layer.__dict__ for layer in self._dropouts)
+        known = all(type(layer) in LAYERS and "forward" not in layer.__dict__ for layer in self._dropouts)
         self._draws_elsewhere = None if known else True
+        self._recomputes: bool | None = None  # in the backward, by itself; None: not known before the first one
         if overwrites_input is None:  # a layer may reach the input through views and identities, not only as the first
             overwrites_input = any(getattr(layer, "inplace", False) for layer in module.modules())
         self._overwrites_input = overwrites_input
@@ -131,6 +130,26 @@ class Block:
                 slots[name] = other
         return swapped
 
+    def walking(self, weights: Weights) -> AbstractContextManager[None]:
+        """Around a backward on `weights`: what the module itself runs again there (torch.utils.checkpoint) meets these.
+
+        Whether it does so is found out in the first backward. Running statistics stay as they are, and it may not draw
+        (UserError): that would be from the generator that all blocks share, with other masks than in the forward.
+        """
+        return nullcontext() if self._recomputes is False else self._watched(weights)
+
+    @contextmanager
+    def _watched(self, weights: Weights) -> Iterator[None]:
+        swapped = self._swap(None if weights is self.weights else weights, again=True)
+        try:
+            with torch.no_grad(), Recompute(self.name) as mode:
+                yield
+            if mode.called:
+                self._recomputes = mode.recomputed
+        finally:
+            for slots, name, own in swapped:
+                slots[name] = own
+
     def infer(self, x: Tensor) -> Tensor:
         """Output for `x` without a graph; for evaluation mode, in which nothing is drawn."""
         with torch.no_grad(), self.precision():
@@ -149,7 +168,7 @@ class Block:
             yield
             return
         if any(layer.dropout and layer.num_layers > 1 and layer.training for layer in self._recurrent):
-            raise UserError(f"{self.name}: dropout inside a recurrent layer {_UNREPLAYABLE}")
+            raise UserError(f"{self.name}: dropout inside a recurrent layer {UNREPLAYABLE}")
         if self._foreign is not None and self._random:
             self._foreign = None
             warnings.warn(
@@ -164,7 +183,7 @@ class Block:
             yield  # without the mode, which takes a small network a tenth of its time
         else:
             unknown = self._draws_elsewhere is None
-            with _OwnRandomness(self.generator, self.name) as mode, mode.counting(self._dropouts if unknown else ()):
+            with OwnRandomness(self.generator, self.name) as mode, mode.counting(self._dropouts if unknown else ()):
                 yield
             self._random = self._random or mode.drawn
             if unknown:
@@ -202,85 +221,3 @@ def _slots(tables: Iterable[Slots], tensors: Sequence[Tensor]) -> list[list[Plac
             if tensor is not None:
                 places[id(tensor)].append((table, name))
     return [places[id(tensor)] for tensor in tensors]
-
-
-class _OwnRandomness(TorchFunctionMode):
-    """Draws dropout masks and other random tensors from one generator (the mode is local to the thread)."""
-
-    def __init__(self, generator: torch.Generator, block: str) -> None:
-        super().__init__()
-        self._generator, self._block, self.drawn, self.drew_elsewhere = generator, block, False, False
-        self._calls = 0  # of dropout functions, less those of layers
-
-    @contextmanager
-    def counting(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """Within: find out whether anything else draws than `layers` of dropout (which blocks may share)."""
-        thread = threading.get_ident()
-
-        def called(*_: Any) -> None:
-            self._calls -= threading.get_ident() == thread
-
-        hooks = [layer.register_forward_pre_hook(called) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.drew_elsewhere = self.drew_elsewhere or self._calls > 0
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func in _SHARED_DIMENSIONS:
-            self.drawn, self._calls = True, self._calls + 1
-            return self._dropout(_SHARED_DIMENSIONS[func], *args, **(kwargs or {}))
-        if func in _DRAWING:
-            self.drawn = self.drew_elsewhere = True
-            kwargs = {"generator": self._generator} | (kwargs or {})
-        if func in _SILENT and _SILENT[func](*args, **(kwargs or {})):
-            self.drawn = self.drew_elsewhere = True
-        if func in _REFUSED and _REFUSED[func](*args, **(kwargs or {})):
-            raise UserError(f"{self._block}: {getattr(func, '__name__', func)} {_UNREPLAYABLE}")
-        return func(*args, **(kwargs or {}))
-
-    def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0:
-            return x
-        shape = x.shape[: x.dim() - spatial] + (1,) * spatial
-        keep = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=self._generator)
-        return x * keep.div_(1 - p) if p < 1 else x * keep
-
-
-_UNREPLAYABLE = "draws random numbers that cannot be replayed in a recompute; use nn.Dropout outside of it instead"
-# dropout function -> number of last dimensions that share a mask
-_SHARED_DIMENSIONS: dict[Callable[..., Any], int] = {
-    F.dropout: 0,
-    torch.dropout: 0,
-    F.dropout1d: 1,
-    F.dropout2d: 2,
-    F.dropout3d: 3,
-}
-_LAYERS = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}  # each of which calls one of them
-# functions that take a generator
-_DRAWING: set[Callable[..., Any]] = {
-    torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like,
-    torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, Tensor.bernoulli, Tensor.bernoulli_,
-    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.random_, Tensor.multinomial,
-}  # fmt: skip
-# function -> whether it could begin to draw: it was given a p; that of MultiheadAttention is watched at the layer
-_SILENT: dict[Callable[..., Any], Callable[..., bool]] = {
-    F.alpha_dropout: lambda *a, **rest: True,
-    F.feature_alpha_dropout: lambda *a, **rest: True,
-    F.scaled_dot_product_attention: lambda *a, **rest: len(a) > 4 or "dropout_p" in rest,
-}
-# function -> whether this call draws from the shared generator
-_REFUSED: dict[Callable[..., Any], Callable[..., bool]] = {
-    F.alpha_dropout: lambda x, p=0.5, training=False, inplace=False: training and p > 0,
-    F.feature_alpha_dropout: lambda x, p=0.5, training=False, inplace=False: training and p > 0,
-    F.rrelu: lambda x, lower=0.125, upper=1 / 3, training=False, inplace=False: training,
-    F.multi_head_attention_forward: lambda *a, **rest: (
-        rest.get("dropout_p", a[10] if len(a) > 10 else 0.0) > 0
-        and rest.get("training", a[13] if len(a) > 13 else True)
-    ),
-    F.scaled_dot_product_attention: lambda q, k, v, attn_mask=None, dropout_p=0.0, *more, **rest: dropout_p > 0,
-}

@@ -23,6 +23,7 @@ from decoupled.errors import UserError, first_line, unknown
 from decoupled.intake import Intake
 from decoupled.method import Method
 from decoupled.partition import split
+from decoupled.randomness import seeded
 from decoupled.runtime.contract import Edge, Runtime
 from decoupled.runtime.launch import under_torchrun
 from decoupled.runtime.processes import Processes
@@ -30,7 +31,6 @@ from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.threads import Threads
 from decoupled.sample_losses import SampleLosses
 from decoupled.scaling import Precision, Scaling, precisions
-from decoupled.seeding import seeded
 from decoupled.source import Reader
 from decoupled.specs import check_options, parse
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps

@@ -27,9 +27,9 @@ from decoupled.correction import hooks
 from decoupled.coupling import Lower
 from decoupled.messages import Data, Message
 from decoupled.method import Method
+from decoupled.randomness import seeded
 from decoupled.runtime.contract import Edge, Observer
 from decoupled.runtime.timing import Timing
-from decoupled.seeding import seeded
 from decoupled.source import Repeat
 from decoupled.steps import MakeOptimizer
 from decoupled.trainer import Trainer

@@ -205,7 +205,8 @@ class Worker(Actor):
         if cotangent is not None and not state.void:
             tape = self.retention.open(n)
             given = cotangent.tensor.to(tape.y.dtype)
-            gradient, grads = tape.vjp(given, to_input=to_input, to_weights=to_weights, again=kind == "I")
+            with self.block.walking(tape.weights):
+                gradient, grads = tape.vjp(given, to_input=to_input, to_weights=to_weights, again=kind == "I")
             if answers and (found := self.scaling.reply(gradient, cotangent.scale)) is not None:
                 heard = next((m.payload for m in messages if isinstance(m, Down)), (self.scaling.seen(cotangent),))
                 payload, scale = self.upper.reply_with(found[0], tape.x.detach(), tape.y.detach(), heard), found[1]

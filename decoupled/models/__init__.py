@@ -19,7 +19,7 @@ from decoupled.models.resnet import resnet
 from decoupled.models.revnet import revnet
 from decoupled.models.transformer import transformer
 from decoupled.models.wide_resnet import wide_resnet
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 from decoupled.specs import check_options, parse
 
 __all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer", "wide_resnet"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from decoupled import flops
 from decoupled.messages import Data, Losses
 from decoupled.methods.data_selection.plain import Table, are_tokens, draws, indices, numbers, vocabulary
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 from decoupled.selection import Choice, Chooser, Selection
 
 UNTRAINED = 1000.0

@@ -20,9 +20,9 @@ from decoupled.methods.auxiliary_variables.auxnet import generator
 from decoupled.methods.auxiliary_variables.filters import Filter
 from decoupled.methods.auxiliary_variables.mgrit import Multigrid
 from decoupled.methods.auxiliary_variables.rule import Phases, Rule
+from decoupled.randomness import seeded
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.timing import Timing
-from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 3), cuts=(1, 2, 3), sizes=(6, 6, 5))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from decoupled import Trainer
 from decoupled.errors import UserError
 from decoupled.methods.local_parallelism.objectives import contrastive, similarity
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 from decoupled.testing import OPTIMIZERS, Case, compare, flat, train
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 6, 3), cuts=(1, 2, 4, 5), sizes=(6, 6, 6, 6, 5))

@@ -16,8 +16,8 @@ from decoupled.errors import ProtocolError, UserError
 from decoupled.models import build
 from decoupled.models.revnet import revnet
 from decoupled.order import sync
+from decoupled.randomness import seeded
 from decoupled.reversible import Coupled, Reconstruct, invert, invertible
-from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, compare, flat, point, train
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from decoupled import block as block_module
 from decoupled.block import Block
-from decoupled.errors import UserError
+from decoupled.errors import OperationError, UserError
+from decoupled.randomness import seeded
+from decoupled.testing import flat
+from decoupled.trainer import Trainer
 
 X = torch.linspace(-2, 2, 60).reshape(10, 6)
 
@@ -326,8 +330,8 @@ def test_a_layer_that_does_something_of_its_own_is_watched() -> None:
 
 def test_layers_that_drop_nothing_cost_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[Any] = []
-    enter = block_module._OwnRandomness.__enter__
-    monkeypatch.setattr(block_module._OwnRandomness, "__enter__", lambda mode: entered.append(mode) or enter(mode))
+    enter = block_module.OwnRandomness.__enter__
+    monkeypatch.setattr(block_module.OwnRandomness, "__enter__", lambda mode: entered.append(mode) or enter(mode))
     shared = nn.Dropout(0.0)
     block, x = Block(nn.Sequential(nn.Linear(8, 8), shared, nn.ReLU(), shared), "block0"), torch.randn(4, 8)
     for _ in range(3):
@@ -361,3 +365,40 @@ def test_a_layer_that_blocks_share_counts_for_the_one_that_runs_it() -> None:
     for thread in threads:
         thread.join(20)
     assert [block._draws_elsewhere for block in blocks] == [True, False]
+
+
+class Rechecked(nn.Module):
+    """Runs `again` again in the backward, as nets do that save memory by themselves."""
+
+    def __init__(self, again: nn.Module, once: nn.Module, on: bool) -> None:
+        super().__init__()
+        self.again, self.once, self.on = again, once, on
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.once(checkpoint(self.again, x, use_reentrant=False) if self.on else self.again(x))
+
+
+def rechecked(method: str, runtime: str, dropout: str, on: bool) -> torch.Tensor:
+    with seeded(0):
+        again, once = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh()), nn.Sequential(nn.Linear(8, 4))
+        {"inside": again, "outside": once}[dropout].append(nn.Dropout(0.5))
+        blocks = [Rechecked(again, once, on), nn.Linear(4, 3)]
+        batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    with Trainer(blocks, method, loss=F.cross_entropy, optimizer=sgd, runtime=runtime) as trainer:  # type: ignore[arg-type]
+        trainer.fit(batches)
+    return torch.cat([flat(blocks[0]), *(buffer.flatten() for buffer in blocks[0].buffers())])
+
+
+@pytest.mark.parametrize("runtime", ["simulated", "threads"])
+@pytest.mark.parametrize("method", ["backprop", "pipedream", "features_replay", "greedy_local", "zero_bubble"])
+def test_what_the_module_itself_recomputes_may_not_draw(method: str, runtime: str) -> None:
+    """Its masks would be others than in the forward; weights and statistics are those of the pass."""
+    with pytest.raises(
+        OperationError, match=r"block0: torch\.utils\.checkpoint draws random numbers .*again"
+    ) as failed:
+        rechecked(method, runtime, dropout="inside", on=True)
+    assert isinstance(failed.value.__cause__, UserError)
+    plain, again = (rechecked(method, runtime, dropout="outside", on=on) for on in (False, True))
+    assert torch.equal(plain, again)
+    rechecked(method, runtime, dropout="inside", on=False)

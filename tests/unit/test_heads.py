@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from decoupled import heads
 from decoupled.errors import UserError
-from decoupled.seeding import seeded
+from decoupled.randomness import seeded
 from decoupled.testing import Case, train
 
 IMAGE, FLAT, SEQUENCE = (6, 5, 7), (9,), (8, 12)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from decoupled.messages import Data
+from decoupled.randomness import seeded
 from decoupled.retention import KeepGraph, KeepInputAndWeights
-from decoupled.seeding import seeded
 from decoupled.testing import OPTIMIZERS, Case, Tap, compare, label, point, train, variants
 
 CASE = Case(widths=(4, 5, 3), cuts=(), sizes=(12, 12, 12, 12, 12, 10))
