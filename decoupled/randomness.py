@@ -1,8 +1,8 @@
 """Random numbers: from a seed, from a block's own generator, and none that nobody could draw again.
 
-    seeded           what is drawn on the CPU inside follows from a seed; everybody else's numbers stay as they were
-    OwnRandomness    dropout, and functions that take a generator, draw from a given one; others are refused
-    Recompute        finds out whether a backward runs anything again, and refuses that it draws
+seeded           what is drawn on the CPU inside follows from a seed; everybody else's numbers stay as they were
+OwnRandomness    dropout, and functions that take a generator, draw from a given one; others are refused
+Recompute        finds out whether a backward runs anything again, and refuses that it draws
 """
 
 from __future__ import annotations
