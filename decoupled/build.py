@@ -10,8 +10,10 @@ Every port is bounded: upwards by what the order keeps in flight (or the method'
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +80,10 @@ class Recipe:
                 raise UserError(
                     f"{name} must be a function, got {type(function).__name__}; see the docstring of Trainer"
                 )
+        if isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters()):
+            raise UserError("the loss has parameters, which nobody would train; move them into the model's last unit")
+        if not isinstance(self.seed, Integral):
+            raise UserError(f"seed must be an integer, got {self.seed!r}")
 
 
 def cut(
@@ -91,6 +97,8 @@ def cut(
         blocks = list(range(1, len(model)))
     if isinstance(model, Sequence) and not model:
         raise UserError("the model has no blocks: the list is empty")
+    if isinstance(model, nn.Sequential) and (model._forward_hooks or model._forward_pre_hooks):
+        warnings.warn("forward hooks of the model as a whole are not called; register them at its layers", stacklevel=4)
     parts = split(model, blocks, sample, device=device, replays=replaying(method, blocks))
     units = [unit for part in parts for unit in part]
     return units, list(itertools.accumulate(len(part) for part in parts))[:-1]

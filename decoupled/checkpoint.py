@@ -75,8 +75,8 @@ def load_worker_state(worker: Worker, state: Mapping[str, Any], block_only: bool
             half.module.load_state_dict(state[name])
 
 
-def check(state: Mapping[str, Any], method: str | None, blocks: int) -> None:
-    """Check that `state` is one of a trainer with this method (None: any) and number of blocks.
+def check(state: Mapping[str, Any], method: str | None, cuts: Sequence[int], measured: bool) -> None:
+    """Check that `state` is one of a trainer with this method (None: any) and these cuts (`measured`: as many).
 
     Raises:
         UserError: it is not.
@@ -88,8 +88,19 @@ def check(state: Mapping[str, Any], method: str | None, blocks: int) -> None:
             f"the state is of method {state['method']!r}, this trainer runs {method!r}; other_method=True takes over "
             "what does not belong to the method"
         )
-    if len(state["blocks"]) != blocks:
-        raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {blocks}")
+    if len(state["blocks"]) != len(cuts) + 1:
+        raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {len(cuts) + 1}")
+    if not measured and list(state["cuts"]) != list(cuts):
+        raise UserError(
+            f"the state was cut at {list(state['cuts'])}, this trainer at {list(cuts)}; cut it there, or say how many "
+            "blocks"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Of torch's lists of what does not fit, behind a headline, the first."""
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    return more[0].strip() if more and first.endswith(":") else first_line(error)
 
 
 def load_worker_states(
@@ -105,7 +116,7 @@ def load_worker_states(
             load_worker_state(worker, saved, block_only)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
-                f"the state does not fit {worker.name} ({first_line(error)}); build model, method and optimizer as "
+                f"the state does not fit {worker.name} ({_reason(error)}); build model, method and optimizer as "
                 "they were"
             ) from error
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from decoupled import heads
 from decoupled.intake import Intake
 from decoupled.messages import Data, Up
+from decoupled.scaling import loss_of
 from decoupled.steps import MakeOptimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -199,8 +200,7 @@ class Top(Lower):
         self._loss = place.loss
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
-        assert data is not None and data.targets is not None
-        return self._loss(y, data.targets)
+        return loss_of(self._loss, y, data)
 
 
 class Coupling(ABC):
@@ -281,8 +281,7 @@ class LocalHead(Lower):
             self.module = heads.build(head, place.shapes[place.k], place.shapes[-1])
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
-        assert data is not None and data.targets is not None
-        return self._loss(y if self.module is None else self.module(y), data.targets)
+        return loss_of(self._loss, y if self.module is None else self.module(y), data)
 
 
 @dataclass(frozen=True)

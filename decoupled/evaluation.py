@@ -24,6 +24,7 @@ from decoupled.coupling import Loss
 from decoupled.errors import OperationError, UserError
 from decoupled.messages import Data, End, Message, Up
 from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Runtime, Want
+from decoupled.sample_losses import ignored
 from decoupled.source import Reader, Source, Whole, unpack
 
 AHEAD = 2  # batches that may wait on an edge
@@ -41,11 +42,14 @@ class Score:
     def add(self, output: Tensor, targets: Tensor, loss: Loss) -> None:
         """Count one batch: output (batch, ...), targets (batch, ...)."""
         targets = targets.to(output.device)
+        if output.dtype in (torch.bfloat16, torch.float16):  # of autocast; sums of losses are not for them
+            output = output.float()
         self.total += float(loss(output, targets)) * len(output)
         self.samples += len(output)
-        if not targets.is_floating_point() and output.dim() == targets.dim() + 1:
-            self.correct += int((output.argmax(1) == targets).sum())
-            self.decisions += targets.numel()
+        if not targets.is_floating_point() and output.dim() and output.shape[:1] + output.shape[2:] == targets.shape:
+            known = targets != ignored(loss)
+            self.correct += int(((output.argmax(1) == targets) & known).sum())
+            self.decisions += int(known.sum())
 
     def means(self) -> dict[str, float]:
         """loss and accuracy; see `evaluate`.
@@ -149,7 +153,8 @@ def evaluate(units: Sequence[nn.Module], batches: Iterable[Any], loss: Loss) -> 
         loss: (output, target) -> scalar batch mean.
 
     Returns:
-        loss: mean over samples. accuracy: share of correct classes; NaN where targets are not class numbers.
+        loss: mean over samples. accuracy: share of correct classes among those that the loss does not ignore; NaN
+        where targets are not class numbers, or classes are not the output's second dimension.
     """
     score = Score()
     with evaluating(units), torch.no_grad():
@@ -177,6 +182,13 @@ def _through(units: Sequence[nn.Module], x: Tensor) -> Tensor:
         reference = next(unit.parameters(), None)
         x = unit(x if reference is None else x.to(reference.device))
     return x
+
+
+def train_unless_mixed(units: Sequence[nn.Module]) -> None:
+    """Training mode, where all is in evaluation mode; a user who has put some modules into it wants them so."""
+    if not any(module.training for unit in units for module in unit.modules()):
+        for unit in units:
+            unit.train()
 
 
 class evaluating:

@@ -57,6 +57,11 @@ def _cross_entropy(loss: Loss) -> dict[str, Any] | None:
     return None
 
 
+def ignored(loss: Loss) -> int:
+    """The class number that stands for no label."""
+    return (_cross_entropy(loss) or {"ignore_index": -100})["ignore_index"]
+
+
 class SampleLosses:
     """A loss that is called like the user's, and knows of which pass.
 

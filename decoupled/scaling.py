@@ -28,6 +28,7 @@ from torch import Tensor
 
 from decoupled.correction import Gradients
 from decoupled.errors import UserError, unknown
+from decoupled.messages import Data
 from decoupled.specs import parse
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,15 +114,30 @@ class Scaled:
         return Scaled((change(self.plain()) * self.scale).to(self.tensor.dtype), self.scale)
 
 
+def loss_of(loss: Callable[[Tensor, Tensor], Tensor], output: Tensor, data: Data | None) -> Tensor:
+    """The user's loss of an output.
+
+    Raises:
+        UserError: it is no tensor.
+    """
+    assert data is not None and data.targets is not None
+    value = loss(output, data.targets)
+    if not isinstance(value, Tensor):
+        kind = "None (is a return missing?)" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"the loss must be a tensor of one number, got {kind}; return the mean loss of the batch alone")
+    return value
+
+
 def number(objective: Tensor) -> float:
     """The value of an objective.
 
     Raises:
         UserError: it is not one number that can be differentiated.
     """
-    if objective.dim() or not objective.requires_grad:
-        shape = tuple(objective.shape)
-        raise UserError(f"the loss must be one number made of the output, got shape {shape}; use a mean")
+    if objective.dim():
+        raise UserError(f"the loss must be one number, got shape {tuple(objective.shape)}; use a mean")
+    if not objective.requires_grad:
+        raise UserError("the loss does not depend on the output; leave detach(), item() and no_grad() out of it")
     return float(objective.detach())
 
 

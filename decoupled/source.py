@@ -207,7 +207,11 @@ def peek(batches: Iterable[Any], when: str) -> tuple[Tensor, Iterator[Any]]:
     Raises:
         UserError: there are none.
     """
-    iterator = iter(batches)
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        kind = type(batches).__name__
+        raise UserError(f"{when} has no batches: a {kind} is none; pass a list or a DataLoader") from None
     first = next(iterator, None)
     if first is None:
         raise UserError(

@@ -9,14 +9,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from decoupled.correction import Acting
 from decoupled.errors import UserError
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+def _check_optimizer(made: Any, given: Sequence[Tensor]) -> None:
+    if not isinstance(made, Optimizer):
+        raise UserError(f"optimizer must return a torch Optimizer for the parameters, got {type(made).__name__}")
+    if isinstance(made, LBFGS):
+        raise UserError("LBFGS calls the loss again within a step, which blocks cannot; use another optimizer")
+    mine = {id(parameter) for parameter in given}
+    if others := sum(id(p) not in mine for group in made.param_groups for p in group["params"]):
+        raise UserError(
+            f"the optimizer of a block holds {others} parameters that are not the block's; make it of what it is "
+            "given, e.g. optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+
+
+def _check_scheduler(made: Any) -> None:
+    if not isinstance(made, LRScheduler):
+        raise UserError(f"scheduler must return a torch LRScheduler for the optimizer, got {type(made).__name__}")
+    if isinstance(made, ReduceLROnPlateau):
+        raise UserError("ReduceLROnPlateau waits for a metric, and schedulers here tick once per step; use another one")
 
 
 class Steps:
@@ -45,12 +65,11 @@ class Steps:
         self._parameters = [parameter for group in trainable for parameter in group]
         makers = (optimizer, *(own or optimizer for own in halves))
         self.optimizers = [make(group) for make, group in zip(makers, trainable, strict=True) if group]
-        for made in self.optimizers:
-            if not isinstance(made, Optimizer):
-                raise UserError(
-                    f"optimizer must return a torch Optimizer for the parameters, got {type(made).__name__}"
-                )
+        for made, group in zip(self.optimizers, filter(None, trainable), strict=True):
+            _check_optimizer(made, group)
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler else []
+        for tick in self.schedulers:
+            _check_scheduler(tick)
         self.owed = False
         self.corrections = Acting()
 

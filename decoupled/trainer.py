@@ -26,7 +26,7 @@ from decoupled.build import Model, Recipe, assemble, chain, cut, decision, make_
 from decoupled.checkpoint import check, load_worker_states, rng_state, set_rng_state
 from decoupled.coupling import Loss
 from decoupled.errors import PeerLost, UserError
-from decoupled.evaluation import evaluate, evaluate_blocks, update_blocks, update_bn
+from decoupled.evaluation import evaluate, evaluate_blocks, train_unless_mixed, update_blocks, update_bn
 from decoupled.method import Method
 from decoupled.runtime.contract import Actor, Graph, Observer, Runtime
 from decoupled.selection import SelectionStatistics
@@ -42,7 +42,9 @@ class Trainer:
     """Trains a network cut into blocks with a decoupled method.
 
     Args:
-        model: nn.Sequential, or a list of nn.Module, one per block (then `blocks` is None). Trained in place.
+        model: nn.Sequential, or a list of nn.Module, one per block (then `blocks` is None). Trained in place; with
+            processes it has the trained weights after `close`, and `trainer.model` before. Modules in evaluation mode
+            stay in it (frozen BatchNorm), unless all are.
         method: a name, or a mapping with ``name`` and options, e.g. ``{"name": "overlapping_local", "reach": 2}``.
         blocks: number of blocks (balanced by measured time on the first batch; pass `trainer.cuts` to repeat a run
             exactly), or a list of cut indices.
@@ -179,7 +181,7 @@ class Trainer:
         Blocks are taken as they are: after a broken epoch they may have made different numbers of updates.
 
         Returns:
-            ``{"loss": ..., "accuracy": ...}``; accuracy is NaN where targets are not class numbers.
+            ``{"loss": ..., "accuracy": ...}``; see `decoupled.evaluation.evaluate`.
         """
         if not self._workers or self._closed:
             return evaluate(self._network(), batches, self._recipe.loss)
@@ -249,7 +251,8 @@ class Trainer:
             UserError: the state is of another method or number of blocks.
         """
         if self._runtime.rank == 0 and not (missing_ok and state is None):
-            check(state or {}, None if other_method else self.method.name, len(self._cuts) + 1)
+            measured = isinstance(self._blocks, int)
+            check(state or {}, None if other_method else self.method.name, self._cuts, measured)
         self._host()
         with self._runtime.call(self, "load_state_dict", None):
             state, other_method = self._runtime.agree((state, other_method))
@@ -319,6 +322,7 @@ class Trainer:
             feed, readers = Whole(), [CANDIDATES]
             actors, edges = between.actors(), [*edges, *between.edges()]
         source = Source(iterator, feed, readers, self._key, self._batch, self._output, self._on_batch)
+        train_unless_mixed(self._network())
         counter = source if between is None else between.feeder
         for worker in self._workers:
             worker.begin(self._key, self._epoch)

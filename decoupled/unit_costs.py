@@ -55,7 +55,7 @@ def unit_passes(
             where = f"unit {index} ({type(unit).__name__}) cannot be copied to measure it"
             raise UserError(f"{where} ({error}); use by='parameters' or give the cuts") from error
         twin.zero_grad(set_to_none=True)
-        copies.append(twin.train())
+        copies.append(twin)
     home = next((p.device for unit in copies for p in unit.parameters()), x.device)
     x = x.to(home if device is None else device)
     memory.keep()

@@ -89,7 +89,6 @@ class Worker(Actor):
         self.retention.clear()
         self.steps.clear()
         self.counters.take_loss()
-        self.block.module.train()
 
     def wants(self) -> Sequence[Want]:
         return [self._want(op) for op in self._plan.options()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from decoupled.errors import UserError
 from decoupled.runtime import memory
 from decoupled.runtime.contract import Graph, Observer, Runtime, Timings, intra_op_threads
 from decoupled.runtime.local import LocalRun, Pools
@@ -27,6 +28,8 @@ class Threads(Runtime):
     """
 
     def __init__(self, *, intra_op: int | None = None, patience: float = 20.0, keep_memory: bool = True) -> None:
+        if not isinstance(patience, int | float) or not patience > 0:
+            raise UserError(f"patience must be a number of seconds above 0, got {patience!r}")
         self._intra_op, self._patience, self._keep_memory = intra_op, patience, keep_memory
         self._pools = Pools(intra_op)
 

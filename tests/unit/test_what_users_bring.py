@@ -1,0 +1,223 @@
+"""What users bring: modules in evaluation mode, losses, optimizers and schedulers that are not what they seem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from decoupled.errors import OperationError, UserError
+from decoupled.evaluation import evaluate
+from decoupled.randomness import seeded
+from decoupled.trainer import Trainer
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def model() -> nn.Sequential:
+    with seeded(0):
+        return nn.Sequential(
+            nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 3)
+        )
+
+
+def batches(count: int = 4) -> Batches:
+    with seeded(1):
+        return [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(count)]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def trainer(given: nn.Module | list[nn.Module], method: Any = "backprop", **options: Any) -> Trainer:
+    more: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": sgd, "runtime": "simulated", "blocks": [3], **options}
+    return Trainer(given, method, **more)  # type: ignore[arg-type]
+
+
+# --- modes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["simulated", "threads"])
+def test_a_module_in_evaluation_mode_stays_in_it(runtime: str) -> None:
+    """Frozen BatchNorm: as in a loop of plain PyTorch, also after an evaluation."""
+    ours, theirs = model(), model()
+    for net in (ours, theirs):
+        net.train()
+        net[1].eval()
+    statistics = ours[1].running_mean.clone()  # type: ignore[union-attr, operator]
+    with trainer(ours, runtime=runtime, blocks=[2]) as one:
+        one.fit(batches())
+        one.evaluate(batches(1))
+        one.fit(batches())
+    assert torch.equal(ours[1].running_mean, statistics)  # type: ignore[arg-type]
+    assert [unit.training for unit in ours] == [True, False, True, True, True, True]
+
+
+def test_frozen_statistics_give_the_weights_of_a_plain_loop() -> None:
+    ours, theirs = model(), model()
+    for net in (ours, theirs):
+        net[1].eval()
+        net[4] = nn.Identity()
+    with trainer(ours) as one:
+        one.fit(batches())
+    optimizer = sgd(theirs.parameters())
+    for x, y in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(x), y).backward()
+        optimizer.step()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_a_model_that_is_in_evaluation_mode_as_a_whole_is_trained() -> None:
+    net = model().eval()
+    with trainer(net) as one:
+        one.fit(batches())
+    assert all(unit.training for unit in net)
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda output, targets: None, "got None (is a return missing?)"),
+        (lambda output, targets: F.cross_entropy(output, targets).item(), "got a float"),
+        (lambda output, targets: (F.cross_entropy(output, targets), output), "got a tuple"),
+        (lambda output, targets: F.cross_entropy(output.detach(), targets), "does not depend on the output"),
+    ],
+    ids=["none", "float", "tuple", "detached"],
+)
+@pytest.mark.parametrize("method", ["backprop", "pipedream", "greedy_local"])
+def test_a_loss_that_is_no_loss_is_refused(method: str, loss: Callable[..., Any], message: str) -> None:
+    with trainer(model(), method, loss=loss) as one, pytest.raises(OperationError) as failed:
+        one.fit(batches())
+    assert isinstance(failed.value.__cause__, UserError) and message in str(failed.value)
+
+
+def test_parameters_of_a_loss_would_never_be_trained() -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(output / self.temperature, targets)
+
+    with pytest.raises(UserError, match="the loss has parameters, which nobody would train"):
+        trainer(model(), loss=Tempered())
+    with trainer(model(), loss=Tempered().requires_grad_(False)) as one:
+        one.fit(batches(1))
+
+
+# --- optimizers and schedulers --------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    net = model()
+    everything, shared = (lambda _: sgd(net.parameters())), sgd(net.parameters())
+    for wrong in (everything, lambda _: shared, lambda _: sgd(model().parameters())):
+        with (
+            trainer(net, optimizer=wrong) as one,
+            pytest.raises(UserError, match="that are not the block's"),
+        ):
+            one.fit(batches())
+    with trainer(net, optimizer=lambda parameters: sgd(parameters[:1])) as one:  # some may be left out
+        one.fit(batches())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": lambda p: torch.optim.LBFGS(p)}, "LBFGS calls the loss again"),
+        (
+            {"scheduler": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o)},
+            "ReduceLROnPlateau waits",
+        ),
+        ({"scheduler": lambda o: None}, "scheduler must return a torch LRScheduler for the optimizer, got NoneType"),
+    ],
+    ids=["lbfgs", "plateau", "none"],
+)
+def test_what_cannot_step_is_refused_before_the_first_pass(given: dict[str, Any], message: str) -> None:
+    with trainer(model(), **given) as one, pytest.raises(UserError, match=message):
+        one.fit(batches())
+
+
+def test_other_wrong_arguments() -> None:
+    with pytest.raises(UserError, match="seed must be an integer, got 'a'"):
+        trainer(model(), seed="a")
+    with pytest.raises(UserError, match="patience must be a number of seconds above 0, got 'x'"):
+        trainer(model(), runtime={"name": "threads", "patience": "x"})
+    with trainer(model()) as one, pytest.raises(UserError, match="a NoneType is none; pass a list or a DataLoader"):
+        one.fit(None)  # type: ignore[arg-type]
+    net = model()
+    net.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="forward hooks of the model as a whole are not called"):
+        trainer(net)
+
+
+def test_a_state_is_not_put_into_a_trainer_that_is_cut_elsewhere() -> None:
+    with trainer(model(), blocks=[2]) as one:
+        one.fit(batches())
+        state = one.state_dict()
+    with (
+        trainer(model(), blocks=[3]) as one,
+        pytest.raises(UserError, match=r"cut at \[2\], this trainer at \[3\]"),
+    ):
+        one.load_state_dict(state)
+    with trainer(model(), blocks=2) as one:
+        one.load_state_dict(state)
+        assert one.cuts == [2]
+    wider = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 7), nn.Identity(), nn.Linear(7, 3)
+    )
+    with trainer(wider, blocks=[2]) as one, pytest.raises(UserError, match=r"block1 \(size mismatch for 1\.weight"):
+        one.load_state_dict(state)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_loss_ignores_is_not_decided_wrongly() -> None:
+    x, y = batches(1)[0]
+    net = model().eval()
+    right = net(x).argmax(1)
+    y = right.clone()
+    y[:3], y[3] = -100, (right[3] + 1) % 3
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
+        assert evaluate([net], [(x, y)], loss)["accuracy"] == 4 / 5
+    y[:3] = (right[:3] + 1) % 3
+    assert evaluate([net], [(x, y)], nn.CrossEntropyLoss(ignore_index=int(y[0])))["accuracy"] == pytest.approx(
+        float((right == y)[y != y[0]].float().mean())
+    )
+
+
+def test_classes_last_are_not_counted() -> None:
+    """(batch, length, classes): no accuracy rather than a wrong one."""
+    net, x, y = nn.Linear(4, 11), torch.randn(2, 7, 4), torch.randint(11, (2, 7))
+    found = evaluate([net], [(x, y)], lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()))
+    assert found["accuracy"] != found["accuracy"] and found["loss"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", ["float32", "bf16"]])
+def test_the_loss_of_an_evaluation_is_added_up_in_full(precision: Any) -> None:
+    """Of outputs in bf16 it would have two digits."""
+    net = model()
+    with trainer(net, precision=precision) as one:
+        one.fit(batches())
+        found = one.evaluate(batches())["loss"]
+        outputs = []
+        for x, _ in batches():
+            net.eval()
+            for worker in one.workers:
+                x = worker.block.infer(x)
+            outputs.append(x)
+    assert outputs[0].dtype == torch.bfloat16
+    expected = sum(float(F.cross_entropy(o.float(), y)) for o, (_, y) in zip(outputs, batches(), strict=True)) / 4
+    assert found == pytest.approx(expected, abs=1e-7)
