@@ -147,7 +147,10 @@ class Group:
         return os.getpid(), socket.gethostname()
 
     def end(self, grace: float = 5.0) -> None:
-        """Wait for the processes that were started; those that hang are killed. Idempotent."""
+        """Wait for the processes that were started; those that hang are killed. Idempotent.
+
+        The store goes with them: it has threads, and whoever destroyed it in a process forked later would abort that.
+        """
         deadline = time.monotonic() + grace
         for child in self._children.values():
             try:
@@ -156,6 +159,7 @@ class Group:
                 child.kill()
                 child.wait()
         self._children.clear()
+        self.__dict__.pop("store", None)
 
     def _start(self, port: int) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)

@@ -477,3 +477,18 @@ def test_torchrun_needs_the_right_runtime():
     done = torchrun(3, "-m", "decoupled", "train", "method=pipedream", "data=digits", "model=mlp", "blocks=[1]")
     assert "decoupled: torchrun needs runtime=processes, got runtime=threads" in done.stderr
     assert done.returncode != 0
+
+
+def test_nobody_listens_after_close():
+    """Not even until garbage is collected: that could happen in a process forked later, and abort it."""
+    runtime = Processes(processes=2)
+    with Trainer(
+        CASE.blocks()[:2], "backprop", loss=F.mse_loss, optimizer=OPTIMIZERS["sgd"], runtime=runtime
+    ) as trainer:
+        x = torch.zeros(2, 4, dtype=torch.float64)
+        trainer.fit([(x, torch.zeros(2, 3, dtype=torch.float64))])
+        port = runtime._group.store.port  # type: ignore[attr-defined]
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    runtime.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
