@@ -82,6 +82,8 @@ class Recipe:
                 )
         if isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters()):
             raise UserError("the loss has parameters, which nobody would train; move them into the model's last unit")
+        if self.method.feed.share < 1 and getattr(self.loss, "reduction", "mean") == "sum":
+            raise UserError(f"{self.method.name} takes means over micro-batches, and the loss is a sum; use a mean")
         if not isinstance(self.seed, Integral):
             raise UserError(f"seed must be an integer, got {self.seed!r}")
 

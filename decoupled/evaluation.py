@@ -24,7 +24,7 @@ from decoupled.coupling import Loss
 from decoupled.errors import OperationError, UserError
 from decoupled.messages import Data, End, Message, Up
 from decoupled.runtime.contract import Actor, Edge, Graph, Outcome, Runtime, Want
-from decoupled.sample_losses import ignored
+from decoupled.sample_losses import ignored, mass
 from decoupled.source import Reader, Source, Whole, unpack
 
 AHEAD = 2  # batches that may wait on an edge
@@ -32,9 +32,10 @@ AHEAD = 2  # batches that may wait on an edge
 
 @dataclass
 class Score:
-    """Sums over samples; `decisions` counts the class numbers that were decided."""
+    """Sums over samples; `mass` is what their losses count, `decisions` are the class numbers that were decided."""
 
     total: float = 0.0
+    mass: float = 0.0
     correct: int = 0
     decisions: int = 0
     samples: int = 0
@@ -44,7 +45,9 @@ class Score:
         targets = targets.to(output.device)
         if output.dtype in (torch.bfloat16, torch.float16):  # of autocast; sums of losses are not for them
             output = output.float()
-        self.total += float(loss(output, targets)) * len(output)
+        if counts := mass(loss, targets):
+            self.total += float(loss(output, targets)) * counts
+        self.mass += counts
         self.samples += len(output)
         if not targets.is_floating_point() and output.dim() and output.shape[:1] + output.shape[2:] == targets.shape:
             known = targets != ignored(loss)
@@ -60,7 +63,7 @@ class Score:
         if not self.samples:
             raise UserError("there is nothing to evaluate: the loader is empty")
         accuracy = self.correct / self.decisions if self.decisions else float("nan")
-        return {"loss": self.total / self.samples, "accuracy": accuracy}
+        return {"loss": self.total / self.mass if self.mass else float("nan"), "accuracy": accuracy}
 
 
 class Stage(Actor):
@@ -153,8 +156,8 @@ def evaluate(units: Sequence[nn.Module], batches: Iterable[Any], loss: Loss) -> 
         loss: (output, target) -> scalar batch mean.
 
     Returns:
-        loss: mean over samples. accuracy: share of correct classes among those that the loss does not ignore; NaN
-        where targets are not class numbers, or classes are not the output's second dimension.
+        loss: mean over samples, or over what a cross entropy divides by. accuracy: share of correct classes among those
+        that it does not ignore; NaN where targets are no class numbers, or classes not the output's second dimension.
     """
     score = Score()
     with evaluating(units), torch.no_grad():

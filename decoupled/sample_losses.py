@@ -62,6 +62,21 @@ def ignored(loss: Loss) -> int:
     return (_cross_entropy(loss) or {"ignore_index": -100})["ignore_index"]
 
 
+def mass(loss: Loss, targets: Tensor) -> float:
+    """How much these targets count in a mean over a batch: what a cross entropy divides by, else the samples.
+
+    Example:
+        >>> mass(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), torch.tensor([0, 1, -100]))
+        4.0
+    """
+    given = _cross_entropy(loss)
+    if given is None or targets.is_floating_point():
+        return float(len(targets))
+    known = targets[targets != given["ignore_index"]]
+    weight = given["weight"]
+    return float(known.numel() if weight is None else weight.to(targets.device)[known].sum())
+
+
 class SampleLosses:
     """A loss that is called like the user's, and knows of which pass.
 

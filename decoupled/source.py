@@ -33,14 +33,18 @@ class Whole:
     share: float = 1.0
     steps: int = 1
 
-    def passes(self, data: Data) -> Iterator[Data]:
-        """The passes of one minibatch; their keys are set by the source."""
+    def passes(self, data: Data, mass: Callable[[Tensor], float] = len) -> Iterator[Data]:
+        """The passes of one minibatch; their keys are set by the source.
+
+        Args:
+            mass: targets -> how much they count in the mean of a batch (`decoupled.sample_losses.mass`).
+        """
         yield data
 
 
 @dataclass(frozen=True)
 class Split(Whole):
-    """`parts` micro-batches per minibatch; a short batch gives void passes, so that the order stays the same."""
+    """`parts` micro-batches per minibatch; those without a sample that counts are void, so the order stays the same."""
 
     parts: int
 
@@ -50,14 +54,15 @@ class Split(Whole):
         object.__setattr__(self, "count", self.parts)
         object.__setattr__(self, "share", 1 / self.parts)
 
-    def passes(self, data: Data) -> Iterator[Data]:
+    def passes(self, data: Data, mass: Callable[[Tensor], float] = len) -> Iterator[Data]:
         assert data.inputs is not None and data.targets is not None
         inputs, targets = data.inputs.tensor_split(self.parts), data.targets.tensor_split(self.parts)
         none = [None] * self.parts
         indices = none if data.indices is None else data.indices.tensor_split(self.parts)
         weights = none if data.weights is None else data.weights.tensor_split(self.parts)
+        total = mass(data.targets)
         for m in range(self.parts):
-            share = len(inputs[m]) / len(data.inputs)
+            share = mass(targets[m]) / total if total else len(inputs[m]) / len(data.inputs)
             yield replace(
                 data, round=m, rounds=self.parts, inputs=inputs[m], targets=targets[m], indices=indices[m],
                 weights=weights[m], share=share, void=share == 0,
@@ -78,7 +83,7 @@ class Repeat(Whole):
         object.__setattr__(self, "count", self.rounds * self.passes_per_round)
         object.__setattr__(self, "steps", self.rounds)
 
-    def passes(self, data: Data) -> Iterator[Data]:
+    def passes(self, data: Data, mass: Callable[[Tensor], float] = len) -> Iterator[Data]:
         for m in range(self.count):
             yield replace(data, round=m, rounds=self.count, share=1 / self.passes_per_round)
 
@@ -127,6 +132,7 @@ class Source(Actor):
         output: shape of the network's output per sample, classes first, if its loss takes class numbers, to refuse
             others early; None: targets are not checked.
         on_batch: called with the number of samples after every minibatch.
+        mass: see `Whole.passes`.
     """
 
     name = "source"
@@ -141,8 +147,9 @@ class Source(Actor):
         first_batch: int = 0,
         output: tuple[int, ...] | None = None,
         on_batch: Callable[[int], None] | None = None,
+        mass: Callable[[Tensor], float] = len,
     ) -> None:
-        self.batch, self.samples = first_batch, 0
+        self.batch, self.samples, self._mass = first_batch, 0, mass
         self._feed, self._addressed, self._output, self._on_batch = feed, Addressed(readers, start), output, on_batch
         self._passes = self._all(batches)
         self._ended = False
@@ -167,7 +174,7 @@ class Source(Actor):
             inputs, targets, indices = unpack(item)
             self._check(inputs, targets)
             data = Data(0, batch=self.batch, inputs=inputs, targets=targets, indices=indices)
-            yield from self._feed.passes(data)
+            yield from self._feed.passes(data, self._mass)
             self.batch, self.samples = self.batch + 1, self.samples + len(inputs)
             if self._on_batch is not None:
                 self._on_batch(len(inputs))

@@ -29,6 +29,7 @@ from decoupled.errors import PeerLost, UserError
 from decoupled.evaluation import evaluate, evaluate_blocks, train_unless_mixed, update_blocks, update_bn
 from decoupled.method import Method
 from decoupled.runtime.contract import Actor, Graph, Observer, Runtime
+from decoupled.sample_losses import mass
 from decoupled.selection import SelectionStatistics
 from decoupled.selector import Selector
 from decoupled.source import Source, Whole, peek
@@ -321,7 +322,7 @@ class Trainer:
             between.begin(self._epoch, self._key, self._batch, readers)
             feed, readers = Whole(), [CANDIDATES]
             actors, edges = between.actors(), [*edges, *between.edges()]
-        source = Source(iterator, feed, readers, self._key, self._batch, self._output, self._on_batch)
+        source = Source(iterator, feed, readers, self._key, self._batch, self._output, self._on_batch, self._mass)
         train_unless_mixed(self._network())
         counter = source if between is None else between.feeder
         for worker in self._workers:
@@ -362,6 +363,9 @@ class Trainer:
             self._units, self._cuts = cut(self._given, self._blocks, self.method, inputs, self._recipe.devices[0])
         self._first = inputs[:2]
         return iterator
+
+    def _mass(self, targets: Tensor) -> float:
+        return mass(self._recipe.loss, targets)
 
     def _network(self) -> list[nn.Module]:
         """The units of the forward network."""

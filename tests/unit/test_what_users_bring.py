@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from decoupled.errors import OperationError, UserError
 from decoupled.evaluation import evaluate
 from decoupled.randomness import seeded
+from decoupled.testing import flat
 from decoupled.trainer import Trainer
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -116,6 +117,35 @@ def test_parameters_of_a_loss_would_never_be_trained() -> None:
         one.fit(batches(1))
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5], dtype=torch.float64)),
+        nn.CrossEntropyLoss(ignore_index=2, label_smoothing=0.1),
+        F.cross_entropy,
+    ],
+    ids=["weights", "ignored", "usual"],
+)
+@pytest.mark.parametrize("method", ["gpipe", "one_f_one_b", "zero_bubble"])
+def test_micro_batches_count_what_the_loss_divides_by(method: str, loss: Any) -> None:
+    """Their gradients add up to the minibatch's; one micro-batch has no label that counts."""
+    given = [(x.double(), y.clone()) for x, y in batches()]
+    given[0][1][:2] = getattr(loss, "ignore_index", -100)
+    found = []
+    for name in ("backprop", method):
+        net = nn.Sequential(*(unit for unit in model() if isinstance(unit, nn.Linear | nn.Tanh))).double()
+        with trainer(net, name, loss=loss, blocks=[2]) as one:
+            one.fit(given, epochs=2)
+        found.append(flat(net))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-13)
+
+
+def test_a_sum_over_micro_batches_is_refused() -> None:
+    with pytest.raises(UserError, match="gpipe takes means over micro-batches, and the loss is a sum; use a mean"):
+        trainer(model(), "gpipe", loss=nn.CrossEntropyLoss(reduction="sum"))
+    trainer(model(), "backprop", loss=nn.CrossEntropyLoss(reduction="sum")).close()
+
+
 # --- optimizers and schedulers --------------------------------------------------------------------------------------
 
 
@@ -196,6 +226,13 @@ def test_what_a_loss_ignores_is_not_decided_wrongly() -> None:
     assert evaluate([net], [(x, y)], nn.CrossEntropyLoss(ignore_index=int(y[0])))["accuracy"] == pytest.approx(
         float((right == y)[y != y[0]].float().mean())
     )
+
+
+def test_the_loss_of_a_test_is_the_mean_over_what_counts() -> None:
+    net, (x, y) = model().eval(), batches(1)[0]
+    y[:3] = -100
+    parts = [(x[:4], y[:4]), (x[4:], y[4:]), (x[:2], y[:2])]  # the last has none
+    assert evaluate([net], parts, F.cross_entropy)["loss"] == pytest.approx(F.cross_entropy(net(x), y).item())
 
 
 def test_classes_last_are_not_counted() -> None:
