@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -134,14 +135,18 @@ class Trainer:
 
     @property
     def model(self) -> nn.Sequential:
-        """The forward network with the trained weights, without auxiliary heads."""
+        """The forward network with the trained weights and the names of the given one, without auxiliary heads."""
         if self._newer:
             if self._closed:
                 raise PeerLost("the weights of blocks in other processes were lost with them")
             for worker, state in zip(self._workers, self._everywhere("module"), strict=True):
                 worker.block.module.load_state_dict(state)
             self._newer = False
-        return nn.Sequential(*self._network())
+        units = self._network()
+        names = [name for name, _ in self._given.named_children()] if isinstance(self._given, nn.Sequential) else []
+        if len(names) != len(units):  # there are layers of the method's, or units within units
+            return nn.Sequential(*units)
+        return nn.Sequential(OrderedDict(zip(names, units, strict=True)))
 
     @property
     def runtime(self) -> Runtime:

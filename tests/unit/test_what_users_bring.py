@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_a_model_that_is_in_evaluation_mode_as_a_whole_is_trained() -> None:
     with trainer(net) as one:
         one.fit(batches())
     assert all(unit.training for unit in net)
+
+
+def test_the_trained_network_has_the_names_of_the_given_one() -> None:
+    net = nn.Sequential(OrderedDict(below=nn.Linear(4, 6), tanh=nn.Tanh(), above=nn.Linear(6, 3)))
+    with trainer(net, blocks=[2]) as one:
+        one.fit(batches())
+        assert one.model.state_dict().keys() == net.state_dict().keys()
+    with trainer(net, "forward_forward", blocks=[2]) as one:  # with layers of its own between
+        assert list(one.model.state_dict()) != list(net.state_dict()) and len(one.model) > len(net)
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------
