@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decoupled.errors import UserError, WrongType, first_line
+from decoupled.evaluation import train_unless_mixed
 from decoupled.runtime import memory
 from decoupled.runtime.contract import intra_op_threads
 
@@ -56,6 +57,7 @@ def unit_passes(
             raise UserError(f"{where} ({error}); use by='parameters' or give the cuts") from error
         twin.zero_grad(set_to_none=True)
         copies.append(twin)
+    train_unless_mixed(copies)
     home = next((p.device for unit in copies for p in unit.parameters()), x.device)
     x = x.to(home if device is None else device)
     memory.keep()

@@ -232,7 +232,9 @@ def test_measuring_a_unit_that_works_in_place_leaves_the_sample_alone():
     assert sample.eq(-1).all()
 
 
-def test_measuring_runs_forward_and_backward_in_training_mode():
+@pytest.mark.parametrize("modes", [(True, True), (False, True), (False, False)])
+def test_measuring_runs_forward_and_backward_in_the_mode_of_training(modes):
+    """What is in evaluation mode stays so in training, unless all is."""
     events = []
 
     class Spy(nn.Module):
@@ -244,9 +246,10 @@ def test_measuring_runs_forward_and_backward_in_training_mode():
             return y
 
     with torch.no_grad():
-        unit_passes([Spy().eval(), Spy()], torch.randn(2, 3), repeats=1, warmup=0)
+        unit_passes([Spy().train(mode) for mode in modes], torch.randn(2, 3), repeats=1, warmup=0)
     # The first unit's input is data and gets no gradient; the second one's is an activation.
-    assert events == [("forward", True, False), ("forward", True, True), ("backward", (2, 3))]
+    first, second = modes if any(modes) else (True, True)
+    assert events == [("forward", first, False), ("forward", second, True), ("backward", (2, 3))]
 
 
 def test_units_may_hand_over_tuples():

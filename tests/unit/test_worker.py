@@ -298,12 +298,10 @@ def test_begin_forgets_a_broken_run():
     do(one, data(1))
     do(one, down(0))
     assert one.block.parameters[0].grad is not None
-    one.block.module.eval()
     one.begin(2)
     assert one.block.parameters[0].grad is None
     assert not one.steps.owed
     assert one.retention.held_bytes == 0
-    assert one.block.module.training
     assert ports(one) == [("F0", ("data",), 2)]
 
 
