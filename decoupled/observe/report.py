@@ -1,6 +1,6 @@
 """The comparison as one self-contained HTML page: `results.json` in, page out; no script, no network, no image file.
 
-    records (method x seed) --summarise--> one Summary per method --+--> table, findings
+    records (method x seed) --summary.py--> one Summary per method --+--> table, findings
                                                                     +--> charts.py (inline SVG)  --> report.html.j2
 
 Numbers over seeds are means with the range min to max; a value that a record lacks (controls, failed runs) is left out
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,10 +22,10 @@ from markupsafe import Markup
 
 from decoupled.observe import charts, claims, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
-from decoupled.observe.points import Record, best, describe, held
+from decoupled.observe.points import held
+from decoupled.observe.summary import Measure, Summary, findings, merged, of, summarise
 from decoupled.observe.trace import KINDS, Span, opening, operation_kind
 
-Measure = Callable[[Record], float | None]
 SAID = {
     "suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep", "claims",
 }  # fmt: skip
@@ -35,87 +34,6 @@ _PAGES = Environment(
     lstrip_blocks=True,
 )  # fmt: skip
 _PAGES.filters["percent"] = percent
-
-
-@dataclass(frozen=True)
-class Stat:
-    """Mean, least and greatest value over `count` seeds."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All runs of one label; kind is method, baseline or control; style: classes of its colour on the whole page."""
-
-    name: str
-    label: str
-    kind: str
-    family: str
-    style: str
-    runs: Sequence[Record]
-    failures: Sequence[Record]
-    point: str = ""  # of a sweep: where these runs are
-
-    def stat(self, measure: Measure) -> Stat | None:
-        """`measure` over the seeds that have it, or None where none has."""
-        values = [float(v) for v in map(measure, self.runs) if v is not None]
-        return Stat(fmean(values), min(values), max(values), len(values)) if values else None
-
-    @property
-    def accuracy(self) -> Stat | None:
-        return self.stat(_of("test_accuracy"))
-
-    @property
-    def speedup(self) -> Stat | None:
-        return self.stat(_of("speedup_over_backprop"))
-
-    def per_block(self, of: str | Callable[[Record], Sequence[float]]) -> list[float]:
-        """Mean over seeds of a per-block (or per-edge) list, block by block; `of`: its key, or what reads it."""
-        rows = [run.get(of) or [] if isinstance(of, str) else of(run) for run in self.runs]
-        return [fmean([row[k] for row in rows if len(row) > k]) for k in range(max(map(len, rows), default=0))]
-
-    def staleness(self) -> list[Counter[int]]:
-        """Histogram per block, summed over seeds: updates between forward and backward -> how often."""
-        rows = [run.get("staleness") or [] for run in self.runs]
-        return [_merged(row[k] for row in rows if len(row) > k) for k in range(max(map(len, rows), default=0))]
-
-
-def _of(key: str, reduce: Callable[[Any], float | None] = lambda value: value) -> Measure:
-    """The record's `key`, reduced; None where the record has nothing there."""
-    return lambda record: None if record.get(key) in (None, []) else reduce(record[key])
-
-
-def _merged(histograms: Iterable[Mapping[str, int] | None]) -> Counter[int]:
-    return sum((Counter({int(v): n for v, n in (h or {}).items()}) for h in histograms), Counter())
-
-
-def _mean_staleness(histograms: Sequence[Mapping[str, int]]) -> float | None:
-    counts = _merged(histograms)
-    return sum(v * n for v, n in counts.items()) / counts.total() if counts else None
-
-
-def summarise(results: Mapping[str, Any]) -> list[Summary]:
-    """One summary per label, at its best point, controls last; these and the baseline wear no hue."""
-    groups: dict[str, list[Record]] = {}
-    for record in results.get("records") or []:
-        groups.setdefault(record.get("label") or record["method"], []).append(record)
-    wanted = results.get("baseline")
-    base = wanted if wanted in groups else next((x for x, r in groups.items() if r[0]["method"] == wanted), None)
-    summaries, hues, greys = [], iter(range(len(groups))), iter(range(len(groups)))
-    for label, every in sorted(groups.items(), key=lambda item: item[1][0].get("kind") == "control"):
-        records = best(every)
-        kind = "baseline" if label == base else records[0].get("kind") or "method"
-        grey = "kb d0" if kind == "baseline" else f"kc d{1 + next(greys) % 3}" if kind == "control" else ""
-        failures = [record for record in records if record.get("status") == "failed"]
-        runs = [record for record in records if record.get("status") != "failed"]
-        name, family = records[0]["method"], (records[0].get("family") or "").replace("_", " ")
-        style, point = grey or charts.style_of(next(hues)), describe(records[0].get("point") or {})
-        summaries.append(Summary(name, label, kind, family, style, runs, failures, point))
-    return summaries
 
 
 @dataclass(frozen=True)
@@ -132,32 +50,37 @@ class Column:
 
 def _columns(summaries: Sequence[Summary]) -> list[Column]:
     unit, size = byte_unit(max((sum(held(r)) for m in summaries for r in m.runs), default=0))
-    all_held, largest = (lambda r, of=of: of(held(r)) / size if held(r) else None for of in (sum, max))
-    most = _of("staleness", lambda blocks: max(_merged(blocks), default=None))
-    auxiliary = _of("auxiliary_parameters", lambda count: count or None)
-    work, heads = (_of(f"{part}flops_per_sample", lambda x: sum(x) / 1e6 or None) for part in ("", "head_"))
-    up, down = (_of(f"bytes_{way}_per_sample", lambda x: sum(x) / KIB) for way in ("up", "down"))
+    all_held, largest = (lambda r, total=total: total(held(r)) / size if held(r) else None for total in (sum, max))
+    most = of("staleness", lambda blocks: max(merged(blocks), default=None))
+    auxiliary = of("auxiliary_parameters", lambda count: count or None)
+    work, heads = (of(f"{part}flops_per_sample", lambda x: sum(x) / 1e6 or None) for part in ("", "head_"))
+    up, down = (of(f"bytes_{way}_per_sample", lambda x: sum(x) / KIB) for way in ("up", "down"))
     own = list(dict.fromkeys(name for m in summaries for r in m.runs for name in r.get("measures") or {}))
     columns = [
-        Column("Test accuracy", "%", _of("test_accuracy"), percent, max),
-        Column("Test loss", "", _of("test_loss"), fixed(3), min),
-        Column("Speed-up", "× baseline", _of("speedup_over_backprop"), fixed(2), max),
-        Column("Throughput", "samples/s", _of("samples_per_second"), significant, max),
-        Column("Training", "s", _of("wall_seconds"), significant, min),
-        Column("Utilisation", "%, mean", _of("utilisation", fmean), percent, max),
+        Column("Test accuracy", "%", of("test_accuracy"), percent, max),
+        Column("Test loss", "", of("test_loss"), fixed(3), min),
+        Column("Speed-up", "× baseline", of("speedup_over_backprop"), fixed(2), max),
+        Column("Throughput", "samples/s", of("samples_per_second"), significant, max),
+        Column("Training", "s", of("wall_seconds"), significant, min),
+        Column("Utilisation", "%, mean", of("utilisation", fmean), percent, max),
         Column("Held at peak", f"{unit}, sum of blocks", all_held, significant, min, ("max", largest, significant)),
         Column("Traffic up", "KiB/sample", up, significant, None, ("down", down, significant)),
-        Column("Staleness", "mean", _of("staleness", _mean_staleness), fixed(2), None, ("max", most, fixed(0))),
+        Column("Staleness", "mean", of("staleness", _mean_staleness), fixed(2), None, ("max", most, fixed(0))),
         Column("Work", "MFLOP/sample, counted", work, significant, min, ("heads", heads, significant)),
-        Column("Parameters", "of the network", _of("parameters"), fixed(0), None, ("+", auxiliary, fixed(0))),
+        Column("Parameters", "of the network", of("parameters"), fixed(0), None, ("+", auxiliary, fixed(0))),
     ]
-    as_trained = Column("As trained", "%, BatchNorm not estimated again", _of("test_accuracy_as_trained"), percent, max)
+    as_trained = Column("As trained", "%, BatchNorm not estimated again", of("test_accuracy_as_trained"), percent, max)
     columns[1:1] = [as_trained] if any(m.stat(as_trained.measure) for m in summaries) else []
     if not own:
         return columns
     # What else these runs measure of themselves; a column that none of them fills is left out then.
-    more = [Column(name, "", _of("measures", lambda found, name=name: found.get(name)), significant) for name in own]
+    more = [Column(name, "", of("measures", lambda found, name=name: found.get(name)), significant) for name in own]
     return more + [c for c in columns if any(m.stat(c.measure) for m in summaries)]
+
+
+def _mean_staleness(histograms: Sequence[Mapping[str, int]]) -> float | None:
+    counts = merged(histograms)
+    return sum(v * n for v, n in counts.items()) / counts.total() if counts else None
 
 
 def table(summaries: Sequence[Summary]) -> tuple[list[Column], list[dict[str, Any]]]:
@@ -181,39 +104,13 @@ def table(summaries: Sequence[Summary]) -> tuple[list[Column], list[dict[str, An
     return columns, rows
 
 
-def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """What the summary sentence speaks of: the methods that stand out, the baseline, the controls, the failures."""
-
-    def top(among: Sequence[Summary], by: Callable[[Summary], Stat | None]) -> Summary | None:
-        stats = [(stat.mean, summary) for summary in among if (stat := by(summary)) and math.isfinite(stat.mean)]
-        return max(stats, key=lambda pair: pair[0], default=(0.0, None))[1]
-
-    methods = [m for m in summaries if m.kind != "control"]
-    named = {m.kind if m.kind == "baseline" else m.name: m for m in summaries}
-    base, frozen, plain = (named.get(name) for name in ("baseline", "only_last", "plain_pytorch"))
-    least, floor = base and base.accuracy, frozen and frozen.accuracy
-    level = [m for m in methods if least and m.accuracy and m.accuracy.count > 1 and m.accuracy.high >= least.low]
-    return {
-        "methods": methods,
-        "failed": [m for m in summaries if m.failures],
-        "seeds": sorted({run["seed"] for m in summaries for run in [*m.runs, *m.failures]}),
-        "base": base,
-        "plain": plain,
-        "floor": floor,
-        "below": [m for m in methods if floor and m.accuracy and not m.accuracy.mean > floor.high],
-        "fastest": top(methods, lambda m: m.speedup),
-        "best": top(methods, lambda m: m.accuracy),
-        "level": top(level, lambda m: m.speedup),  # the fastest of those whose range of accuracy reaches the baseline's
-    }
-
-
 def _bars(summaries: Sequence[Summary]) -> dict[str, Markup]:
     throughput, memory, traffic, reference = [], [], [], None
     kept = {m.label: m.per_block(held) for m in summaries}
     unit, size = byte_unit(max(map(sum, kept.values()), default=0))
     for m in summaries:
-        if rate := m.stat(_of("samples_per_second")):
-            faster = m.stat(_of("speedup_over_backprop"))
+        if rate := m.stat(of("samples_per_second")):
+            faster = m.stat(of("speedup_over_backprop"))
             text = significant(rate.mean) + (f" ({faster.mean:.2f}×)" if faster else "")
             throughput.append(charts.Bar(m.label, m.style, [rate.mean], text, rate.low, rate.high))
             reference = rate.mean if m.kind == "baseline" else reference
