@@ -23,7 +23,7 @@ from markupsafe import Markup
 from decoupled.observe import charts, claims, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
 from decoupled.observe.points import held
-from decoupled.observe.summary import Measure, Summary, findings, merged, of, summarise
+from decoupled.observe.summary import Measure, Summary, apart, findings, merged, of, summarise
 from decoupled.observe.trace import KINDS, Span, opening, operation_kind
 
 SAID = {
@@ -55,11 +55,12 @@ def _columns(summaries: Sequence[Summary]) -> list[Column]:
     auxiliary = of("auxiliary_parameters", lambda count: count or None)
     work, heads = (of(f"{part}flops_per_sample", lambda x: sum(x) / 1e6 or None) for part in ("", "head_"))
     up, down = (of(f"bytes_{way}_per_sample", lambda x: sum(x) / KIB) for way in ("up", "down"))
+    same = ", same point" if apart(summaries) else ""
     own = list(dict.fromkeys(name for m in summaries for r in m.runs for name in r.get("measures") or {}))
     columns = [
         Column("Test accuracy", "%", of("test_accuracy"), percent, max),
         Column("Test loss", "", of("test_loss"), fixed(3), min),
-        Column("Speed-up", "× baseline", of("speedup_over_backprop"), fixed(2), max),
+        Column("Speed-up", f"× baseline{same}", of("speedup_over_backprop"), fixed(2), max),
         Column("Throughput", "samples/s", of("samples_per_second"), significant, max),
         Column("Training", "s", of("wall_seconds"), significant, min),
         Column("Utilisation", "%, mean", of("utilisation", fmean), percent, max),
@@ -121,6 +122,8 @@ def _bars(summaries: Sequence[Summary]) -> dict[str, Markup]:
         if any(ways):
             parts = [sum(way) / KIB for way in ways]
             traffic.append(charts.Bar(m.label, m.style, parts, " + ".join(map(significant, parts))))
+    if apart(summaries):  # a line at the baseline's best point is not what all speed-ups are over
+        reference = None
     shares = [(m.label, m.style, share) for m in summaries if (share := m.per_block("utilisation"))]
     drawn = {
         "throughput": throughput and charts.bar_chart(throughput, "Throughput", "samples per second", reference),

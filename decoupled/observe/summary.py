@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from decoupled.observe import charts
-from decoupled.observe.points import Record, best, describe
+from decoupled.observe.points import Record, best, by_point, describe
 
 Measure = Callable[[Record], float | None]
 
@@ -42,6 +42,7 @@ class Summary:
     runs: Sequence[Record]
     failures: Sequence[Record]
     point: str = ""  # of a sweep: where these runs are
+    base: Sequence[Record] = ()  # what their speed-up is over, where the baseline's own best point is another one
 
     def stat(self, measure: Measure) -> Stat | None:
         """`measure` over the seeds that have it, or None where none has."""
@@ -55,6 +56,11 @@ class Summary:
     @property
     def speedup(self) -> Stat | None:
         return self.stat(of("speedup_over_backprop"))
+
+    @property
+    def base_accuracy(self) -> Stat | None:
+        """Of the baseline at this point; None where its own summary is of this point."""
+        return replace(self, runs=self.base).accuracy
 
     def per_block(self, what: str | Callable[[Record], Sequence[float]]) -> list[float]:
         """Mean over seeds of a per-block (or per-edge) list, block by block; `what`: its key, or what reads it."""
@@ -84,6 +90,8 @@ def summarise(results: Mapping[str, Any]) -> list[Summary]:
         groups.setdefault(record.get("label") or record["method"], []).append(record)
     wanted = results.get("baseline")
     base = wanted if wanted in groups else next((x for x, r in groups.items() if r[0]["method"] == wanted), None)
+    others = by_point(groups[base]) if base else {}
+    others.pop(describe(best(groups[base])[0].get("point") or {}) if base else "", None)
     summaries, hues, greys = [], iter(range(len(groups))), iter(range(len(groups)))
     for label, every in sorted(groups.items(), key=lambda item: item[1][0].get("kind") == "control"):
         records = best(every)
@@ -93,8 +101,14 @@ def summarise(results: Mapping[str, Any]) -> list[Summary]:
         runs = [record for record in records if record.get("status") != "failed"]
         name, family = records[0]["method"], (records[0].get("family") or "").replace("_", " ")
         style, point = grey or charts.style_of(next(hues)), describe(records[0].get("point") or {})
-        summaries.append(Summary(name, label, kind, family, style, runs, failures, point))
+        beside = [run for run in others.get(point, []) if run.get("status") != "failed"]
+        summaries.append(Summary(name, label, kind, family, style, runs, failures, point, beside))
     return summaries
+
+
+def apart(summaries: Sequence[Summary]) -> bool:
+    """Whether a speed-up is over runs of the baseline that its own summary is not of."""
+    return any(m.base and m.speedup for m in summaries)
 
 
 def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
@@ -115,6 +129,7 @@ def findings(summaries: Sequence[Summary]) -> dict[str, Any]:
         "seeds": sorted({run["seed"] for m in summaries for run in [*m.runs, *m.failures]}),
         "base": base,
         "plain": plain,
+        "apart": apart(summaries),
         "floor": floor,
         "below": [m for m in methods if floor and m.accuracy and not m.accuracy.mean > floor.high],
         "fastest": top(methods, lambda m: m.speedup),

@@ -169,6 +169,44 @@ def test_a_lead_in_accuracy_inside_the_range_over_seeds_is_said_to_be():
     assert "overlap" not in Page(render(results(*backprop, *apart))).text
 
 
+def swept(method, size, loss, accuracy, rate, speedup, **changes):
+    point, changes = {"point": {"batch_size": size}}, changes | {"label": method}
+    found = record(method, **point, test_accuracy=accuracy, samples_per_second=rate, **changes)
+    found["curve"][-1]["validation_loss"] = loss
+    return found | {"speedup_over_backprop": speedup}
+
+
+def test_a_speed_up_is_never_beside_the_baselines_numbers_of_another_point():
+    small = [swept("backprop", 32, 0.2, 0.899, 12_100, 1.0), swept("pipedream", 32, 0.9, 0.4, 12_000, 0.99)]
+    large = [swept("backprop", 128, 0.9, 0.576, 42_100, 1.0), swept("pipedream", 128, 0.2, 0.515, 44_200, 1.05)]
+    html = render(results(*small, *large))
+    page = Page(html)
+    assert (
+        "pipedream has the greatest speed-up: 1.05 times the speed of backprop at the same point (batch_size=128) on "
+        "the same runtime, with a test accuracy of 51.5% against 57.6% of backprop there and 89.9% at the best point "
+        "of backprop (batch_size=32)."
+    ) in page.text
+    assert "× baseline, same point" in page.text
+    assert "throughputs of two rows do not divide to them" in page.text
+    assert "dashed line" not in page.text
+    assert 'class="reference"' not in html
+    slower = Page(render(results(*small, large[0], large[1] | {"speedup_over_backprop": 0.9}))).text
+    assert "No method trained faster than backprop at the same point of the sweep on the same runtime." in slower
+    control_there = swept("plain_pytorch", 128, 0.2, 0.9, 80_000, 1.9, kind="control")
+    text = Page(render(results(*small, large[0], control_there))).text
+    assert "plain_pytorch, ran at 1.90 times the speed of backprop at the same point (batch_size=128)." in text
+
+
+def test_speed_ups_at_the_baselines_own_point_are_told_plainly():
+    both = [swept("backprop", 32, 0.2, 0.9, 12_100, 1.0), swept("ddg", 32, 0.2, 0.8, 13_000, 1.1)]
+    html = render(results(*both, swept("backprop", 128, 0.9, 0.5, 42_100, 1.0)))
+    text = Page(html).text
+    assert "ddg trained fastest: 1.10 times the speed of backprop on the same runtime, with a test accuracy of" in text
+    assert "at the same point" not in text
+    assert "(dashed line)" in text
+    assert 'class="reference"' in html
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 8, 32])
 def test_no_label_of_a_chart_touches_another_or_leaves_the_chart(blocks):
     page = Page(render(full(blocks)))
