@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from decoupled.observe.charts import fixed, significant
 from decoupled.observe.plane import Curve, Scale, plane
-from decoupled.observe.points import Record, by_point, describe
+from decoupled.observe.points import Record, by_model, by_point, describe
 
 Pair = tuple[float, float]
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -87,7 +87,7 @@ def section(results: Mapping[str, Any], styles: Mapping[str, str]) -> dict[str, 
 
     Returns:
         cutoffs: each with its text, figures and rows (label, style, three least numbers). model: rows of `_model`.
-        workers: how many of them `model` is about. uncounted: configurations whose FLOPs are not known.
+        workers: how many `model` is about, as text. uncounted: configurations whose FLOPs are not known.
     """
     cutoffs: Sequence[float] = (results.get("config") or {}).get("cutoffs") or []
     records: Sequence[Record] = [record for record in results.get("records") or [] if record.get("flops")]
@@ -103,8 +103,8 @@ def section(results: Mapping[str, Any], styles: Mapping[str, str]) -> dict[str, 
         figures = [figure for key in AXES if (figure := _figure(key, cutoff, own, styles))]
         rows = [{"label": label, "style": styles[label], "cells": _cells(own[label], cutoff, scale)} for label in own]
         parts.append({"cutoff": f"{cutoff:g}", "figures": figures, "rows": rows})
-    workers = min(results["environment"].get("cores") or 1, results["blocks"])
-    model = _model(own, styles, results.get("baseline"), workers)
+    workers = " or ".join(map(str, sorted({_workers(results, record) for record in records})))
+    model = _model(own, styles, results)
     return {"cutoffs": parts, "unit": unit, "model": model, "workers": workers, "uncounted": uncounted}
 
 
@@ -135,21 +135,28 @@ def _unit(values: Sequence[float]) -> tuple[str, float]:
 
 
 def _model(
-    own: Mapping[str, Sequence[Record]], styles: Mapping[str, str], baseline: str | None, workers: int
+    own: Mapping[str, Sequence[Record]], styles: Mapping[str, str], results: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Per method: FLOPs per example, the speed-up over the baseline that they predict, and the measured one."""
+    """Per method and model (of a sweep): FLOPs per example, the speed-up that they predict, and the measured one."""
     rows = []
-    base = own[baseline][0]["flops"] if baseline and baseline in own else None
+    baseline = by_model(own.get(results.get("baseline") or "", []))
     for label, records in own.items():
-        one = records[0]["flops"]
-        measured = [r["speedup_over_backprop"] for r in records if r.get("speedup_over_backprop")]
-        cells = [significant(one["example"] / 1e6), significant(one["chain"] / 1e6)]
-        if base:
-            cells.append(fixed(2)(base["chain"] / one["chain"]))
-            alone, shared = (max(n["chain"], n["example"] / workers) for n in (base, one))
-            cells.append(fixed(2)(alone / shared))
-        else:
-            cells += ["–", "–"]
-        text = f"{median(measured):.2f} ({min(measured):.2f}–{max(measured):.2f})" if measured else "–"
-        rows.append({"label": label, "style": styles[label], "cells": [*cells, text]})
+        models = by_model(records)
+        for model, runs in models.items():
+            one, base = runs[0]["flops"], baseline[model][0]["flops"] if model in baseline else None
+            measured = [r["speedup_over_backprop"] for r in runs if r.get("speedup_over_backprop")]
+            cells = [significant(one["example"] / 1e6), significant(one["chain"] / 1e6), "–", "–", "–"]
+            if base:
+                workers = _workers(results, runs[0])
+                alone, shared = (max(n["chain"], n["example"] / workers) for n in (base, one))
+                cells[2:4] = [fixed(2)(base["chain"] / one["chain"]), fixed(2)(alone / shared)]
+            if measured:
+                cells[4] = f"{median(measured):.2f} ({min(measured):.2f}–{max(measured):.2f})"
+            name = ", ".join([label, model]) if len(models) > 1 else label
+            rows.append({"label": name, "style": styles[label], "cells": cells})
     return rows
+
+
+def _workers(results: Mapping[str, Any], record: Record) -> int:
+    """How many workers the machine has for the blocks of a run."""
+    return min(results["environment"].get("cores") or 1, record.get("blocks") or results["blocks"])

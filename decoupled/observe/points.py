@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
+from decoupled.config import Recipe
+
 Record = Mapping[str, Any]
+TRAINING = {"recipe", *(f.name for f in fields(Recipe))}  # keys of a sweep that leave FLOPs per example as they are
 _TEXT = json.JSONEncoder(separators=(",", ":"))  # so that a comma and a space are between keys only
 
 
@@ -31,6 +35,15 @@ def by_point(records: Sequence[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(describe(record.get("point") or {}), []).append(record)
+    return groups
+
+
+def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by what their FLOPs per example depend on: the point, without how it was trained."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        point = {k: v for k, v in (record.get("point") or {}).items() if k.split(".")[0] not in TRAINING}
+        groups.setdefault(describe(point), []).append(record)
     return groups
 
 

@@ -136,6 +136,23 @@ def test_the_page_shows_frontiers_prediction_and_claims() -> None:
     assert "Left out, for their FLOPs are not counted: b, batch_size=2." in left_out
 
 
+def test_what_the_model_predicts_is_said_of_every_model_of_a_sweep() -> None:
+    def at(label: str, blocks: int, lr: float, chain: float, faster: float) -> dict:
+        found = record(label, 1, [1.0], chain=chain, speedup_over_backprop=faster, blocks=blocks)
+        return found | {"point": {"blocks": blocks, "lr": lr}}
+
+    runs = [at("a", n, lr, 1e6, 1.0) for n in (1, 4) for lr in (0.1, 0.2)]
+    runs += [at("b", 1, lr, 8e5, 1.1) for lr in (0.1, 0.2)] + [at("b", 4, 0.1, 2.5e5, 1.5), at("b", 4, 0.2, 2.5e5, 1.7)]
+    shown = frontier.section(results(runs, cutoffs=[1.0]), {"a": "kb d0", "b": "k0 d0"})
+    assert shown is not None
+    rows = {row["label"]: row["cells"][1:] for row in shown["model"]}
+    assert rows["b, blocks=1"] == ["0.800", "1.25", "1.00", "1.10 (1.10–1.10)"], "one worker does all of both"
+    assert rows["b, blocks=4"] == ["0.250", "4.00", "2.00", "1.60 (1.50–1.70)"]
+    assert list(rows) == ["a, blocks=1", "a, blocks=4", "b, blocks=1", "b, blocks=4"], "not one per learning rate"
+    assert shown["workers"] == "1 or 2"
+    assert "1 or 2 workers" in render(results(runs, cutoffs=[1.0]))
+
+
 def test_compare_prices_a_run_as_flops_counts_it(tmp_path: Path) -> None:
     out, size = tmp_path / "out", 40
     words = ["data={name: digits, limit: 100}", "model={name: mlp, width: 16, depth: 3}", "blocks=[1,2]", "epochs=2"]
