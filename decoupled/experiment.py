@@ -29,12 +29,12 @@ from decoupled.method import Method
 from decoupled.observe.recorder import Recorder
 from decoupled.optimizers import Muon, Soap
 from decoupled.partition import split
-from decoupled.records import complete, point
+from decoupled.records import complete, point, threads
 from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.trainer import Trainer
 
 Advance = Callable[[int], None]
-CONTROLS = {"plain_pytorch": "plain PyTorch, {threads} threads", "only_last": "only the last block"}
+CONTROLS = {"plain_pytorch": "plain PyTorch, {threads}", "only_last": "only the last block"}
 
 
 @dataclass
@@ -265,10 +265,7 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
     final = evaluate(list(network), setting.held_out("test"), F.cross_entropy)
     record = {
         "method": control,
-        "label": {
-            "plain_pytorch": f"plain PyTorch, {torch.get_num_threads()} threads",
-            "only_last": "only the last block",
-        }[control],
+        "label": CONTROLS[control].format(threads=threads()),
         "family": "control",
         "kind": "control",
         "config": {},

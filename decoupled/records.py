@@ -25,6 +25,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def threads() -> str:
+    """How many threads PyTorch has for one operation, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
 def _processor() -> str:
     """The processor's name, where the system tells it."""
     try:

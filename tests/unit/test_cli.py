@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from decoupled import cli, methods
+from decoupled.records import threads
 
 SMALL = ["data={name: digits, limit: 200}", "model={name: mlp, width: 16, depth: 3}", "epochs=2", "batch_size=50"]
 
@@ -27,8 +28,7 @@ def test_compare_writes_three_files_and_never_overwrites(tmp_path: Path, capsys:
     assert run(*words) == 0
     results = json.loads((out / "results.json").read_text())
     assert [r["label"] for r in results["records"]] == 2 * [
-        "backprop", "greedy_local(head=mlp)", f"plain PyTorch, {results['environment']['threads']} threads",
-        "only the last block",
+        "backprop", "greedy_local(head=mlp)", f"plain PyTorch, {threads()}", "only the last block",
     ]  # fmt: skip
     for record in results["records"]:
         assert record["status"] == "ok"

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from decoupled.observe import charts
 from decoupled.observe.report import _settings, _timelines, findings, render, summarise, table, write_report
+from decoupled.records import threads
 
 
 def record(method="backprop", seed=0, blocks=2, **changes):
@@ -343,6 +345,14 @@ def test_spread_keeps_order_distance_and_place():
 def test_significant_digits():
     numbers = (0, 12345.6, 1.2345, 0.00012345, 999.6, math.nan)
     assert [charts.significant(n) for n in numbers] == ["0", "12,300", "1.23", "0.000123", "1,000", "not finite"]
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1 thread"), (2, "2 threads")])
+def test_threads_are_counted_in_words(count, text, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert threads() == text
+    machine = results()["environment"] | {"threads": count}
+    assert f", {count} intra-op{text[1:]} " in Page(render(results(record(), environment=machine))).text
 
 
 def test_settings_leave_out_what_does_not_apply():
