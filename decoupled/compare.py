@@ -14,14 +14,14 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from decoupled import costs, registry, resumed, sweep
-from decoupled.config import CompareConfig, plain
+from decoupled.config import CompareConfig, plain, suite_methods
 from decoupled.errors import OperationError, UserError
 from decoupled.experiment import label
 from decoupled.observe.claims import check
@@ -30,7 +30,7 @@ from decoupled.observe.progress import Reporter
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import Span, write_trace
-from decoupled.records import environment
+from decoupled.records import environment, threads
 
 Spec = str | Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def compare(
         raise UserError(f"seeds must be at least 1, got {config.seeds}")
     for spec in specs:
         registry.make(spec, kind.trains)  # wrong names are refused before anything runs
-    check(config.claims, config.cutoffs)
+    check(config.claims, config.cutoffs, _labels(config, specs) if config.claims else ())
     with ExitStack() as stack:
         if resume:
             stack.enter_context(resumed.alone(out))
@@ -82,6 +82,14 @@ def compare(
             fresh_directory(out, "choose another --out, remove it, or go on with a comparison by --resume")
             stack.enter_context(resumed.alone(out))
         return _compare(config, asked, before, out, command, quiet)
+
+
+def _labels(config: CompareConfig, specs: Sequence[Spec]) -> set[str]:
+    """Whom claims may be about: what is compared, and the suite's methods, though fewer may be asked for."""
+    kind = sweep.kind(config)
+    controls = (text.format(threads=threads()) for text in kind.controls.values())
+    suite = suite_methods(config.suite) or registry.methods(kind.trains)
+    return {*map(label, [*specs, *suite]), *controls}
 
 
 def _compare(

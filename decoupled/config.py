@@ -207,6 +207,12 @@ def suites() -> list[str]:
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
+def suite_methods(name: str) -> list[Any]:
+    """The methods that a suite lists; empty: all."""
+    listed = _file(_suite(name)).get("methods", [])
+    return listed if isinstance(listed, list) else [listed]
+
+
 def _words(kind: type, words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if "=" not in word or word.startswith("="):

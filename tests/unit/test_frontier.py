@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from decoupled import cli
-from decoupled.config import CompareConfig, read, suites
+from decoupled.config import CompareConfig, read, suite_methods, suites
 from decoupled.errors import UserError
+from decoupled.experiment import label
 from decoupled.flops import cost
 from decoupled.models import build
 from decoupled.observe import claims, frontier
@@ -65,6 +66,7 @@ def test_the_frontier_has_what_nothing_beats_in_both() -> None:
 
 
 CLAIM = {"text": "quality", "measure": "validation_loss", "order": [["a"], ["b", "gone"], ["c"]]}
+TIME = {"text": "time", "measure": "seconds", "order": [["b"], ["a"]]}
 
 
 def test_claims_are_computed_from_the_records() -> None:
@@ -91,8 +93,43 @@ def test_claims_about_reaching_a_loss() -> None:
     assert "b not reached" in str(loose[1].steps[0])
     tight = claims.findings(results(runs, claims=[claim | {"cutoff": "tightest"}], cutoffs=[1.0, 0.6, 0.1]))
     assert [f.text for f in tight] == ["time (loss 0.6)"]
-    never = claims.findings(results(runs, claims=[claim | {"cutoff": 0.1}]))
-    assert never == []
+    for cutoff in (0.1, "tightest", "each"):
+        (never,) = claims.findings(results(runs, claims=[claim | {"cutoff": cutoff}], cutoffs=[0.1]))
+        assert never.text == "time (loss 0.1)"
+        assert never.verdict == "not checked: not reached by all seeds of any configuration"
+
+
+def test_a_claim_that_cannot_be_checked_stays_and_says_why() -> None:
+    runs = [record("a", 1, [0.5]), record("b", 1, [math.nan]), record("c", 1, [math.nan]), record("d", 1, [0.6])]
+    runs[3] |= {"flops": None, "curve": [{"epoch": 1, "seconds": 1, "validation_loss": 0.6}]}
+    quality, chain = {"text": "q", "measure": "validation_loss"}, {"text": "s", "measure": "chain"}
+    price = {"text": "p", "measure": "flops", "cutoff": 0.7}
+
+    def verdict(claim: dict, *order: list[str]) -> str:
+        (found,) = claims.findings(results(runs, claims=[claim | {"order": list(order)}]))
+        return found.verdict
+
+    assert verdict(quality, ["b"], ["c"]) == "not checked: no run ended with a loss"
+    assert verdict(quality, ["a"], ["b"], ["c"]) == "1 of 2 steps reproduced, 1 not checked"
+    assert verdict(quality, ["a"], ["gone", "lost"]) == "not checked: not run: gone, lost"
+    assert verdict(chain, ["a"], ["d"]) == verdict(price, ["d"], ["a"]) == "not checked: FLOPs were not counted"
+    said = [CLAIM | {"order": [["a"], ["b", "gone"], ["c"]]}, price | {"order": [["b"], ["c"]]}]
+    page = render(results(runs, claims=said, cutoffs=[0.7]))
+    for text in ("a 0.500 before b failed or diverged: yes", "before c failed or diverged: not checked",
+                 "Not run, so left out: gone", "p (loss 0.7): not checked: not reached by all seeds"):  # fmt: skip
+        assert text in page
+
+
+def test_claims_about_the_critical_path_are_checked_for_every_model() -> None:
+    runs = [
+        record(x, n, [1.0], chain=chain) for x, n, chain in (("a", 1, 1e6), ("b", 1, 2e6), ("a", 2, 4e6), ("b", 2, 3e6))
+    ]
+    runs = [run | {"point": {"blocks": run["point"]["batch_size"]}} for run in runs]
+    claim = {"text": "s", "measure": "chain", "order": [["a"], ["b"]]}
+    found = claims.findings(results(runs, claims=claim))
+    assert [(f.text, f.verdict) for f in found] == [
+        ("s (blocks=1)", "reproduced"), ("s (blocks=2)", "not reproduced")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -102,13 +139,37 @@ def test_claims_about_reaching_a_loss() -> None:
         ([CLAIM | {"measure": "los"}], [], "unknown measure 'los'"),
         ([CLAIM | {"cutoff": 1.0}], [], "a cutoff goes with"),
         ("x", [], "a claim has"),
+        ([CLAIM | {"text": 5}], [], "the text of a claim must be words, got 5"),
+        (
+            [CLAIM | {"order": ["a", "b"]}],
+            [],
+            "order must be a list of two groups or more, got ['a', 'b']; write [[a], ",
+        ),
+        ([CLAIM | {"order": 5}], [], "order must be a list of two groups or more, got 5"),
+        ([CLAIM | {"order": [["a"]]}], [], "two groups or more"),
+        ([CLAIM | {"order": [["a"], []]}], [], "two groups or more"),
+        ([CLAIM | {"order": [["a"], [{"name": "b"}]]}], [], "a group must list labels, got {'name': 'b'}"),
+        (
+            [CLAIM | {"order": [["backprob"], ["a"]]}],
+            [],
+            "claim 'quality': 'backprob' is none of what is compared. Did",
+        ),
+        ([CLAIM | {"order": [["a"], ["b", "a"]]}], [], "'a' stands in order more than once"),
+        (
+            [TIME | {"cutoff": "loosest"}],
+            [0.5],
+            "cutoff must be tightest, each, or a validation loss above 0, got 'loo",
+        ),
+        ([TIME | {"cutoff": -1}], [0.5], "cutoff must be"),
+        ([TIME | {"cutoff": None}], [0.5], "cutoff must be"),
+        ([TIME | {"cutoff": "each"}], [], "there are none; write cutoffs=[0.5]"),
         ([], 0.5, "cutoffs must be a list"),
         ([], [-1], "cutoffs must be a list"),
     ],
 )
 def test_wrong_claims_are_one_clear_line(wrong: Any, cutoffs: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        claims.check(wrong, cutoffs)
+        claims.check(wrong, cutoffs, ["a", "b", "c", "gone", "backprop"])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -116,7 +177,39 @@ def test_wrong_claims_are_one_clear_line(wrong: Any, cutoffs: Any, message: str)
 @pytest.mark.parametrize("suite", suites())
 def test_the_suites_claim_what_can_be_checked(suite: str) -> None:
     config = read(CompareConfig, [f"suite={suite}"])
-    claims.check(config.claims, config.cutoffs)
+    assert suite_methods(suite) == config.methods
+    claims.check(config.claims, config.cutoffs, {label(spec) for spec in config.methods})
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ("order: [backprop, greedy_local]", "order must be a list of two groups"),
+        ("order: [[backprob], [greedy_local]]", "'backprob' is none of what is compared. Did you mean 'backprop'?"),
+        ("cutoff: loosest, order: [[backprop], [greedy_local]]", "cutoff must be tightest, each, or"),
+    ],
+)
+def test_a_wrong_claim_is_refused_before_anything_is_trained(
+    claim: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    measure = "seconds" if "cutoff" in claim else "validation_loss"
+    words = ["methods=[backprop,greedy_local]", "cutoffs=[1.0]", f"claims=[{{text: x, measure: {measure}, {claim}}}]"]
+    assert cli.main(["compare", *words, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_claims_may_be_about_controls_and_about_methods_of_the_suite_that_are_not_asked_for(tmp_path: Path) -> None:
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(
+        "baseline: backprop\nmethods: [backprop, ddg]\ndata: {name: digits, limit: 50}\nblocks: 1\n"
+        "model: {name: mlp, width: 8, depth: 2}\nepochs: 1\nseeds: 1\nclaims:\n"
+        "  - {text: x, measure: validation_loss, order: [[backprop], [ddg], [only the last block]]}\n"
+    )
+    words = [f"suite={suite}", "methods=[backprop]", "--quiet", "--out", str(tmp_path / "out")]
+    assert cli.main(["compare", *words]) == 0
+    assert "Not run, so left out: ddg" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_page_shows_frontiers_prediction_and_claims() -> None:
