@@ -20,15 +20,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from decoupled.observe import charts, claims, frontier, learning, sweeps
+from decoupled.observe import charts, claims, conditions, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
 from decoupled.observe.points import held
 from decoupled.observe.summary import Measure, Summary, apart, findings, merged, of, summarise
 from decoupled.observe.trace import KINDS, Span, opening, operation_kind
 
-SAID = {
-    "suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep", "claims",
-}  # fmt: skip
 _PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
     lstrip_blocks=True,
@@ -160,15 +157,6 @@ def _timelines(summaries: Sequence[Summary]) -> dict[str, Any]:
     return {"figures": figures, "legend": {x: " / ".join(sorted(words[x])) for x in known if x in words}}
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A config as words, nested entries side by side; what the page says elsewhere is left out."""
-    nested = [value for key, value in config.items() if isinstance(value, Mapping) and key != "sweep"]
-    flat = {k: v for value in nested for k, v in value.items() if k != "name"}
-    said = SAID if config.get("env") else {*SAID, "steps"}
-    flat |= {k: v for k, v in config.items() if not isinstance(v, Mapping | list | None) and k not in said}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
-
-
 def render(results: dict[str, Any]) -> str:
     """The page for one results.json as HTML text."""
     summaries = summarise(results)
@@ -186,8 +174,9 @@ def render(results: dict[str, Any]) -> str:
         sweep=sweeps.section(results, styles),
         frontier=frontier.section(results, styles),
         claims=claims.findings(results),
-        settings=_settings(results.get("config") or {}),
-        options=[(m.label, _settings([*m.runs, *m.failures][0].get("config") or {})) for m in summaries],
+        said=conditions.said(results),
+        settings=conditions.settings(results.get("config") or {}, conditions.points(results)),
+        options=[(m.label, conditions.settings([*m.runs, *m.failures][0].get("config") or {})) for m in summaries],
     )
 
 

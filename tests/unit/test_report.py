@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from decoupled.observe import charts
-from decoupled.observe.report import _settings, _timelines, findings, render, summarise, table, write_report
+from decoupled.config import CompareConfig, changed, plain, read
+from decoupled.observe import charts, conditions
+from decoupled.observe.conditions import settings
+from decoupled.observe.report import _timelines, findings, render, summarise, table, write_report
 from decoupled.records import threads
 
 
@@ -357,8 +359,38 @@ def test_threads_are_counted_in_words(count, text, monkeypatch):
 
 def test_settings_leave_out_what_does_not_apply():
     config = {"task": None, "env": None, "steps": 9, "precision": "bf16", "method": {"name": "x", "sigma": None}}
-    assert _settings(config) == {"sigma": "null", "precision": "bf16"}
-    assert _settings(config | {"env": "Hopper-v5"})["steps"] == "9"
+    assert settings(config) == {"sigma": "null", "precision": "bf16"}
+    assert settings(config | {"env": "Hopper-v5"})["steps"] == "9"
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"lr": 0.5, "blocks": [1, 2]}, {"model.width": 8, "data.limit": 9}, {"recipe.lr": 0.2, "runtime": "simulated"},
+        {"recipe": {"optimizer": "adam", "lr": 0.01}}, {"data": {"limit": 7}}, {"model": {"name": "mlp", "depth": 2}},
+    ],
+)  # fmt: skip
+def test_the_page_knows_the_configuration_of_a_point_as_it_ran(point):
+    config = read(CompareConfig, ["data={name: digits, limit: 5}", "model=resnet8"])
+    assert conditions.at(plain(config), point) == plain(changed(config, point))
+
+
+def test_what_is_swept_is_said_with_the_values_that_ran():
+    words = ["sweep={lr: [0.3, 0.5], blocks: [1, 3], model.width: [8, 16]}", "model={name: mlp, width: 32}"]
+    config = plain(read(CompareConfig, words))
+    points = [{"lr": lr, "blocks": n, "model.width": w} for lr, n, w in ((0.3, 1, 8), (0.5, 1, 8), (0.5, 3, 16))]
+    runs = [record("ddg", n, point=point) | {"blocks": point["blocks"]} for n, point in enumerate(points)]
+    html = render(results(*runs, config=config))
+    assert "<code>lr=0.3 or 0.5</code>" in html
+    assert "<code>width=8 or 16</code>" in html
+    text = Page(html).text
+    assert "1 method on digits with mlp(width=8) or mlp(width=16)" in text
+    assert "Blocks and runtime1 or 3 blocks, threads" in text
+    other = {"point": {"model": "resnet8", "data": "xor", "runtime": {"name": "simulated", "jitter": 0.1}}}
+    text = Page(render(results(record("ddg"), record("ddg", 1, **other), config=config | {"data": "digits"}))).text
+    assert "on digits or xor with mlp(width=32) or resnet8" in text
+    assert "threads or simulated(jitter=0.1)" in text
+    assert "Where the runtime was simulated: times are" in text
 
 
 def test_the_legend_of_timelines_says_what_a_letter_means_for_whom() -> None:
