@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from decoupled.observe.charts import fixed, significant
 from decoupled.observe.plane import Curve, Scale, plane
-from decoupled.observe.points import Record, by_model, by_point, describe
+from decoupled.observe.points import Record, by_model, by_point
 
 Pair = tuple[float, float]
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -79,6 +79,13 @@ def least(records: Sequence[Record], cutoff: float, key: str) -> float:
     return min((one[key] for one in configurations(records, cutoff) if key in one), default=math.inf)
 
 
+def partly(records: Sequence[Record], cutoff: float) -> str:
+    """``1 of 2 seeds``: how many reach `cutoff` at the point where most do; empty if all do at some point, or none."""
+    counts = [([reach(r, cutoff) for r in group].count(None), len(group)) for group in by_point(records).values()]
+    without, every = min(counts, key=lambda pair: pair[0] / pair[1], default=(0, 0))
+    return f"{every - without} of {every} seeds" if 0 < without < every else ""
+
+
 def section(results: Mapping[str, Any], styles: Mapping[str, str]) -> dict[str, Any] | None:
     """What the page shows, or None where no cut-offs were asked for.
 
@@ -86,26 +93,34 @@ def section(results: Mapping[str, Any], styles: Mapping[str, str]) -> dict[str, 
         results: of a comparison. styles: label -> classes of its colour.
 
     Returns:
-        cutoffs: each with its text, figures and rows (label, style, three least numbers). model: rows of `_model`.
-        workers: how many `model` is about, as text. uncounted: configurations whose FLOPs are not known.
+        cutoffs: each with its text, figures and rows (label, style, three least numbers, what `partly` says).
+        model: rows of `_model`. workers: how many it is about, as text.
+        uncounted: configurations whose FLOPs are not known.
     """
     cutoffs: Sequence[float] = (results.get("config") or {}).get("cutoffs") or []
     records: Sequence[Record] = [record for record in results.get("records") or [] if record.get("flops")]
     if not cutoffs or not records:
         return None
-    others = [r for r in results["records"] if not r.get("flops") and r["label"] in styles]
-    uncounted = sorted({", ".join(filter(None, (r["label"], describe(r.get("point") or {})))) for r in others})
-    own = {label: [record for record in records if record["label"] == label] for label in styles}
-    own = {label: runs for label, runs in own.items() if runs}
+    own: dict[str, list[Record]] = {}
+    uncounted = []
+    for label in styles:
+        for point, runs in by_point([r for r in results["records"] if r["label"] == label]).items():
+            if any(run.get("flops") for run in runs):  # those of its seeds that failed count: they reached nothing
+                own.setdefault(label, []).extend(runs)
+            else:
+                uncounted.append(", ".join(filter(None, (label, point))))
     unit, scale = _unit([p["flops"] for r in records for p in r["curve"]])
     parts = []
     for cutoff in sorted(cutoffs, reverse=True):
         figures = [figure for key in AXES if (figure := _figure(key, cutoff, own, styles))]
-        rows = [{"label": label, "style": styles[label], "cells": _cells(own[label], cutoff, scale)} for label in own]
+        rows = [
+            {"label": x, "style": styles[x], "cells": _cells(own[x], cutoff, scale), "partly": partly(own[x], cutoff)}
+            for x in own
+        ]
         parts.append({"cutoff": f"{cutoff:g}", "figures": figures, "rows": rows})
     workers = " or ".join(map(str, sorted({_workers(results, record) for record in records})))
     model = _model(own, styles, results)
-    return {"cutoffs": parts, "unit": unit, "model": model, "workers": workers, "uncounted": uncounted}
+    return {"cutoffs": parts, "unit": unit, "model": model, "workers": workers, "uncounted": sorted(uncounted)}
 
 
 def _cells(records: Sequence[Record], cutoff: float, scale: float) -> list[str]:
@@ -139,9 +154,10 @@ def _model(
 ) -> list[dict[str, Any]]:
     """Per method and model (of a sweep): FLOPs per example, the speed-up that they predict, and the measured one."""
     rows = []
-    baseline = by_model(own.get(results.get("baseline") or "", []))
+    base_runs = own.get(results.get("baseline") or "", [])
+    baseline = by_model([record for record in base_runs if record.get("flops")])
     for label, records in own.items():
-        models = by_model(records)
+        models = by_model([record for record in records if record.get("flops")])
         for model, runs in models.items():
             one, base = runs[0]["flops"], baseline[model][0]["flops"] if model in baseline else None
             measured = [r["speedup_over_backprop"] for r in runs if r.get("speedup_over_backprop")]

@@ -59,6 +59,31 @@ def test_a_configuration_counts_if_all_its_seeds_reach_the_loss() -> None:
     assert least(runs, 0.5, "flops") == math.inf
 
 
+def test_the_page_says_that_all_seeds_must_reach_a_loss() -> None:
+    runs = [record("a", 1, [0.5], 0), record("a", 1, [1.0], 1), record("b", 1, [1.0], 0), record("b", 1, [1.0], 1)]
+    page = render(results(runs, cutoffs=[1.0, 0.6, 0.1]))
+    assert "of which all seeds reach the loss;" in page
+    assert "<p>Not reached by all seeds of any configuration. At most: a, 1 of 2 seeds.</p>" in page, (
+        "their mean is 0.75"
+    )
+    assert "<p>Not reached by all seeds of any configuration.</p>" in page, "0.1"
+    runs[3] = record("b", 1, [0.5], 1)
+    assert "<small>reached by 1 of 2 seeds at most</small>" not in render(results(runs[:1] + runs[2:], cutoffs=[1.0]))
+    assert "<small>reached by 1 of 2 seeds at most</small>" in render(results(runs[:1] + runs[2:], cutoffs=[0.6]))
+    alone = render(results([record("a", 1, [0.5])], cutoffs=[0.1]))
+    assert "<p>No configuration reached it.</p>" in alone
+
+
+def test_a_seed_that_failed_did_not_reach_a_loss() -> None:
+    broken = record("b", 1, [], 1, status="failed", flops=None, error="boom", test_accuracy=None)
+    runs = [record("a", 1, [0.5], 0), record("a", 1, [0.5], 1), record("b", 1, [0.5], 0), broken]
+    shown = frontier.section(results(runs, cutoffs=[0.6]), {"a": "kb d0", "b": "k0 d0"})
+    assert shown is not None
+    assert [row["cells"][0] for row in shown["cutoffs"][0]["rows"]] == ["1.00", "–"]
+    assert shown["cutoffs"][0]["rows"][1]["partly"] == "1 of 2 seeds"
+    assert shown["uncounted"] == []
+
+
 def test_the_frontier_has_what_nothing_beats_in_both() -> None:
     points = [(3, 3), (1, 9), (2, 4), (2, 3), (4, 1), (5, 1)]
     assert frontier.frontier(points) == [(1, 9), (2, 3), (4, 1)]
