@@ -85,6 +85,7 @@ class DirectError(Coupling):
     """Activation up; the gradient of the loss for the network's output down, the same for every block."""
 
     down = ("error",)
+    down_like_up = False
     linear = True
 
     def lower(self, place: Place) -> Lower:

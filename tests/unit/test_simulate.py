@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -131,14 +132,13 @@ def test_a_device_that_is_too_small_is_named() -> None:
 
 @pytest.mark.parametrize("name", [n for n in registry.methods() if point(n).fixed and point(n).selection is None])
 def test_messages_are_those_of_the_real_workers(name: str) -> None:
-    K, batch, width, count = 4, 8, 3, 6
-    layers = [nn.Linear(width, width) for _ in range(K)]
-    batches = [(torch.randn(batch, width), torch.randint(width, (batch,)), torch.arange(batch)) for _ in range(count)]
+    K, batch, count, widths = 4, 8, 6, (3, 5, 2, 7, 4)
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    batches = [(torch.randn(batch, 3), torch.randint(4, (batch,)), torch.arange(batch)) for _ in range(count)]
     with trainer_of(layers, name) as trainer:
         trainer.fit(batches)
         real = trainer.statistics()
-    tensor = batch * width * 4
-    found = simulate(name, K, count, load=Load(activation=tensor))
+    found = simulate(name, K, count, load=Load(activation=[batch * width * 4 for width in widths[1:]]))
     assert found.bytes_up == pytest.approx([block.bytes_up / count for block in real])
     if point(name).coupling.linear:  # others may leave messages without content
         assert found.bytes_down == pytest.approx([block.bytes_down / count for block in real])

@@ -11,6 +11,7 @@ from decoupled.messages import Boundary, Data, Down, Up
 from decoupled.runtime.contract import Edge
 from decoupled.runtime.simulated import Simulated
 from decoupled.runtime.timing import Timing
+from decoupled.simulate import tensors_up
 from decoupled.testing import OPTIMIZERS, Case, Tap, cases, label, point, sends_gradients, timings, train, variants
 
 CASE = Case(widths=(4, 5, 3, 4, 5, 3), cuts=(1, 2, 4), sizes=(6,) * 11 + (5,))
@@ -70,7 +71,8 @@ def test_the_order_promises_the_same_delay_and_room(spec):
 def test_messages_and_bytes_follow_from_the_shapes(spec, data):
     case, runtime = drawn(data, batches=(3, 4), size=(1, 6))
     method, K, tap = point(spec), case.K, Tap()
-    blocks = train(case, spec, runtime=runtime, observers=[tap]).trainer.statistics()
+    run = train(case, spec, runtime=runtime, observers=[tap])
+    blocks, streams = run.trainer.statistics(), [worker.upper.streams for worker in run.trainer.workers]
     repeat, features = round(method.feed.count * method.feed.share), payload_shapes(case)
     up, down = (sent(tap, kind, K) for kind in (Up, Down))
     for k, block in enumerate(blocks):
@@ -82,12 +84,20 @@ def test_messages_and_bytes_follow_from_the_shapes(spec, data):
         assert rows(up[k]) == (met if k < K - 1 else 0)
         if sends_gradients(method, K):
             assert rows(down[k]) == answers(method, k, K) * sum(case.sizes)
+        above = run.trainer.workers[min(k + 1, K - 1)].upper
         for message in up[k]:
-            shapes = [() if what == "target" else (features[k],) for what in method.coupling.up]
-            assert [t.shape[1:] for t in message.payload] == shapes[: len(message.payload)] != []
-        for message in down[k] if method.coupling.down_like_up else ():
-            widths = [features[-1 if what == "error" else k - 1] for what in method.coupling.down]
-            assert [t.shape[1:] for t in message.payload] == [(width,) for width in widths]
+            assert len(message.payload) == tensors_up(method, streams)[k] > 0
+            carried = above.carried(message)
+            for t in message.payload:
+                label = carried is not None and t is carried.targets
+                assert t.shape[1:] == (() if label else (features[k],))
+        for message in down[k]:
+            assert len(message.payload) == len(method.coupling.down)
+            for t in message.payload:
+                if t.dim() == 1 and not method.coupling.down_like_up:  # weights, whatever the samples
+                    assert len(t) <= block.parameters
+                else:
+                    assert t.shape[1:] == (features[k - 1 if method.coupling.down_like_up else -1],)
 
 
 def sent(tap, kind, K):
@@ -96,9 +106,10 @@ def sent(tap, kind, K):
 
 
 def rows(messages):
-    """Samples in the messages; each tensor of a payload has one row per sample, 8 bytes per number."""
+    """Samples in the messages; each tensor of a payload has one row per sample."""
     for message in messages:
-        assert message.nbytes == sum(8 * t[0].numel() * len(message.indices) for t in message.payload)
+        row = sum(t[0].numel() * t.element_size() for t in message.payload)
+        assert message.nbytes == row * len(message.indices)
     return sum(len(message.indices) for message in messages)
 
 
