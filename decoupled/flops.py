@@ -10,13 +10,15 @@ counted. Of every block are counted, per example:
     forward   f      one forward
     weights   w      a backward that ends in the weight gradients
     inputs    i      a backward that ends in the input gradient (as an operation I does)
-    both      b      one backward that gives both; b = w + i for one linear layer, less for deeper blocks
+    rest      r      what W has left to do behind such a backward of the same gradient
+    both      b      one backward that gives both; b = i + r, and w = r for one linear layer, more for deeper blocks
     head      h      the objective: forward, and backward to the output of the block and the head's weights; and making
                      the input, where a block does so itself. What halves learn from answers is not counted
     update    u      per step, not per example: weights, with the head's, times FLOPs per weight
 
 The operations of one pass (`Method.order`) say which of them a block does: F f + h, B b (or w, if nobody below wants
-the input gradient), I i, W w; a retention that recomputes adds f.
+the input gradient), I i (or nothing, likewise), W w (or r, if nothing new has come since I); a retention that
+recomputes adds f.
 
 The critical path is that of Laskin et al. 2020 as we recall it: all examples run in parallel, and so do all blocks that
 are not locked together. Neighbours are locked when they follow the same objectives with no delay: then they take turns,
@@ -28,14 +30,12 @@ each waits for an answer. The first filling of the pipeline, messages, elementwi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from decoupled import registry
 from decoupled.build import halves
@@ -44,8 +44,8 @@ from decoupled.errors import UserError, first_line
 from decoupled.messages import Data
 from decoupled.method import Method
 from decoupled.plan import walk
+from decoupled.tracing import EXAMPLES, Traced, backward, counted, traced
 
-_EXAMPLES = 2  # BatchNorm wants more than one
 # What a message may hold that nobody computes with on its way; for anything else there is work that is not counted.
 COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative"}
 
@@ -55,7 +55,7 @@ class Flops:
     """FLOPs of one block; see the module's docstring. Per example, but `update`, which is per step.
 
     Attributes:
-        forward, weights, inputs, both: of the block itself.
+        forward, weights, inputs, both, rest: of the block itself.
         head: of its objective, and of making its input where it does so itself.
         update: of its optimizer step.
         work: of all that the method lets it do with one example.
@@ -66,6 +66,7 @@ class Flops:
     weights: float
     inputs: float
     both: float
+    rest: float = 0.0
     head: float = 0.0
     update: float = 0.0
     work: float = 0.0
@@ -127,7 +128,7 @@ def count(module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.fl
     Returns:
         FLOPs per example of forward and backward; `head`, `update` and `work` are 0.
     """
-    return _count(module, tuple(shape), dtype)[0]
+    return _flops(traced(module, shape, dtype))
 
 
 def cost(
@@ -164,19 +165,20 @@ def cost(
         )
     if not K:
         raise UserError("the network has no blocks: give a list with one module per block")
-    counted, shapes, types = [], [], [dtype]
+    single, shapes, types = [], [], [dtype]
     shape: tuple[int, ...] = tuple(inputs)
     for k, block in enumerate(blocks):
         try:
-            flops, shape, output = _count(block, shape, types[-1])
+            found = traced(block, shape, types[-1])
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"block{k} does not take an input of shape {shape} per sample; check the blocks") from error
-        counted.append(flops)
+        shape = found.shape
+        single.append(_flops(found))
         shapes.append(shape)
-        types.append(output)
+        types.append(found.dtype)
     results = []
     with torch.device("meta"):
-        for k, flops in enumerate(counted):
+        for k, flops in enumerate(single):
             place = Place(k, K, loss, tuple(shapes), tuple(inputs), tuple(blocks))
             lower, upper = halves(point, place)
             if lower.module is not None:
@@ -187,24 +189,35 @@ def cost(
             own = sum(_weights(half.module) for half in (lower, upper) if half.module is not None)
             step = update * (_weights(blocks[k]) + own)
             whole = replace(_times(n, flops), head=head, update=step, head_parameters=own)
-            results.append(_with_work(whole, point, k, K, upper, skip))
+            results.append(_with_work(whole, point, k, K, (lower, upper), skip))
     return Cost(tuple(results), tuple(_locked(point, K)), _rounds(point))
 
 
-def _times(rows: int, flops: Flops) -> Flops:
-    return Flops(rows * flops.forward, rows * flops.weights, rows * flops.inputs, rows * flops.both)
+def _flops(one: Traced) -> Flops:
+    return Flops(one.forward, one.weights, one.inputs, one.both, one.rest)
 
 
-def _with_work(flops: Flops, method: Method, k: int, K: int, upper: Upper, skip: bool) -> Flops:
+def _times(n: int, one: Flops) -> Flops:
+    return Flops(n * one.forward, n * one.weights, n * one.inputs, n * one.both, n * one.rest)
+
+
+def _with_work(flops: Flops, method: Method, k: int, K: int, halves: tuple[Lower, Upper], skip: bool) -> Flops:
     """Add up the operations of one pass (times the passes of an example)."""
-    plan = method.order.plan(k, K)
+    plan, (lower, upper) = method.order.plan(k, K), halves
     plan.end(1)
     kinds = [op.kind for op in walk(plan) if op.kind == "F" or method.facts.reach(k, K)]
-    last = flops.both if (upper.replies and upper.differentiates) or not skip else flops.weights
-    price = {"F": flops.forward + flops.head, "B": last, "I": flops.inputs, "W": flops.weights}
-    if not skip and "I" not in kinds:
-        price["W"] = flops.both
-    work = sum(price.get(kind, 0.0) for kind in kinds) + (flops.forward if method.replays(k, K) else 0.0)
+    to_input = (upper.replies and upper.differentiates) or not skip
+    work = flops.forward + flops.head + (flops.forward if method.replays(k, K) else 0.0)
+    # gradients for the output: how many are still to come, the own one among them, and how many I's have taken
+    left, taken = lower.has_objective + (lower.replies if lower.awaits == "B" else 0), 0
+    for kind in kinds:
+        if kind == "I":
+            work, left, taken = work + flops.inputs * to_input, left - 1, taken + 1
+        elif kind == "B" or (kind == "W" and not taken and not skip):
+            work += flops.both if to_input else flops.weights
+        elif kind == "W":
+            again = to_input and taken == 1 and not left  # the very gradient that I has walked back
+            work += flops.rest if again else flops.weights
     return replace(flops, work=work * _rounds(method))
 
 
@@ -221,30 +234,11 @@ def _locked(method: Method, K: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
-def _count(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Flops, tuple[int, ...], torch.dtype]:
-    """FLOPs per example, and shape and type of what comes out."""
-    state = {name: _meta(p).requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
-    leaves = [p for p in state.values() if p.requires_grad]
-    state |= {name: _meta(buffer) for name, buffer in module.named_buffers()}
-    x = torch.empty(_EXAMPLES, *shape, dtype=dtype, device="meta").requires_grad_(dtype.is_floating_point)
-    forward, y = _counted(lambda: functional_call(module, state, (x,)))
-    sinks = [x] if x.requires_grad else []
-    weights, inputs, both = (_backward(y, some) for some in (leaves, sinks, sinks + leaves))
-    return Flops(forward, weights, inputs, both), tuple(y.shape[1:]), y.dtype
-
-
-def _backward(y: Tensor, sinks: Sequence[Tensor]) -> float:
-    if not sinks or not y.requires_grad:
-        return 0.0
-    ones = torch.ones_like(y)
-    return _counted(lambda: torch.autograd.grad(y, sinks, ones, retain_graph=True, allow_unused=True))[0]
-
-
 def _own_input(upper: Upper, inputs: tuple[int, ...], dtype: torch.dtype) -> float:
     """Making the block's input from that of the network, where Up comes as an answer."""
     if upper.module is None or upper.awaits != "A":
         return 0.0
-    return _count(upper.module, inputs, dtype)[0].forward
+    return traced(upper.module, inputs, dtype).forward
 
 
 def _objective(
@@ -257,30 +251,19 @@ def _objective(
 ) -> float:
     if not lower.has_objective:
         return 0.0
-    y = torch.empty(streams * _EXAMPLES, *shape, dtype=dtype).requires_grad_()
-    targets = torch.zeros(_EXAMPLES, *positions, dtype=torch.int64)
-    indices = torch.arange(_EXAMPLES, device="cpu")
-    data = Data(0, batch=0, inputs=torch.empty(_EXAMPLES, *inputs), targets=targets, indices=indices)
+    y = torch.empty(streams * EXAMPLES, *shape, dtype=dtype).requires_grad_()
+    targets = torch.zeros(EXAMPLES, *positions, dtype=torch.int64)
+    indices = torch.arange(EXAMPLES, device="cpu")
+    data = Data(0, batch=0, inputs=torch.empty(EXAMPLES, *inputs), targets=targets, indices=indices)
     leaves = [] if lower.module is None else [p for p in lower.module.parameters() if p.requires_grad]
     try:
-        forward, value = _counted(lambda: lower.objective(y, data))
+        forward, value = counted(lambda: lower.objective(y, data))
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"the objective on an output of shape {shape} cannot be traced without data ({first_line(error)}); give a "
             "loss made of tensor operations that takes class numbers"
         ) from error
-    return forward + (0.0 if value is None else _backward(value, [y, *leaves]))
-
-
-def _counted(run: Callable[[], Any]) -> tuple[float, Any]:
-    """FLOPs per example of a call, and what it returns."""
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        result = run()
-    return counter.get_total_flops() / _EXAMPLES, result
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
+    return forward + (0.0 if value is None else backward(value, [y, *leaves]))
 
 
 def _weights(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from decoupled import cli, costs
 from decoupled.config import CompareConfig, FlopsConfig
@@ -82,7 +83,7 @@ def test_every_column_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("flops", "method=greedy_local", *SMALL, "update=4", "--json") == 0
     blocks = json.loads(capsys.readouterr().out)["blocks"]
     f, head = 2 * 64 * 16, 3 * 2 * 16 * 10
-    first = {"forward": f, "weights": f, "inputs": f, "both": 2 * f, "head": head, "work": 2 * f + head}
+    first = {"forward": f, "weights": f, "inputs": f, "both": 2 * f, "rest": f, "head": head, "work": 2 * f + head}
     assert blocks[0] == first | {"update": 4 * (64 * 16 + 16 + 170), "head_parameters": 170}
     assert blocks[2]["head"] == blocks[2]["head_parameters"] == 0
 
@@ -100,11 +101,12 @@ def test_heads_are_counted_as_they_are(spec) -> None:
     """What is counted without running has as many weights as what a trainer builds; others have nothing to count."""
     run_ = train(CASE, spec)
     try:
-        counted = costs.flops.cost(CASE.blocks(), (4,), spec, dtype=torch.float64)
+        counted = costs.flops.cost([nn.Sequential(b) for b in CASE.blocks()], (4,), spec, dtype=torch.float64)
     except costs.UserError:
         return
-    held = [block.auxiliary_parameters for block in run_.trainer.statistics()]
-    assert [block.head_parameters for block in counted.blocks] == held or spec["name"] == "momentum_auxiliary"
+    modules = [[half.module for half in (w.lower, w.upper) if half.module is not None] for w in run_.trainer.workers]
+    held = [sum(p.numel() for m in some for p in m.parameters() if p.requires_grad) for some in modules]
+    assert [block.head_parameters for block in counted.blocks] == held
 
 
 @pytest.mark.parametrize("spec", variants(), ids=label)

@@ -1,9 +1,15 @@
-"""Work: a block runs forward once per pass, and once more where `Method.replays` says so, which costs use."""
+"""Work: a block runs forward once per pass, and once more where `Method.replays` says so, which costs use; and the
+matrix products of a run are those that `decoupled.flops` counts without running anything."""
 
 from collections import Counter
 
 import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from decoupled.flops import COUNTED, cost
 from decoupled.messages import Data
 from decoupled.testing import Case, label, point, train, variants
 
@@ -30,3 +36,40 @@ def test_a_pass_is_replayed_where_the_method_says_so_and_nowhere_else(spec):
     passes = 4 * len(list(method.feed.passes(Data(0, batch=0, inputs=x, targets=y))))
     for k in range(CASE.K):
         assert counts[1][k] - counts[0][k] == passes * (1 + method.replays(k, CASE.K))
+
+
+DEEP = Case(widths=(4, 5, 3, 6, 4, 5, 3, 4, 3), cuts=(2, 4, 6), sizes=(2,) * 8)  # two layers in every block
+# without those that choose samples, and those with parts that learn from answers: both are said not to be counted
+KNOWN = [
+    s for s in variants() if {*point(s).coupling.up, *point(s).coupling.down} <= COUNTED and not point(s).selection
+]
+
+
+class Executed(TorchDispatchMode):
+    """FLOPs of all matrix products that are run."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found, kind = func(*args, **(kwargs or {})), func._overloadpacket
+        if kind in flop_registry:
+            self.flops += flop_registry[kind](*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+@pytest.mark.parametrize("spec", KNOWN, ids=label)
+def test_the_products_of_a_run_are_those_that_are_counted(spec):
+    """Batches of two, as the count has them: some objectives compare every sample with every other."""
+    if point(spec).corrections:
+        return
+    executed = []
+    for size in (4, 8):  # building runs blocks, too
+        with Executed() as mode:
+            trainer = train(DEEP, spec, batches=DEEP.batches()[:size]).trainer
+        executed.append(mode.flops)
+    if any(half.learns_from_answers for worker in trainer.workers for half in (worker.lower, worker.upper)):
+        return
+    counted = cost([nn.Sequential(block) for block in DEEP.blocks()], (4,), spec, dtype=torch.float64)
+    assert executed[1] - executed[0] == 4 * 2 * counted.total
