@@ -78,11 +78,13 @@ class Correction:
             (gradients come from above), or "" (anything).
         about_delay: whether it is meaningless where nothing is late.
         moves_forward: whether forwards run with other weights than today's.
+        records: whether what acts at a block does something in `recording`, whose work `decoupled.flops` then counts.
     """
 
     needs: ClassVar[str] = ""
     about_delay: ClassVar[bool] = True
     moves_forward: ClassVar[bool] = False
+    records: ClassVar[bool] = False
 
     def at(self, site: Site) -> Correction | None:
         """What acts at this block; None if nothing is to be done there.

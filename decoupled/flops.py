@@ -18,7 +18,7 @@ counted. Of every block are counted, per example:
 
 The operations of one pass (`Method.order`) say which of them a block does: F f + h, B b (or w, if nobody below wants
 the input gradient), I i (or nothing, likewise), W w (or r, if nothing new has come since I); a retention that
-recomputes adds f.
+recomputes adds f. What a correction does around the run whose graph is used (random feedback) is added as well.
 
 The critical path is that of Laskin et al. 2020 as we recall it: all examples run in parallel, and so do all blocks that
 are not locked together. Neighbours are locked when they follow the same objectives with no delay: then they take turns,
@@ -31,20 +31,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decoupled import registry
 from decoupled.build import halves
+from decoupled.correction import Acting, Site
 from decoupled.coupling import Loss, Lower, Place, Upper
 from decoupled.errors import UserError, first_line
 from decoupled.messages import Data
 from decoupled.method import Method
 from decoupled.plan import walk
-from decoupled.tracing import EXAMPLES, Traced, backward, counted, traced
+from decoupled.tracing import EXAMPLES, Traced, backward, counted, recorded, traced
 
 # What a message may hold that nobody computes with on its way; for anything else there is work that is not counted.
 COUNTED = {"activation", "gradient", "target", "weights", "neutral", "positive", "negative"}
@@ -189,7 +191,8 @@ def cost(
             own = sum(_weights(half.module) for half in (lower, upper) if half.module is not None)
             step = update * (_weights(blocks[k]) + own)
             whole = replace(_times(n, flops), head=head, update=step, head_parameters=own)
-            results.append(_with_work(whole, point, k, K, (lower, upper), skip))
+            more = n * _around(point, place, upper, types[k])
+            results.append(_with_work(whole, point, k, K, (lower, upper), skip, more))
     return Cost(tuple(results), tuple(_locked(point, K)), _rounds(point))
 
 
@@ -201,13 +204,16 @@ def _times(n: int, one: Flops) -> Flops:
     return Flops(n * one.forward, n * one.weights, n * one.inputs, n * one.both, n * one.rest)
 
 
-def _with_work(flops: Flops, method: Method, k: int, K: int, halves: tuple[Lower, Upper], skip: bool) -> Flops:
-    """Add up the operations of one pass (times the passes of an example)."""
+def _with_work(
+    flops: Flops, method: Method, k: int, K: int, halves: tuple[Lower, Upper], skip: bool, more: float
+) -> Flops:
+    """Add up the operations of one pass (times the passes of an example); `more`: by corrections, if it is trained."""
     plan, (lower, upper) = method.order.plan(k, K), halves
     plan.end(1)
     kinds = [op.kind for op in walk(plan) if op.kind == "F" or method.facts.reach(k, K)]
     to_input = (upper.replies and upper.differentiates) or not skip
     work = flops.forward + flops.head + (flops.forward if method.replays(k, K) else 0.0)
+    work += more if len(kinds) > 1 else 0.0
     # gradients for the output: how many are still to come, the own one among them, and how many I's have taken
     left, taken = lower.has_objective + (lower.replies if lower.awaits == "B" else 0), 0
     for kind in kinds:
@@ -219,6 +225,20 @@ def _with_work(flops: Flops, method: Method, k: int, K: int, halves: tuple[Lower
             again = to_input and taken == 1 and not left  # the very gradient that I has walked back
             work += flops.rest if again else flops.weights
     return replace(flops, work=work * _rounds(method))
+
+
+def _around(method: Method, place: Place, upper: Upper, dtype: torch.dtype) -> float:
+    """What corrections add to a run whose graph is used, per row."""
+    k, those = place.k, [correction for correction in method.corrections if correction.records]
+    if not those:
+        return 0.0
+
+    def around(weights: list[Tensor]) -> AbstractContextManager[Any]:
+        return Acting(those, Site(k, place.K, 0.0, weights, None, method.order.period)).recording(weights)
+
+    block, shape = place.modules[k], place.shapes[k - 1] if k else place.inputs
+    to_input = upper.replies and upper.differentiates
+    return recorded(block, shape, dtype, to_input, around) - traced(block, shape, dtype).forward
 
 
 def _rounds(method: Method) -> int:

@@ -40,6 +40,7 @@ class RandomFeedback(Correction):
 
     needs: ClassVar[str] = "gradient"
     about_delay: ClassVar[bool] = False
+    records: ClassVar[bool] = True
 
     signs: bool = False
 
