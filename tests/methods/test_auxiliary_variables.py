@@ -271,6 +271,40 @@ def test_stored_variables_bring_it_down_by_one_block_per_visit(visits):
     assert [s.updates for s in run.trainer.statistics()] == [batches * max(0, visits - (K - 1 - k)) for k in range(K)]
 
 
+def traffic(spec, K, epochs=1):
+    """Per minibatch of each epoch: gradients that come down to every block but the last, and steps of every block."""
+    case, count = Case(widths=(4,) * (K + 1), cuts=tuple(range(1, K)), sizes=(6,) * 5), 5
+    tap = Tap()
+    run = train(case, spec, observers=[tap], epochs=epochs)
+    down = [[0] * (K - 1) for _ in range(epochs)]
+    for edge, message in tap.messages:
+        if isinstance(message, Down) and not message.void:
+            down[message.batch // count][int(edge.target.removeprefix("block"))] += 1
+    return [[n / count for n in row] for row in down], [len(versions) - 1 for versions in run.weights], count
+
+
+@pytest.mark.parametrize(("depth", "rounds"), [(4, 4), (4, 6), (3, 4), (5, 5)])
+def test_block_admm_sends_gradients_and_steps_from_the_round_that_its_card_says(depth, rounds):
+    spec = {"name": "block_admm", "rounds": rounds}
+    gradients = [rounds - (depth - 2 - k) for k in range(depth - 1)]
+    assert traffic(spec, depth) == ([gradients], [5 * (rounds - (depth - 1 - k)) for k in range(depth)], 5)
+    every = [[rounds] * (depth - 1)]
+    assert traffic({**spec, "sweep": True}, depth) == (every, [5 * rounds] * depth, 5)
+    assert traffic({**spec, "stored": True}, depth, epochs=2)[0] == [gradients, *every]
+    doubled = [2 * rounds - (depth - 2 - k) for k in range(depth - 1)]
+    assert traffic({**spec, "z_steps": 2}, depth)[0] == [doubled]
+
+
+@pytest.mark.parametrize("name", ["penalty", "augmented_lagrangian"])
+def test_stored_methods_send_gradients_from_the_visit_that_their_cards_say(name):
+    down, steps, count = traffic(name, 4, epochs=5)
+    assert down == [[float(visit >= 3 - k) for k in range(3)] for visit in range(1, 6)]
+    assert steps == [count * (5 - (3 - k)) for k in range(4)]
+    assert traffic({"name": name, "sweep": True}, 4)[0] == [[1, 1, 1]]
+    assert traffic({"name": name, "rounds": 4}, 4, epochs=2)[0] == [[2, 3, 4], [4, 4, 4]]
+    assert traffic({"name": name, "rounds": 4, "stored": False}, 4, epochs=2)[0] == [[2, 3, 4]] * 2
+
+
 @pytest.mark.parametrize("spec", ["block_admm", "penalty", {"name": "penalty", "sweep": True}], ids=str)
 def test_memory_of_a_block_does_not_depend_on_how_many_lie_above(spec):
     """5: one graph per block and nothing that grows with K - k."""
