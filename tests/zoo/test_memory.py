@@ -1,11 +1,14 @@
-"""Memory: what a block has held at most is what its retention keeps per pass, times the passes its order holds (F2)."""
+"""Memory: what a block has held at most is what its retention keeps per pass, times the passes its order holds (F2),
+and what its half of the edge above keeps by itself."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 
 from decoupled.correction import hooks
+from decoupled.coupling import Gradient, Lower, Place
 from decoupled.messages import Data
 from decoupled.plan import parse
 from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, KeepNothing
@@ -82,7 +85,26 @@ def test_most_of_the_zoo_is_measured():
 @given(case=cases(blocks=(1, 6), batches=(14, 16), size=(5, 6)))
 def test_memory_held_follows_the_formula(spec, case):
     """Exactly, where the cards ask for 5 %."""
-    method = point(spec)
-    trainer = train(case, spec).trainer
+    compare(case, point(spec))
+
+
+def compare(case, method):
+    trainer = train(case, method).trainer
     for k, (block, worker) in enumerate(zip(trainer.statistics(), trainer.workers, strict=True)):
-        assert block.peak_held_bytes == formula(case, method, k, worker)
+        assert block.peak_held_bytes == formula(case, method, k, worker) + worker.lower.held_bytes
+
+
+class Keeping(Gradient):
+    """Gradients, and halves that keep something of their own from pass to pass."""
+
+    def lower(self, place: Place) -> Lower:
+        made = super().lower(place)
+        made.__class__ = type("Keeps", (type(made),), {"held_bytes": 24})
+        return made
+
+
+def test_what_halves_declare_to_keep_is_held_as_well():
+    """The control of the test above: bytes of its own do not make a method wrong."""
+    method = replace(point("pipedream"), coupling=Keeping())
+    assert plain(method)
+    compare(Case(widths=(3, 4, 3), cuts=(1,), sizes=(4,) * 6), method)

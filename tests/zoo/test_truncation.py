@@ -202,7 +202,22 @@ def test_and_every_message_matters(spec):
 
 
 def shouted(message: Boundary) -> Boundary:
-    return replace(message, payload=tuple(2 * t + 0.1 if t.is_floating_point() else t for t in message.payload))
+    return replace(message, payload=tuple(map(other, message.payload)))
+
+
+def other(t: torch.Tensor) -> torch.Tensor:
+    """Other numbers; integers (labels, signs) stay between the least and the greatest of them, mirrored."""
+    if t.is_floating_point():
+        return 2 * t + 0.1
+    return ~t if t.dtype is torch.bool else t.min() + t.max() - t
+
+
+def test_other_numbers_are_other_ones_of_the_same_kind():
+    for t in (torch.tensor([0.0, 1.0]), torch.tensor([0, 2, 1, 2]), torch.tensor([-1, 1, 1]).to(torch.int8)):
+        assert not torch.equal(other(t), t)
+        assert other(t).dtype is t.dtype
+    assert set(other(torch.tensor([3, 5, 5])).tolist()) == {3, 5}
+    assert other(torch.tensor([True, False])).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("spec", ANSWERING, ids=label)
