@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
@@ -250,6 +252,23 @@ def test_the_page_needs_nothing_from_outside():
     for tag, attrs in Page(html).tags:
         assert not {"src", "data", "action"} & set(attrs), tag
         assert attrs.get("href", "#").startswith("#")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which lays the page out")
+def test_the_table_of_results_fits_into_a_page_of_1400_pixels(tmp_path):
+    sizes = {"parameters": 11_173_962, "auxiliary_parameters": 123_456, "flops_per_sample": [4.9e8, 1.2e8]}
+    runs = [record(m, s, samples_per_second=2e5 + 5e4 * s, test_loss=1.145 + s / 9, **sizes)
+            for m in ("backprop", "stochastic_block_admm") for s in (0, 1)]  # fmt: skip
+    measure = (
+        "<script>let e = document.querySelector('#results ~ .scroll'); document.title = e.scrollWidth - e.clientWidth"
+    )
+    page = tmp_path / "report.html"
+    page.write_text(re.sub('<meta http-equiv="Content-Sec[^>]*>', "", render(results(*runs))) + measure + "</script>")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words = [*browser, "--window-size=1400,1000", "--dump-dom", page.as_uri()]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>0</title>" in found, "how many pixels are cut off"
 
 
 def test_controls_stand_apart_below_the_methods():
