@@ -184,10 +184,8 @@ def _results(
     config: CompareConfig, setting: sweep.AnySetting, records: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     baseline = setting.baseline or config.baseline
-    base = [r for r in records if r["label"] == baseline and r["status"] == "ok"]
+    base = [r for r in records if r["label"] == baseline and r["status"] == "ok" and not _simulated(config, r)]
     pace = {_beside(r): r["samples_per_second"] for r in base}
-    if config.runtime == "simulated":  # one thread did all the work: its pace says nothing
-        pace = {}
     for record in records:
         reference, own = pace.get(_beside(record)), record["samples_per_second"]
         record["speedup_over_backprop"] = own / reference if reference and own else None
@@ -208,6 +206,12 @@ def _results(
         "config": plain(config),
         "records": records,
     }
+
+
+def _simulated(config: CompareConfig, record: Mapping[str, Any]) -> bool:
+    """Whether one thread did all the work of a run, so that its pace says nothing."""
+    runtime = record["point"].get("runtime", config.runtime)
+    return (runtime if isinstance(runtime, str) else runtime.get("name")) == "simulated"
 
 
 def _beside(record: Mapping[str, Any]) -> tuple[int, str, str]:

@@ -118,6 +118,18 @@ def test_a_logarithmic_plane_puts_equal_ratios_at_equal_distances() -> None:
     assert spots[0][1] > spots[2][1]
 
 
+@pytest.mark.parametrize("words", [["sweep={runtime: [threads, simulated]}"], ["runtime={name: simulated}"]])
+def test_a_simulated_run_has_no_speed_up(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = ["methods=[backprop]", "seeds=1", "blocks=[1]", "batch_size=50", *SMALL, *words]
+    assert cli.main(["compare", *small, "--quiet", "--out", str(out)]) == 0
+    records = json.loads((out / "results.json").read_text())["records"]
+    expected = {"threads": 1.0, "simulated": None}
+    assert [r["speedup_over_backprop"] for r in records] == [
+        expected[r["point"].get("runtime", "simulated")] for r in records
+    ]
+
+
 def test_compare_runs_every_method_at_every_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = ["compare", "methods=[backprop,greedy_local]", "sweep={batch_size: [25, 50]}", "seeds=2", *SMALL]
