@@ -7,7 +7,9 @@ and what stands between the data and the blocks).
     corrections  what is done about staleness; more can be added to any method: `corrected`
     selection    which samples the blocks train on, and with which weights; any method can be the boss: `selecting`
 
-`Facts` are the claims of a method's card as code; generic tests measure every one of them.
+`Facts` are the claims of a method's card as code; generic tests measure them. What they cannot: of `locks` more than
+the names; which weights a backward uses, where corrections move weights; the reach, where a coupling `substitutes`
+inputs; and where answers are learned, that nothing further than the declared objectives is heard in the long run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Oracle 2, facts: staleness, passes in flight, messages and bytes are what the method declares, at any speed."""
 
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -7,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decoupled.block import Block
+from decoupled.correction import hooks
+from decoupled.errors import OperationError, UserError
 from decoupled.messages import Boundary, Data, Down, Up
 from decoupled.runtime.contract import Edge
 from decoupled.runtime.simulated import Simulated
@@ -180,3 +185,54 @@ def test_no_step_and_no_tick_without_a_gradient_and_none_left_behind(spec):
         assert {s.last_epoch for s in worker.steps.schedulers} == {count}
         for made in worker.steps.optimizers:
             assert made.param_groups[0]["lr"] == pytest.approx(made.defaults["lr"] * 0.5 ** (count // 3))
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_the_locks_removed_are_three_and_are_told_where(spec):
+    """A lock by its name, and behind it a place, if it is not removed everywhere."""
+    locks = point(spec).facts.locks
+    assert [lock for lock in locks if not re.fullmatch(r"(forward|backward|update)(,? \w.*)?", lock)] == []
+    assert len({lock.split(" ")[0].rstrip(",") for lock in locks}) == len(locks)
+
+
+@pytest.mark.parametrize("spec", variants(), ids=label)
+def test_who_reads_indices_fails_without_them_and_nobody_else(spec):
+    batches, method = [(x, y) for x, y, _ in CASE.batches()], point(spec)
+    with (
+        pytest.raises(UserError, match=r"indices|addressed by sample") if method.facts.reads_indices else nullcontext()
+    ):
+        try:
+            train(CASE, spec, batches=batches, epochs=method.epochs)
+        except OperationError as error:
+            raise error.__cause__ or error from error
+
+
+def runs_on_other_weights(worker):
+    return any({"forward", "backward"} & hooks(part) for part in worker.corrections.parts)
+
+
+@pytest.mark.parametrize("spec", fixed(variants()), ids=label)
+def test_backwards_go_through_the_weights_that_are_declared(spec, monkeypatch):
+    """Those of the forward, as late as the pass, or today's; where corrections move weights, it cannot be seen."""
+    met, walking, facts, K = [], Block.walking, point(spec).facts, CASE.K
+
+    def noted(self, weights):
+        met.append((self.name, self.version, torch.cat([w.detach().flatten() for w in weights])))
+        return walking(self, weights)
+
+    late = any(facts.delay(k, K) for k in range(K))
+    assert facts.backward_weights in (("forward", "current", "mixed") if late else ("none",))
+    monkeypatch.setattr(Block, "walking", noted)
+    run = train(CASE, spec, epochs=point(spec).epochs)
+    for k, worker in enumerate(run.trainer.workers):
+        seen = [(version, weights) for name, version, weights in met if name == worker.name]
+        if runs_on_other_weights(worker) or not seen:
+            continue
+        ages = [version - known(run.weights[k][: version + 1], weights) for version, weights in seen]
+        stashed = facts.backward_weights == "forward"
+        assert max(ages) == (facts.delay(k, K) if stashed else 0)
+
+
+def known(versions, weights):
+    """The last version with these weights."""
+    return max(v for v, one in enumerate(versions) if torch.equal(one, weights))

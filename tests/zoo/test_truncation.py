@@ -114,6 +114,22 @@ def test_an_objective_moves_exactly_the_blocks_it_is_declared_to_reach(spec):
         assert moved == [k for k in range(K) if j in point(spec).facts.reach(k, K)]
 
 
+DIRECT = [spec for spec in variants() if spec not in PREDICTED and not point(spec).coupling.substitutes]
+
+
+@pytest.mark.parametrize("spec", DIRECT, ids=label)
+def test_so_it_does_where_no_reference_predicts_the_weights(spec):
+    """Surrogates too: what is learned in the place of a gradient may hear the objective later than the first update."""
+    method = point(spec)
+    base = train(CASE, spec, epochs=method.epochs).weights
+    for j in range(K):
+        other = train(CASE, altered(spec, at=j), epochs=method.epochs).weights
+        first = {k for k in range(K) if not same(base[k][:2], other[k][:2])}
+        ever = {k for k in range(K) if not same(base[k], other[k])}
+        declared = {k for k in range(K) if j in method.facts.reach(k, K)}
+        assert first <= declared <= (ever if method.facts.surrogate else first)
+
+
 def heard_by(spec, k, ever):
     """The last block whose weights matter to the first update of block k, or `ever` to any of its updates."""
     reach = point(spec).facts.reach
