@@ -24,6 +24,7 @@ from decoupled.compare import compare
 from decoupled.config import CompareConfig, FlopsConfig, InfoConfig, SimulateConfig, TrainConfig, read
 from decoupled.errors import OperationError, PeerLost, RemoteError, StallError, UserError, first_line
 from decoupled.observe import timeline
+from decoupled.observe.conditions import said
 from decoupled.observe.eventlog import LIMIT
 from decoupled.observe.points import best, describe
 from decoupled.observe.report import write_report
@@ -158,14 +159,15 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    table = Table(title=f"suite {results['suite']}: {results['data']}, {results['model']}, {results['blocks']} blocks")
+    ran = said(results)
+    table = Table(title=f"suite {results['suite']}: {ran['data']}, {ran['model']}, {ran['blocks']}")
     swept = any(record["point"] for record in results["records"])
     metric = next((record["metric"] for record in results["records"] if "metric" in record), "accuracy")
     columns = (
         "method",
         *(["best point"] if swept else []),
         f"test {metric}",
-        f"speed-up over {results['baseline']}",
+        f"speed-up over {results['baseline']}" + ", same point" * swept,
         "samples/s",
         "utilisation",
     )

@@ -405,7 +405,7 @@ def test_what_is_swept_is_said_with_the_values_that_ran():
     text = Page(html).text
     assert "1 method on digits with mlp(width=8) or mlp(width=16)" in text
     assert "Blocks and runtime1 or 3 blocks, threads" in text
-    other = {"point": {"model": "resnet8", "data": "xor", "runtime": {"name": "simulated", "jitter": 0.1}}}
+    other: Any = {"point": {"model": "resnet8", "data": "xor", "runtime": {"name": "simulated", "jitter": 0.1}}}
     text = Page(render(results(record("ddg"), record("ddg", 1, **other), config=config | {"data": "digits"}))).text
     assert "on digits or xor with mlp(width=32) or resnet8" in text
     assert "threads or simulated(jitter=0.1)" in text
