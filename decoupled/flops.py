@@ -174,9 +174,8 @@ def cost(
             found = traced(block, shape, types[-1])
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"block{k} does not take an input of shape {shape} per sample; check the blocks") from error
-        shape = found.shape
         single.append(_flops(found))
-        shapes.append(shape)
+        shapes.append(shape := found.shape)
         types.append(found.dtype)
     results = []
     with torch.device("meta"):

@@ -38,14 +38,13 @@ def test_a_pass_is_replayed_where_the_method_says_so_and_nowhere_else(spec):
         assert counts[1][k] - counts[0][k] == passes * (1 + method.replays(k, CASE.K))
 
 
-CORRECTED = [
-    {"name": name, "corrections": ["random_feedback"]} for name in ("pipedream", "features_replay", "overlapping_local")
-]
 DEEP = Case(widths=(4, 5, 3, 6, 4, 5, 3, 4, 3), cuts=(2, 4, 6), sizes=(2,) * 8)  # two layers in every block
 # without those that choose samples, and those with parts that learn from answers: both are said not to be counted
 KNOWN = [
     s for s in variants() if {*point(s).coupling.up, *point(s).coupling.down} <= COUNTED and not point(s).selection
 ]
+GRADIENTS = [s for s in KNOWN if set(s) == {"name"} and point(s).coupling.down == ("gradient",)]
+CORRECTED = [{**s, "corrections": ["random_feedback"]} for s in GRADIENTS if not point(s).corrections]
 
 
 class Executed(TorchDispatchMode):
