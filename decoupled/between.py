@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from decoupled.evaluation import evaluating
 from decoupled.messages import Data, End, Losses, Message, Probe
 from decoupled.method import Method
 from decoupled.runtime.contract import Actor, Edge, Outcome, Want
-from decoupled.sample_losses import each
+from decoupled.sample_losses import each, mass
 from decoupled.selector import Selector
 from decoupled.source import Addressed, Reader, Whole
 from decoupled.worker import Worker
@@ -38,8 +39,8 @@ class Feeder(Actor):
 
     name, beside = "feeder", "selector"
 
-    def __init__(self, feed: Whole) -> None:
-        self._feed = feed
+    def __init__(self, feed: Whole, loss: Loss) -> None:
+        self._feed, self._mass = feed, partial(mass, loss)
 
     def begin(self, key: int, batch: int, readers: Sequence[Reader]) -> None:
         """Get ready for a run whose first pass has number `key`."""
@@ -59,7 +60,7 @@ class Feeder(Actor):
 
     def handle(self, want: Want, messages: tuple[Message, ...]) -> Outcome:
         if messages and isinstance(messages[0], Data):
-            self._passes, self.batch = self._feed.passes(messages[0]), messages[0].batch + 1
+            self._passes, self.batch = self._feed.passes(messages[0], self._mass), messages[0].batch + 1
             return Outcome()
         if messages:
             self._over = True
@@ -138,7 +139,7 @@ class Between:
         chosen = self._selection
         ahead = max(chosen.packets, (chosen.lag or 0) + chosen.pool)  # with a lag all losses are waited for
         self.selector = Selector(chosen, chooser, count, self._flight + ahead + 3)
-        self.feeder = Feeder(method.feed)
+        self.feeder = Feeder(method.feed, loss)
 
     def begin(self, epoch: int, key: int, batch: int, readers: Sequence[Reader]) -> None:
         """Get ready for an epoch whose first pass has number `key`."""

@@ -10,7 +10,6 @@ Every port is bounded: upwards by what the order keeps in flight (or the method'
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -99,8 +98,6 @@ def cut(
         blocks = list(range(1, len(model)))
     if isinstance(model, Sequence) and not model:
         raise UserError("the model has no blocks: the list is empty")
-    if isinstance(model, nn.Sequential) and (model._forward_hooks or model._forward_pre_hooks):
-        warnings.warn("forward hooks of the model as a whole are not called; register them at its layers", stacklevel=4)
     parts = split(model, blocks, sample, device=device, replays=replaying(method, blocks))
     units = [unit for part in parts for unit in part]
     return units, list(itertools.accumulate(len(part) for part in parts))[:-1]

@@ -92,8 +92,7 @@ def check(state: Mapping[str, Any], method: str | None, cuts: Sequence[int], mea
         raise UserError(f"the state has {len(state['blocks'])} blocks, this trainer {len(cuts) + 1}")
     if not measured and list(state["cuts"]) != list(cuts):
         raise UserError(
-            f"the state was cut at {list(state['cuts'])}, this trainer at {list(cuts)}; cut it there, or say how many "
-            "blocks"
+            f"the state was cut at {list(state['cuts'])}, this trainer at {list(cuts)}; cut it where the state was"
         )
 
 

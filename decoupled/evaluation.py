@@ -49,8 +49,9 @@ class Score:
             self.total += float(loss(output, targets)) * counts
         self.mass += counts
         self.samples += len(output)
-        if not targets.is_floating_point() and output.dim() and output.shape[:1] + output.shape[2:] == targets.shape:
-            known = targets != ignored(loss)
+        classes_second = output.dim() > 1 and output.shape[:1] + output.shape[2:] == targets.shape
+        if classes_second and not targets.is_floating_point():
+            known = targets.long() != ignored(loss)
             self.correct += int(((output.argmax(1) == targets) & known).sum())
             self.decisions += int(known.sum())
 
@@ -143,7 +144,7 @@ def _forward(
     ahead = AHEAD * (len(stages) + 1)  # targets wait until their inputs have come through
     edges = [Edge("source", reader.name, reader.name, "data", ahead) for reader in readers]
     edges += [Edge(below.name, "up", above.name, "up", AHEAD) for below, above in itertools.pairwise(stages)]
-    runtime.run(Graph([Source(batches, Whole(), readers, output=output), *stages], edges))
+    runtime.run(Graph([Source(batches, Whole(), readers, output=output, loss=loss), *stages], edges))
     return runtime.agree(stages[-1].score, of=last)
 
 
@@ -187,11 +188,19 @@ def _through(units: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def train_unless_mixed(units: Sequence[nn.Module]) -> None:
-    """Training mode, where all is in evaluation mode; a user who has put some modules into it wants them so."""
-    if not any(module.training for unit in units for module in unit.modules()):
+def frozen(units: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that somebody has put into evaluation mode; none, if all are in it."""
+    modes = {module: module.training for unit in units for module in unit.modules()}
+    return [module for module, training in modes.items() if not training] if any(modes.values()) else []
+
+
+def train_unless_mixed(units: Sequence[nn.Module], keep: Sequence[nn.Module] = ()) -> None:
+    """Training mode, where all modules are in one mode, but for those of `keep`; who has mixed them wants them so."""
+    if len({module.training for unit in units for module in unit.modules()}) == 1:
         for unit in units:
-            unit.train()
+            unit.train()  # which a unit may have overridden
+        for module in keep:
+            module.training = False
 
 
 class evaluating:

@@ -8,7 +8,7 @@ Recompute        finds out whether a backward runs anything again, and refuses t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,13 +102,24 @@ class Recompute(TorchDispatchMode):
     ) -> Any:
         again, self.called = torch.is_grad_enabled(), True
         self.recomputed = self.recomputed or again
-        if again and torch.Tag.nondeterministic_seeded in func.tags:
+        if again and _draws(func, args, kwargs or {}):
             raise UserError(
                 f"{self._block}: torch.utils.checkpoint draws random numbers (dropout) again in the backward, others "
                 "than in the forward; keep them out of what is checkpointed, or let the method run whole blocks again "
                 "instead (recompute=true, where it has that)"
             )
         return func(*args, **(kwargs or {}))
+
+
+def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether this call of an operator takes random numbers; attention and others do only where they drop something."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    declared = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in declared), args, strict=False)) | dict(kwargs)
+    dropped = [given[name] for name in ("dropout_p", "dropout", "p") if isinstance(given.get(name), int | float)]
+    return (not dropped or any(dropped)) and given.get("train") is not False
 
 
 UNREPLAYABLE = "draws random numbers that cannot be replayed in a recompute; use nn.Dropout outside of it instead"

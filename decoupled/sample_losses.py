@@ -42,6 +42,7 @@ def each(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(output, targets, **given, reduction="none").reshape(len(output), -1)
     if targets.is_floating_point():  # probabilities: torch divides by the number of positions
         return losses.mean(1)
+    targets = targets.long()
     known = targets != given["ignore_index"]
     weight = given["weight"]
     counts = known.to(losses.dtype) if weight is None else known * weight[targets.where(known, 0)]
@@ -72,6 +73,7 @@ def mass(loss: Loss, targets: Tensor) -> float:
     given = _cross_entropy(loss)
     if given is None or targets.is_floating_point():
         return float(len(targets))
+    targets = targets.long()  # of bytes torch makes a mask
     known = targets[targets != given["ignore_index"]]
     weight = given["weight"]
     return float(known.numel() if weight is None else weight.to(targets.device)[known].sum())

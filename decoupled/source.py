@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from decoupled.errors import UserError, first_line
 from decoupled.messages import Data, End, Message
 from decoupled.runtime.contract import Actor, Outcome, Want
+from decoupled.sample_losses import Loss, ignored, mass
 
 
 class Whole:
@@ -132,7 +134,7 @@ class Source(Actor):
         output: shape of the network's output per sample, classes first, if its loss takes class numbers, to refuse
             others early; None: targets are not checked.
         on_batch: called with the number of samples after every minibatch.
-        mass: see `Whole.passes`.
+        loss: says what micro-batches count, and which label stands for none; None: samples, -100.
     """
 
     name = "source"
@@ -147,9 +149,10 @@ class Source(Actor):
         first_batch: int = 0,
         output: tuple[int, ...] | None = None,
         on_batch: Callable[[int], None] | None = None,
-        mass: Callable[[Tensor], float] = len,
+        loss: Loss | None = None,
     ) -> None:
-        self.batch, self.samples, self._mass = first_batch, 0, mass
+        self.batch, self.samples = first_batch, 0
+        self._mass, self._ignored = (len, -100) if loss is None else (partial(mass, loss), ignored(loss))
         self._feed, self._addressed, self._output, self._on_batch = feed, Addressed(readers, start), output, on_batch
         self._passes = self._all(batches)
         self._ended = False
@@ -200,8 +203,12 @@ class Source(Actor):
                 f"batch {self.batch}: the network's output {self._output} per sample needs class numbers of shape "
                 f"({shape}) and type int64, got {kind} {tuple(targets.shape)}; reshape them, or convert with .long()"
             )
-        low, high = map(int, torch.aminmax(targets))
-        if high >= classes or (low < 0 and low != -100):
+        known = targets.long()
+        known = known[known != self._ignored]
+        if not known.numel():
+            return
+        low, high = map(int, torch.aminmax(known))
+        if high >= classes or low < 0:
             raise UserError(
                 f"batch {self.batch}: labels go from {low} to {high}, but the network has {classes} outputs; "
                 f"labels must be 0 to {classes - 1}"
@@ -214,11 +221,10 @@ def peek(batches: Iterable[Any], when: str) -> tuple[Tensor, Iterator[Any]]:
     Raises:
         UserError: there are none.
     """
-    try:
-        iterator = iter(batches)
-    except TypeError:
+    if not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
         kind = type(batches).__name__
-        raise UserError(f"{when} has no batches: a {kind} is none; pass a list or a DataLoader") from None
+        raise UserError(f"{when} has no batches: a {kind} is none; pass a list or a DataLoader")
+    iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
         raise UserError(

@@ -33,7 +33,7 @@ def _check_optimizer(made: Any, given: Sequence[Tensor]) -> None:
 
 
 def _check_scheduler(made: Any) -> None:
-    if not isinstance(made, LRScheduler):
+    if not all(callable(getattr(made, name, None)) for name in ("step", "state_dict", "load_state_dict")):
         raise UserError(f"scheduler must return a torch LRScheduler for the optimizer, got {type(made).__name__}")
     if isinstance(made, ReduceLROnPlateau):
         raise UserError("ReduceLROnPlateau waits for a metric, and schedulers here tick once per step; use another one")

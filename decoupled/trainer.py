@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,10 +28,9 @@ from decoupled.build import Model, Recipe, assemble, chain, cut, decision, make_
 from decoupled.checkpoint import check, load_worker_states, rng_state, set_rng_state
 from decoupled.coupling import Loss
 from decoupled.errors import PeerLost, UserError
-from decoupled.evaluation import evaluate, evaluate_blocks, train_unless_mixed, update_blocks, update_bn
+from decoupled.evaluation import evaluate, evaluate_blocks, frozen, train_unless_mixed, update_blocks, update_bn
 from decoupled.method import Method
 from decoupled.runtime.contract import Actor, Graph, Observer, Runtime
-from decoupled.sample_losses import mass
 from decoupled.selection import SelectionStatistics
 from decoupled.selector import Selector
 from decoupled.source import Source, Whole, peek
@@ -50,7 +50,8 @@ class Trainer:
         method: a name, or a mapping with ``name`` and options, e.g. ``{"name": "overlapping_local", "reach": 2}``.
         blocks: number of blocks (balanced by measured time on the first batch; pass `trainer.cuts` to repeat a run
             exactly), or a list of cut indices.
-        loss: (output, target) -> scalar, mean over the batch.
+        loss: (output, target) -> scalar, mean over the batch. Micro-batches count what a cross entropy divides by, with
+            other losses their samples.
         optimizer: parameters -> Optimizer; called once for every block and every coupling half with parameters.
         scheduler: optimizer -> LRScheduler, ticks once per optimizer step of its own block; or None.
         runtime: "threads", "simulated", "processes" (one per block, or what torchrun has started), a mapping with
@@ -99,10 +100,12 @@ class Trainer:
     ) -> None:
         point = method if isinstance(method, Method) else registry.make(method)
         self._recipe = Recipe(point, loss, optimizer, scheduler, make_devices(devices), seed, on_nonfinite, precision)
+        if isinstance(model, nn.Sequential) and (model._forward_hooks or model._forward_pre_hooks):
+            warnings.warn("hooks of the model as a whole are not called; register them at its layers", stacklevel=2)
         self._given, self._blocks = model, blocks
         self._observers, self._on_batch = observers, on_batch
         units, self._cuts = cut(model, blocks, point)  # wrong input is refused now; timed again on the first batch
-        self._units = units
+        self._units, self._frozen = units, frozen(units)
         others = int(point.selection is not None)
         self._runtime = make_runtime(runtime, len(self._cuts) + 1, others)
         self._owns_runtime = not isinstance(runtime, Runtime)
@@ -143,7 +146,7 @@ class Trainer:
                 worker.block.module.load_state_dict(state)
             self._newer = False
         units = self._network()
-        names = [name for name, _ in self._given.named_children()] if isinstance(self._given, nn.Sequential) else []
+        names = list(self._given._modules) if isinstance(self._given, nn.Sequential) else []
         if len(names) != len(units):  # there are layers of the method's, or units within units
             return nn.Sequential(*units)
         return nn.Sequential(OrderedDict(zip(names, units, strict=True)))
@@ -327,8 +330,10 @@ class Trainer:
             between.begin(self._epoch, self._key, self._batch, readers)
             feed, readers = Whole(), [CANDIDATES]
             actors, edges = between.actors(), [*edges, *between.edges()]
-        source = Source(iterator, feed, readers, self._key, self._batch, self._output, self._on_batch, self._mass)
-        train_unless_mixed(self._network())
+        source = Source(
+            iterator, feed, readers, self._key, self._batch, self._output, self._on_batch, self._recipe.loss
+        )
+        train_unless_mixed(self._units, self._frozen)
         counter = source if between is None else between.feeder
         for worker in self._workers:
             worker.begin(self._key, self._epoch)
@@ -369,13 +374,10 @@ class Trainer:
         self._first = inputs[:2]
         return iterator
 
-    def _mass(self, targets: Tensor) -> float:
-        return mass(self._recipe.loss, targets)
-
     def _network(self) -> list[nn.Module]:
         """The units of the forward network."""
-        modules = [w.block.module for w in self._workers] or assemble(self._units, self._cuts, self.method)
-        return [unit for module in modules for unit in module.children()]
+        blocks: list[Any] = [w.block.module for w in self._workers] or assemble(self._units, self._cuts, self.method)
+        return [unit for block in blocks for unit in block]  # one may be there twice
 
     def _host(self) -> None:
         """Let the other processes, if there are any, have a trainer like this one."""

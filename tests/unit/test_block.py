@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from decoupled import block as block_module
 from decoupled.block import Block
 from decoupled.errors import OperationError, UserError
-from decoupled.randomness import seeded
+from decoupled.randomness import _draws, seeded
 from decoupled.testing import flat
 from decoupled.trainer import Trainer
 
@@ -402,3 +402,32 @@ def test_what_the_module_itself_recomputes_may_not_draw(method: str, runtime: st
     plain, again = (rechecked(method, runtime, dropout="outside", on=on) for on in (False, True))
     assert torch.equal(plain, again)
     rechecked(method, runtime, dropout="inside", on=False)
+
+
+class Attention(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p, self.linear = p, nn.Linear(4, 4)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.linear(x).view(len(x), 1, 2, 2)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=self.p).reshape(len(x), 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self._run, x, use_reentrant=False)  # type: ignore[return-value]
+
+
+def test_attention_that_drops_nothing_may_be_run_again() -> None:
+    """Its operators may draw, and do only where they are told to."""
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(3)]
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    for mid in (Attention(0.0), nn.Sequential(Attention(0.0), nn.Dropout(0.5))):
+        blocks = [mid, nn.Linear(4, 3)]
+        with Trainer(blocks, "pipedream", loss=F.cross_entropy, optimizer=sgd, runtime="simulated") as trainer:
+            trainer.fit(batches)
+    draws = [torch.ops.aten.native_dropout.default, torch.ops.aten.bernoulli_.float, torch.ops.aten.rand.default]
+    x = torch.ones(2)
+    given: list[tuple[Any, ...]] = [(x, 0.5, True), (x, 0.5), ([2],)]
+    assert all(_draws(func, args, {}) for func, args in zip(draws, given, strict=True))
+    assert not _draws(draws[0], (x, 0.0, True), {}) and not _draws(draws[0], (x, 0.5, False), {})
+    assert not _draws(torch.ops.aten.add.Tensor, (x, x), {})

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from decoupled.errors import OperationError, UserError
 from decoupled.evaluation import evaluate
 from decoupled.randomness import seeded
+from decoupled.sample_losses import mass
 from decoupled.testing import flat
 from decoupled.trainer import Trainer
 
@@ -76,6 +77,30 @@ def test_frozen_statistics_give_the_weights_of_a_plain_loop() -> None:
         torch.testing.assert_close(ours.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("method", ["backprop", "forward_forward"])
+def test_a_model_that_was_tested_by_its_user_is_trained_again_and_frozen_modules_stay_so(method: str) -> None:
+    net = model()
+    net[4].eval()
+    with trainer(net, method) as one:
+        one.fit(batches())
+        net.eval()
+        before = net[1].running_mean.clone()  # type: ignore[union-attr, operator]
+        one.fit(batches())
+    assert [unit.training for unit in net] == [True, True, True, True, False, True]
+    assert not torch.equal(net[1].running_mean, before)  # type: ignore[arg-type]
+
+
+def test_a_module_that_freezes_itself_in_train_stays_frozen() -> None:
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> Frozen:
+            return super().train(False)
+
+    net = nn.Sequential(nn.Linear(4, 6), Frozen(6), nn.Linear(6, 3))
+    with trainer(net, blocks=[2]) as one:
+        one.fit(batches())
+    assert not net[1].training and not net[1].running_mean.any()  # type: ignore[union-attr, operator]
+
+
 def test_a_model_that_is_in_evaluation_mode_as_a_whole_is_trained() -> None:
     net = model().eval()
     with trainer(net) as one:
@@ -88,6 +113,12 @@ def test_the_trained_network_has_the_names_of_the_given_one() -> None:
     with trainer(net, blocks=[2]) as one:
         one.fit(batches())
         assert one.model.state_dict().keys() == net.state_dict().keys()
+    relu, ends = nn.ReLU(), (nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    twice = nn.Sequential(ends[0], relu, ends[1], relu, ends[2])
+    with trainer(twice, blocks=[2]) as one:
+        assert one.evaluate(batches()) == pytest.approx(evaluate([twice], batches(), F.cross_entropy))
+        one.fit(batches())
+        assert len(one.model) == 5 and one.model.state_dict().keys() == twice.state_dict().keys()
     with trainer(net, "forward_forward", blocks=[2]) as one:  # with layers of its own between
         assert list(one.model.state_dict()) != list(net.state_dict()) and len(one.model) > len(net)
 
@@ -150,6 +181,41 @@ def test_micro_batches_count_what_the_loss_divides_by(method: str, loss: Any) ->
     torch.testing.assert_close(*found, rtol=0, atol=1e-13)
 
 
+def test_a_selection_hands_on_what_counts() -> None:
+    given = [(x, y, torch.arange(len(x))) for x, y in batches()]
+    given[0][1][:4] = -100
+    with trainer(model()[:4], {"name": "self_paced", "boss": "gpipe"}, blocks=[2]) as one:
+        assert one.fit(given)[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("label", [255, -1])
+def test_any_label_may_stand_for_none(label: int) -> None:
+    given = [(x, y.clone()) for x, y in batches()]
+    given[0][1][:2] = label
+    with trainer(model(), loss=nn.CrossEntropyLoss(ignore_index=label)) as one:
+        one.fit(given)
+        assert 0 <= one.evaluate(given)["accuracy"] <= 1
+    with trainer(model()) as one, pytest.raises(UserError, match="labels must be 0 to 2"):
+        one.fit(given)
+
+
+def test_labels_of_bytes_are_numbers() -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    assert mass(loss, torch.tensor([0, 1, 2], dtype=torch.uint8)) == 6
+    given = [(x, y.byte()) for x, y in batches()]
+    with trainer(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), "gpipe", blocks=[2], loss=loss) as one:
+        one.fit(given)
+        assert 0 <= one.evaluate(given)["accuracy"] <= 1
+
+
+def test_one_number_per_sample_has_no_classes() -> None:
+    def loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(output, targets.to(output.dtype))
+
+    found = evaluate([nn.Linear(4, 1), nn.Flatten(0)], [(x, y % 2) for x, y in batches()], loss)
+    assert found["accuracy"] != found["accuracy"]
+
+
 def test_a_sum_over_micro_batches_is_refused() -> None:
     with pytest.raises(UserError, match="gpipe takes means over micro-batches, and the loss is a sum; use a mean"):
         trainer(model(), "gpipe", loss=nn.CrossEntropyLoss(reduction="sum"))
@@ -198,7 +264,7 @@ def test_other_wrong_arguments() -> None:
         one.fit(None)  # type: ignore[arg-type]
     net = model()
     net.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="forward hooks of the model as a whole are not called"):
+    with pytest.warns(UserWarning, match="hooks of the model as a whole are not called"):
         trainer(net)
 
 
