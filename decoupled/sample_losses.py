@@ -9,7 +9,7 @@ The l_i are scaled so that their mean is the user's loss, also where positions a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -42,11 +42,8 @@ def each(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(output, targets, **given, reduction="none").reshape(len(output), -1)
     if targets.is_floating_point():  # probabilities: torch divides by the number of positions
         return losses.mean(1)
-    targets = targets.long()
-    known = targets != given["ignore_index"]
-    weight = given["weight"]
-    counts = known.to(losses.dtype) if weight is None else known * weight[targets.where(known, 0)]
-    return losses.sum(1) * (len(output) / counts.sum().clamp(min=torch.finfo(losses.dtype).tiny))
+    counts = _counts(given, targets).sum().to(losses.dtype)
+    return losses.sum(1) * (len(output) / counts.clamp(min=torch.finfo(losses.dtype).tiny))
 
 
 def _cross_entropy(loss: Loss) -> dict[str, Any] | None:
@@ -73,10 +70,14 @@ def mass(loss: Loss, targets: Tensor) -> float:
     given = _cross_entropy(loss)
     if given is None or targets.is_floating_point():
         return float(len(targets))
-    targets = targets.long()  # of bytes torch makes a mask
-    known = targets[targets != given["ignore_index"]]
-    weight = given["weight"]
-    return float(known.numel() if weight is None else weight.to(targets.device)[known].sum())
+    return float(_counts(given, targets).sum())
+
+
+def _counts(given: Mapping[str, Any], targets: Tensor) -> Tensor:
+    """What a cross entropy with these options counts every label: nothing, or the weight of its class."""
+    targets, weight = targets.long(), given["weight"]  # bytes as an index would be a mask
+    known = targets != given["ignore_index"]
+    return known if weight is None else known * weight.to(targets.device)[targets.where(known, 0)]
 
 
 class SampleLosses:

@@ -237,5 +237,5 @@ def sizes_of(method: Method, load: Load, rows: Sequence[int]) -> list[Sizes]:
 
 def tensors_up(method: Method, rows: Sequence[int]) -> list[int]:
     """Tensors in a message of every block: those of the coupling, of streams no more than the block above takes."""
-    named = len(method.coupling.up)
-    return [named if max(rows) == 1 else min(named, above) for above in (*rows[1:], 0)]
+    named, streams = len(method.coupling.up), max(rows) > 1
+    return [min(named, above) if streams else named for above in (*rows[1:], 0)]
