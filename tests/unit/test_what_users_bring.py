@@ -114,7 +114,7 @@ def test_the_trained_network_has_the_names_of_the_given_one() -> None:
         one.fit(batches())
         assert one.model.state_dict().keys() == net.state_dict().keys()
     relu, ends = nn.ReLU(), (nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3))
-    twice = nn.Sequential(ends[0], relu, ends[1], relu, ends[2])
+    twice = nn.Sequential(OrderedDict(a=ends[0], b=relu, c=ends[1], d=relu, e=ends[2]))
     with trainer(twice, blocks=[2]) as one:
         assert one.evaluate(batches()) == pytest.approx(evaluate([twice], batches(), F.cross_entropy))
         one.fit(batches())
