@@ -1,7 +1,7 @@
 """Models as block lists: a model is a list of units, the finest pieces that are sensible to cut between.
 
-A unit takes one tensor and returns one tensor, and changes neither in place; `decoupled.partition.split` groups units
-into blocks. A config names a model, `build` makes it.
+A unit takes one tensor and returns one tensor, and changes neither in place; `Carry` makes one of a module that needs
+something else as well. `decoupled.partition.split` groups units into blocks. A config names a model, `build` makes it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from decoupled.errors import UserError, unknown
+from decoupled.models.carry import Carry
 from decoupled.models.mlp import mlp
 from decoupled.models.resnet import resnet
 from decoupled.models.revnet import revnet
@@ -22,7 +23,7 @@ from decoupled.models.wide_resnet import wide_resnet
 from decoupled.randomness import seeded
 from decoupled.specs import check_options, parse
 
-__all__ = ["build", "mlp", "names", "resnet", "revnet", "transformer", "wide_resnet"]
+__all__ = ["Carry", "build", "mlp", "names", "resnet", "revnet", "transformer", "wide_resnet"]
 
 _BUILDERS: dict[str, Callable[..., list[nn.Module]]] = {
     "mlp": mlp,
