@@ -11,10 +11,9 @@ Hypothesis strategies and need the extra `dev`.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from decoupled import registry
+from decoupled.build import Recipe, chain
 from decoupled.correction import hooks
 from decoupled.coupling import Lower
 from decoupled.messages import Data, Message
@@ -33,6 +33,7 @@ from decoupled.runtime.timing import Timing
 from decoupled.source import Repeat
 from decoupled.steps import MakeOptimizer
 from decoupled.trainer import Trainer
+from decoupled.worker import Worker
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -123,6 +124,12 @@ def train(
     return Run(trainer, weights, history)
 
 
+def workers(case: Case, method: Spec) -> list[Worker]:
+    """The workers that `train` begins with."""
+    given = (nn.functional.cross_entropy, OPTIMIZERS["sgd"], None, [torch.device("cpu")], 0, "stop")
+    return chain(case.blocks(), range(1, case.K), case.batches()[0][0], Recipe(point(method), *given))
+
+
 def point(method: Spec) -> Method:
     """The `Method` that a spec stands for."""
     return method if isinstance(method, Method) else registry.make(method)
@@ -186,7 +193,7 @@ def reference(case: Case, method: Spec, *, optimizer: MakeOptimizer = OPTIMIZERS
     through today's (`backward_weights`). A minibatch is one update: micro-batches only re-associate a mean.
     """
     facts, feed, K, blocks = point(method).facts, point(method).feed, case.K, case.blocks()
-    halves = _halves(case, method)
+    halves = [worker.lower for worker in workers(case, method)]  # with the heads that the library draws from the seed
     modules = [*blocks, *(half.module for half in halves)]
     optimizers = [optimizer(list(m.parameters())) for m in modules if m is not None and _has_weights(m)]
     history = [[_leaves(block)] for block in blocks]
@@ -235,12 +242,6 @@ def _gradients(
     for block, weights in zip(blocks, leaves, strict=True):
         for name, parameter in block.named_parameters():
             parameter.grad = weights[name].grad
-
-
-def _halves(case: Case, method: Spec) -> list[Lower]:
-    """The lower halves, with the heads that the library draws from the trainer's seed."""
-    frozen = train(replace(case, sizes=case.sizes[:1]), method, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    return [copy.deepcopy(worker.lower) for worker in frozen.trainer.workers]
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -80,6 +80,7 @@ def check_equal(spec, runtime):
     assert [key for key in theirs if not equal(mine[key], theirs[key])] == []
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", FIXED, ids=label)
 def test_two_processes_equal_the_simulator(spec, pool):
     """Weights, optimizer states, generators, history, statistics: bit for bit."""
@@ -255,6 +256,7 @@ def test_a_frozen_process_is_reported_within_the_heartbeat_limit():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_killed_and_frozen_at_random_batches():
     """50 rounds; every one ends in time with the right name, and nothing is left."""

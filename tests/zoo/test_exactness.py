@@ -14,7 +14,7 @@ from decoupled.messages import Data, Up
 from decoupled.order import sync
 from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepNothing
 from decoupled.source import Repeat, Split
-from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, label, point, train, variants
+from decoupled.testing import OPTIMIZERS, Case, Tap, cases, compare, flat, label, point, train, variants, workers
 
 EXACT = [spec for spec in variants() if point(spec).facts.exact]
 TRUE = [spec for spec in variants() if not point(spec).facts.surrogate and point(spec).selection is None]
@@ -108,7 +108,7 @@ def test_frozen_weights_give_the_gradients_of_backpropagation(spec):
 
 def plain_at_the_top(spec):
     """Whether the method leaves the top block alone: it runs on what comes up, neither late nor corrected."""
-    top = train(CASE, spec, optimizer=OPTIMIZERS["momentum"], batches=CASE.batches()[:1]).trainer.workers[-1]
+    top = workers(CASE, spec)[-1]
     return top.upper.awaits == "F" and not top.corrections.parts and not point(spec).facts.delay(CASE.K - 1, CASE.K)
 
 

@@ -41,6 +41,7 @@ def drawn(data, **bounds):
     return case, Simulated(data.draw(timings(case.K)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", fixed(variants()), ids=label)
 @settings(max_examples=3)
 @given(data=st.data())
@@ -144,6 +145,7 @@ def test_only_plain_data_crosses_a_block(spec):
         assert len(message.payload[0]) == len(message.indices)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", [s for s in variants() if not point(s).coupling.lossy], ids=label)
 @pytest.mark.parametrize("slow", [0, CASE.K - 1], ids=["slow bottom", "slow top"])
 def test_nobody_floods_a_slow_neighbour(spec, slow):

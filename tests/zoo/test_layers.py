@@ -30,6 +30,7 @@ def fit(method, blocks, **options):
     return train(CASE, method, blocks=blocks, optimizer=OPTIMIZERS["momentum"], **options)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("runtime", ["simulated", "threads"])
 @pytest.mark.parametrize("spec", variants(), ids=label)
 def test_running_statistics_move_once_per_pass_in_the_forward(spec, runtime):
@@ -67,6 +68,7 @@ def test_evaluation_changes_nothing_and_restores_the_mode(spec):
 FROZEN = [spec for spec in variants() if point(spec).facts.backward_weights not in ("current", "mixed")]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", FROZEN, ids=label)
 def test_recomputing_with_the_same_weights_is_keeping_the_graph_bit_for_bit(spec):
     """Same masks, same batch statistics, same weights: S0 == S1 with dropout and BatchNorm in the net (B4, F8)."""
@@ -80,6 +82,7 @@ def test_recomputing_with_the_same_weights_is_keeping_the_graph_bit_for_bit(spec
     assert all(torch.equal(v, recomputed_state[k]) for k, v in kept_state.items())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", variants(), ids=label)
 def test_dropout_is_drawn_from_the_seed_alone(spec, monkeypatch):
     """Same seed, same masks, whatever the global generators have been used for, which go on; another seed, others."""

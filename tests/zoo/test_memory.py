@@ -13,21 +13,18 @@ from decoupled.messages import Data
 from decoupled.plan import parse
 from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, KeepNothing
 from decoupled.reversible import Reconstruct
-from decoupled.testing import Case, cases, label, point, train, variants
+from decoupled.testing import Case, cases, label, point, train, variants, workers
 
 NUMBER = 8  # bytes, float64
+SMALL = Case(widths=(2, 2, 2), cuts=(1,), sizes=(2,))
 GRAPHS, INPUTS = (KeepGraph, KeepLiveGraph, KeepNothing), (KeepInput, KeepInputAndWeights)
 
 
 def plain(method):
     """Whether the formula below is the whole truth: one tensor up, no weights for the future, no tensors in graphs."""
-    more = any("recording" in hooks(part) for worker in first_workers(method) for part in worker.corrections.parts)
+    more = any("recording" in hooks(part) for worker in workers(SMALL, method) for part in worker.corrections.parts)
     every = method.selection is None
     return method.coupling.up == ("activation",) and method.order.rule and not method.order.sees and every and not more
-
-
-def first_workers(method):
-    return train(Case(widths=(2, 2, 2), cuts=(1,), sizes=(2,)), method).trainer.workers
 
 
 def rows(case, method):

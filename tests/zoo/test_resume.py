@@ -94,6 +94,7 @@ def interrupted(spec, runtime="simulated", epochs=1):
 RUNS = [(s, r) for s in variants() for r in ("simulated", "threads") if r == "simulated" or point(s).fixed]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("spec", "runtime"), RUNS, ids=lambda value: value if isinstance(value, str) else label(value))
 def test_a_fresh_trainer_goes_on_bit_for_bit(spec, runtime):
     data, expected = interrupted(spec, runtime)

@@ -25,6 +25,7 @@ def agree(mine, theirs):
     assert counts == others
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", FIXED, ids=label)
 @settings(max_examples=3)
 @given(case=cases(blocks=(2, 5), batches=(2, 8)))
@@ -32,6 +33,7 @@ def test_threads_equal_the_simulator(spec, case):
     agree(*(train(case, spec, optimizer=OPTIMIZERS["momentum"], epochs=2, runtime=r) for r in ("threads", "simulated")))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", FIXED, ids=label)
 @settings(max_examples=4)
 @given(data=st.data())

@@ -51,6 +51,7 @@ def test_updates_equal_autograd_on_the_whole_network_with_detach(spec, case):
     compare(train(case, spec, epochs=2).weights, reference(case, spec, epochs=2))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 @pytest.mark.parametrize("spec", PREDICTED, ids=label)
 def test_so_they_do_with_other_optimizers(spec, optimizer):
@@ -204,6 +205,7 @@ def test_a_block_knows_nothing_but_its_messages(spec):
         assert torch.equal(alone(spec, k, received[k]), run.weights[k][-1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("spec", variants(), ids=label)
 def test_and_every_message_matters(spec):
     """The control of the test above: other payloads give other weights, to blocks that learn at all."""
