@@ -6,6 +6,7 @@ w_F    weights of the forward that g belongs to         v      momentum buffer a
 name                 acts on   equation                                                        source
 delay_compensation   B         g + strength * M g * g * (w - w_F)                              Zheng 2017
 gap_aware            B         g / (1 + ||w - w_F|| / average ||w - w'||), per tensor          Barkai 2020
+                               (with a lookahead w is today's look-ahead point, as w_F is an older one)
 spike_compensation   S         w - lr (a v + b g),   a = m ** D,  b = (1 - m ** D) / (1 - m)   Kosson 2021
 rescale              S         lr / max(1, D) ** (1 - min(t / anneal, 1))                      Yang 2021 (T1)
 clip                 S         g * min(1, limit / ||g||), over all gradients of the block      -
@@ -23,7 +24,7 @@ from torch.optim import SGD
 
 from decoupled.correction import Correction, Gradients, Site, Weights, named
 from decoupled.errors import UserError
-from decoupled.prediction import Remembers, below_one
+from decoupled.prediction import Remembers, applied, below_one
 
 
 @named("delay_compensation")
@@ -43,16 +44,16 @@ class DelayCompensation(Correction):
             raise UserError(f"delay compensation needs a strength of at least 0, got {self.strength}")
 
     def at(self, site: Site) -> Correction | None:
-        return _Taylor(site, self.strength) if site.delay else None
+        return _Taylor(self.strength * site.passes) if site.delay else None
 
 
 class _Taylor(Correction):
-    def __init__(self, site: Site, strength: float) -> None:
-        self._site, self._factor = site, strength * site.passes
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
 
-    def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
-        rows = zip(grads, self._site.trainable, weights, strict=True)
-        return [None if g is None else g + self._factor * g * g * (p.detach() - w.detach()) for g, p, w in rows]
+    def gradients(self, grads: Gradients, then: Weights, now: Weights) -> Gradients:
+        rows = zip(grads, then, now, strict=True)
+        return [None if g is None else g + self._factor * g * g * (new - old) for g, old, new in rows]
 
 
 @named("gap_aware")
@@ -82,13 +83,13 @@ class _Gap(Remembers):
         self._decay, self._count = decay, 0
         self._lengths = [torch.zeros((), dtype=p.dtype, device=p.device) for p in site.trainable]
 
-    def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
+    def gradients(self, grads: Gradients, then: Weights, now: Weights) -> Gradients:
         scale = 1 - self._decay**self._count  # the average starts at 0
-        rows = zip(grads, self.site.trainable, weights, self._lengths, strict=True)
-        return [None if g is None else g / self._gap(p, w, length, scale) for g, p, w, length in rows]
+        rows = zip(grads, then, now, self._lengths, strict=True)
+        return [None if g is None else g / self._gap(new - old, length, scale) for g, old, new, length in rows]
 
-    def _gap(self, now: Tensor, then: Tensor, length: Tensor, scale: float) -> Tensor | float:
-        return 1 + (now.detach() - then.detach()).norm() * scale / length if length > 0 else 1.0
+    def _gap(self, moved: Tensor, length: Tensor, scale: float) -> Tensor | float:
+        return 1 + moved.norm() * scale / length if length > 0 else 1.0
 
     def settle(self) -> None:
         super().settle()
@@ -124,7 +125,7 @@ class SpikeCompensation(Correction):
         if not site.delay or site.optimizer is None:
             return None
         groups = site.optimizer.param_groups
-        if not isinstance(site.optimizer, SGD) or any(g["dampening"] or g["nesterov"] or g["maximize"] for g in groups):
+        if not isinstance(site.optimizer, SGD) or any(g["dampening"] or g["nesterov"] for g in groups):
             raise UserError(
                 "spike compensation is written for SGD with momentum, without dampening and nesterov, got "
                 f"{type(site.optimizer).__name__}; use that, or leave it out"
@@ -141,7 +142,7 @@ class _Spike(Correction):
     def before_step(self) -> None:
         assert self._optimizer is not None
         self._gradients = [
-            (p, group, p.grad + group["weight_decay"] * p.detach())
+            (p, group, applied(p, group))
             for group in self._optimizer.param_groups
             for p in group["params"]
             if p.grad is not None and group["momentum"]
@@ -164,13 +165,17 @@ class _Rated(Correction):
     def __init__(self, site: Site, anneal: int) -> None:
         self._site, self._anneal, self._t = site, anneal, 0
         self._rates: list[Any] = []
+        site.rates.append(self.rate)
+
+    def rate(self) -> float:
+        power = 1 - min(self._t / self._anneal, 1) if self._anneal else 1.0
+        return 1 / max(1.0, self._site.delay) ** power
 
     def before_step(self) -> None:
         assert self._site.optimizer is not None
-        power = 1 - min(self._t / self._anneal, 1) if self._anneal else 1.0
         self._rates = [group["lr"] for group in self._site.optimizer.param_groups]
         for group in self._site.optimizer.param_groups:
-            group["lr"] = group["lr"] / max(1.0, self._site.delay) ** power
+            group["lr"] = group["lr"] * self.rate()
 
     def settle(self) -> None:
         assert self._site.optimizer is not None

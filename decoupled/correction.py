@@ -5,21 +5,21 @@ changes nothing.
     B   backward(weights)            weights to recompute a backward with    discrepancy, lookahead
     F/B recording(weights)           around the run whose graph is used      (feedback alignment)
         cotangent(gradient)          every gradient from above               shrink
-        gradients(grads, weights)    weight gradients of one pass            delay_compensation, gap_aware
+        gradients(grads, then, now)  weight gradients of one pass            delay_compensation, gap_aware
+        wanted(weights)              where they should have been taken now   lookahead
     S   clip                         gradients of a step, first of all       clip, clip_global
         before_step, after_step      around the optimizer step               spike_compensation, lookahead, rescale
         settle                       last of all: what the step has become   (all that look at changes of weights)
         tell, hear                   a number with every message             clip_global
 
-In a step every correction does `clip` before any does `before_step`, and `after_step` before any does `settle`: so
-whatever the order in the list, what reads gradients reads clipped ones, and what looks at w - w' sees the whole change.
+In a step all do `clip` before any does `before_step`, and `after_step` (one that takes a share of the step, `shares`,
+behind the others) before any does `settle`. So whatever the order in the list, what reads gradients reads clipped ones,
+the share is one of the whole step, and what looks at w - w' sees the whole change.
 
 `forward` and `backward` get copies and return copies: live weights are never predicted in place, so there is nothing to
 undo. What is listed in a method is the configuration; `at(site)` makes what acts at one block (with that block's delay
 and optimizer), and state lives there only.
-
-Shrink(factor)   the gradient from above is multiplied by `factor` at every hop, so block k of K sees
-                 factor ** (K-1-k) of it (FDG, Zhuang et al. 2021); the others: `decoupled.prediction`, `.compensation`
+Where they are: `decoupled.prediction`, `decoupled.compensation`, and `Shrink` here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,9 +40,8 @@ from decoupled.specs import parse
 Weights = list[Tensor]
 Gradients = Sequence[Tensor | None]
 HOOKS = (
-    "at", "forward", "backward", "recording", "cotangent", "gradients", "clip", "before_step", "after_step", "settle",
-    "tell",
-)  # fmt: skip
+    "at", "forward", "backward", "recording", "cotangent", "gradients", "wanted", "clip", "before_step", "after_step",
+    "settle", "tell")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Site:
         k, K: the block's number, and how many there are.
         delay: own updates between forward and backward of a pass in the steady state, on average.
         passes: that make one update; each brings its share of the gradient.
+        rates: what corrections will multiply the next step's learning rate by.
         parameters: of the block, in the order of all weight lists.
         optimizer: of the block; None if it has nothing to train.
     """
@@ -63,6 +63,7 @@ class Site:
     parameters: Sequence[Tensor]
     optimizer: Optimizer | None
     passes: int = 1
+    rates: list[Callable[[], float]] = field(default_factory=list)
 
     @property
     def trainable(self) -> list[Tensor]:
@@ -79,12 +80,14 @@ class Correction:
         about_delay: whether it is meaningless where nothing is late.
         moves_forward: whether forwards run with other weights than today's.
         records: whether what acts at a block does something in `recording`, whose work `decoupled.flops` then counts.
+        shares: whether its `after_step` is about the whole step, with what the others have made of it.
     """
 
     needs: ClassVar[str] = ""
     about_delay: ClassVar[bool] = True
     moves_forward: ClassVar[bool] = False
     records: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
 
     def at(self, site: Site) -> Correction | None:
         """What acts at this block; None if nothing is to be done there.
@@ -114,9 +117,13 @@ class Correction:
         """Called with every gradient that a block receives from above."""
         return gradient
 
-    def gradients(self, grads: Gradients, weights: Weights) -> Gradients:
-        """Called with the weight gradients of a pass and the weights (trainable ones) that they were taken at."""
+    def gradients(self, grads: Gradients, then: Weights, now: Weights) -> Gradients:
+        """Called with the weight gradients of a pass; trainable weights: those of the pass, and what is wanted now."""
         return grads
+
+    def wanted(self, weights: Weights) -> Weights:
+        """Where gradients should be taken now, made of the live trainable weights (a prediction wants just these)."""
+        return weights
 
     def clip(self) -> None:
         """Called with the gradients of a step in `.grad`, to bound them before anything reads them."""
@@ -131,7 +138,7 @@ class Correction:
         """Called when nothing changes the step any more, before gradients are forgotten and schedulers tick."""
 
     def tell(self, way: str) -> float:
-        """A number that goes with every message "up" or "down"; a correction that tells acts at every block."""
+        """A number for every message "up" or "down"; a correction that tells acts at every block."""
         return 0.0
 
     def hear(self, way: str, number: float) -> None:
@@ -156,9 +163,10 @@ class Acting:
 
     def __init__(self, corrections: Sequence[Correction] = (), site: Site | None = None) -> None:
         made = (correction if site is None else correction.at(site) for correction in corrections)
-        self.parts = [part for part in made if part is not None]
+        self.parts, self._site = [part for part in made if part is not None], site
         self.forward, self.backward = self._chain("forward"), self._chain("backward")
         self.cotangent: Callable[[Tensor], Tensor] | None = self._chain("cotangent")
+        self._wanted = self._chain("wanted")
         self._gradients, self._recording, self._telling = map(self._those, ("gradients", "recording", "tell"))
 
     def recording(self, weights: Weights) -> AbstractContextManager[Any]:
@@ -168,10 +176,10 @@ class Acting:
         return around
 
     def gradients(self, grads: Gradients, weights: Sequence[Tensor]) -> Gradients:
-        if self._gradients:
-            trainable = [w for w in weights if w.requires_grad]
+        if self._gradients and self._site is not None:
+            then, now = ([w.detach() for w in some if w.requires_grad] for some in (weights, self._site.parameters))
             for part in self._gradients:
-                grads = part.gradients(grads, trainable)
+                grads = part.gradients(grads, then, self._wanted(now) if self._wanted else now)
         return grads
 
     def before_step(self) -> None:
@@ -181,7 +189,7 @@ class Acting:
             part.before_step()
 
     def after_step(self) -> None:
-        for part in reversed(self.parts):
+        for part in sorted(self.parts, key=lambda part: part.shares):
             part.after_step()
         for part in self.parts:
             part.settle()
@@ -197,9 +205,9 @@ class Acting:
         return [part.state_dict() for part in self.parts]
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of the tensors that they keep from step to step."""
-        return sum(t.nbytes for state in self.state_dict() for kept in state.values() for t in _tensors(kept))
+    def held_bytes(self) -> int:  # of the tensors that they keep from step to step
+        kept = (thing for state in self.state_dict() for thing in state.values())
+        return sum(t.nbytes for one in kept for t in (one if isinstance(one, list) else [one]) if isinstance(t, Tensor))
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         for part, saved in zip(self.parts, state, strict=True):
@@ -217,10 +225,6 @@ class Acting:
             return given
 
         return run if parts else None
-
-
-def _tensors(kept: Any) -> list[Tensor]:
-    return [t for t in (kept if isinstance(kept, list | tuple) else [kept]) if isinstance(t, Tensor)]
 
 
 def hooks(correction: Correction) -> set[str]:
@@ -279,7 +283,10 @@ def make(spec: str | Mapping[str, Any]) -> Correction:
 @named("shrink")
 @dataclass(frozen=True)
 class Shrink(Correction):
-    """Gradient shrinking; `factor` in (0, 1], 1 is off."""
+    """Multiplies the gradient at every hop down: block k of K sees factor ** (K-1-k) of it (FDG, Zhuang et al. 2021).
+
+    `factor` in (0, 1], 1 is off.
+    """
 
     needs: ClassVar[str] = "gradient"
 

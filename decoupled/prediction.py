@@ -13,6 +13,7 @@ What they see and return are copies: no live weight is touched outside of the op
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,34 +27,42 @@ from decoupled.errors import UserError
 FORMS = ("velocity", "weight", "coasting")
 
 
-def motion(site: Site, parameter: Tensor) -> Tensor | None:
+def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The parameter group with the options of `parameter`."""
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+
+
+def applied(parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """The gradient as SGD puts it into its momentum: descending, with the weight decay."""
+    assert parameter.grad is not None
+    gradient = -parameter.grad if group["maximize"] else parameter.grad
+    return gradient + group["weight_decay"] * parameter.detach()
+
+
+def motion(site: Site, parameter: Tensor, last: Tensor | None = None) -> Tensor | None:
     """lr * v: by how much the next step is expected to lower `parameter`, read from its optimizer's state.
 
-    SGD: lr * momentum buffer. Adam, AdamW: lr * m^ / (sqrt(v^) + eps), and the decoupled decay. None: no state yet.
+    SGD: lr * momentum buffer, or `last`, the last gradient, where there is no momentum. Adam, AdamW:
+    lr * m^ / (sqrt(v^) + eps), and the decoupled decay. None: no state yet.
     """
     assert site.optimizer is not None
-    group = next(g for g in site.optimizer.param_groups if any(p is parameter for p in g["params"]))
-    state, lr = site.optimizer.state.get(parameter, {}), group["lr"]
-    sign = -1.0 if group.get("maximize") else 1.0
+    group, state = group_of(site.optimizer, parameter), site.optimizer.state.get(parameter, {})
+    lr = group["lr"] * math.prod(rate() for rate in site.rates)
     if isinstance(site.optimizer, SGD):
-        buffer = state.get("momentum_buffer")
-        return None if buffer is None else sign * lr * buffer
+        v = state.get("momentum_buffer") if group["momentum"] else last
+        return None if v is None else lr * v
     if not state:
         return None
     beta1, beta2 = group["betas"]
     t = float(state["step"])
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    step = sign * state["exp_avg"] / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
+    step = state["exp_avg"] / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
     decay = group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
     return lr * (step + decay * parameter.detach())
 
 
 def below_one(optimizer: Optimizer, who: str) -> None:
-    """Refuse SGD whose momentum never runs out.
-
-    Raises:
-        UserError: a momentum of 1 or more.
-    """
+    """Raise UserError for SGD whose momentum never runs out: 1 or more."""
     if any(group["momentum"] >= 1 for group in optimizer.param_groups):
         raise UserError(f"{who} needs SGD with a momentum below 1; lower it, or leave the correction out")
 
@@ -80,9 +89,9 @@ class Remembers(Correction):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.change = self.placed(state["change"]) if "change" in state else None
 
-    def placed(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Loaded tensors, one per trainable parameter, on the devices of those."""
-        return [t.to(p.device) for t, p in zip(tensors, self.site.trainable, strict=True)]
+    def placed(self, tensors: list[Any]) -> list[Any]:
+        """Loaded tensors (or None), one per trainable parameter, on the devices of those."""
+        return [None if t is None else t.to(p.device) for t, p in zip(tensors, self.site.trainable, strict=True)]
 
     def moved(self, weights: Weights, by: list[Tensor] | None, factor: float) -> Weights:
         """weights + factor * by, for the trainable ones among them."""
@@ -134,18 +143,19 @@ class Prediction(Correction):
 class _Predicting(Remembers):
     def __init__(self, site: Site, form: str, ahead: float, ahead_backward: float) -> None:
         super().__init__(site)
-        assert site.optimizer is not None
         self._form, self._ahead, self._ahead_backward = form, ahead, ahead_backward
-        self._momentum = site.optimizer.param_groups[0].get("momentum")
-        # Without momentum v is the last gradient, and lr v the last change.
-        self._goes_on = form == "weight" or self._momentum == 0
+        self._last: list[Tensor | None] = [None] * len(site.trainable)  # gradients of what has no momentum
 
     def before_step(self) -> None:
-        if self._goes_on:  # else the last change is not read
+        if self._form == "weight":
             super().before_step()
+        elif self._form == "velocity" and isinstance(self.site.optimizer, SGD):
+            for n, p in enumerate(self.site.trainable):
+                if p.grad is not None and not (group := group_of(self.site.optimizer, p))["momentum"]:
+                    self._last[n] = applied(p, group)
 
     def settle(self) -> None:
-        if self._goes_on:
+        if self._form == "weight":
             super().settle()
 
     def forward(self, weights: Weights) -> Weights:
@@ -155,14 +165,26 @@ class _Predicting(Remembers):
         return self._predicted(weights, self._ahead_backward)
 
     def _predicted(self, weights: Weights, ahead: float) -> Weights:
-        if self._goes_on:
-            return self.moved(weights, self.change, 0.0 if self._form == "coasting" else ahead)
-        found = [motion(self.site, p) for p in self.site.trainable]
-        motions = [torch.zeros_like(p) if m is None else m for m, p in zip(found, self.site.trainable, strict=True)]
+        if self._form == "weight":
+            return self.moved(weights, self.change, ahead)
+        by = [self._expected(p, last, ahead) for p, last in zip(self.site.trainable, self._last, strict=True)]
+        return self.moved(weights, by, -1.0)
+
+    def _expected(self, parameter: Tensor, last: Tensor | None, ahead: float) -> Tensor:
+        """By how much `ahead` steps are expected to lower `parameter`."""
+        assert self.site.optimizer is not None
         if self._form == "coasting":
-            assert self._momentum is not None
-            ahead = (self._momentum - self._momentum ** (ahead + 1)) / (1 - self._momentum)
-        return self.moved(weights, motions, -ahead)
+            m = group_of(self.site.optimizer, parameter)["momentum"]
+            ahead = (m - m ** (ahead + 1)) / (1 - m)
+        found = motion(self.site, parameter, last)
+        return torch.zeros_like(parameter) if found is None else ahead * found
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._last = self.placed(state["last"])
 
 
 @named("linear_prediction")
@@ -211,6 +233,8 @@ class Lookahead(Correction):
 
 
 class _Ahead(Remembers):
+    shares: ClassVar[bool] = True
+
     def __init__(self, site: Site, gamma: float) -> None:
         super().__init__(site)
         self._gamma = gamma
@@ -219,6 +243,11 @@ class _Ahead(Remembers):
         return self.moved(weights, self.change, self._gamma)
 
     backward = forward
+
+    def wanted(self, weights: Weights) -> Weights:
+        if self.change is None:
+            return weights
+        return [w + self._gamma * change for w, change in zip(weights, self.change, strict=True)]
 
     def after_step(self) -> None:
         assert self._before is not None

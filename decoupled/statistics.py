@@ -22,13 +22,24 @@ class Counters:
     wait_seconds: float = 0.0
     loss_sum: float = 0.0
     loss_samples: int = 0
+    minibatch: tuple[int, float, float, int] = (-1, 0.0, 0.0, 0)  # number; sums of share * loss, share, samples
     staleness: Counter[int] = field(default_factory=Counter)
     versions: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    def loss(self, value: float, samples: int) -> None:
-        """The own objective of one pass was `value`, a mean over `samples`."""
-        self.loss_sum += value * samples
-        self.loss_samples += samples
+    def loss(self, value: float, samples: int, share: float, batch: int) -> None:
+        """The own objective of one pass was `value`; the mean over those of a minibatch is weighted by `share`."""
+        if batch != self.minibatch[0]:
+            self._add()
+            self.minibatch = (batch, 0.0, 0.0, 0)
+        _, total, shares, count = self.minibatch
+        self.minibatch = (batch, total + share * value, shares + share, count + samples)
+
+    def _add(self) -> None:
+        _, total, shares, samples = self.minibatch
+        if samples:
+            self.loss_sum += total / shares * samples
+            self.loss_samples += samples
+        self.minibatch = (-1, 0.0, 0.0, 0)
 
     def version(self, n: int, forward: int, backward: int) -> None:
         """Pass `n` ran forward with weight version `forward` and met version `backward` in its backward."""
@@ -36,7 +47,8 @@ class Counters:
         self.staleness[backward - forward] += 1
 
     def take_loss(self) -> float:
-        """Mean objective since the last call (NaN if there was none)."""
+        """Mean objective per sample since the last call (NaN if there was none)."""
+        self._add()
         mean = self.loss_sum / self.loss_samples if self.loss_samples else float("nan")
         self.loss_sum, self.loss_samples = 0.0, 0
         return mean

@@ -255,7 +255,7 @@ class Worker(Actor):
             self.counters.skipped += 1
             return None
         share = 1.0 if state.data is None else state.data.share
-        self.counters.loss(value, y.shape[0])
+        self.counters.loss(value, y.shape[0], share, state.batch)
         gradient, plain = self.scaling.differentiate(objective, share, y, self.steps.lower_parameters)
         self._dropped = self._dropped or plain is None
         if plain:

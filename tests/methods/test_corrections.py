@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from decoupled import correction as corrections
 from decoupled import registry
-from decoupled.compensation import Rescale, SpikeCompensation
+from decoupled.compensation import GapAware, Rescale, SpikeCompensation
 from decoupled.correction import Site
 from decoupled.errors import OperationError, UserError
 from decoupled.prediction import Discrepancy, LinearPrediction, Remembers, motion
@@ -323,11 +323,14 @@ def test_what_follows_a_look_ahead_remembers_the_whole_step(spec):
             torch.testing.assert_close(change, weights[-1] - weights[-2], rtol=0, atol=1e-15)
 
 
-def test_a_prediction_from_momentum_keeps_no_copy_of_the_weights():
+def test_a_prediction_from_momentum_keeps_nothing_of_its_own():
+    """Without momentum it keeps the last gradient."""
     for optimizer, keeps in (("momentum", False), ("adam", False), ("sgd", True)):
-        found = train(CASE, "pipeoptim", optimizer=OPTIMIZERS[optimizer])
-        parts: list[Any] = [part for worker in found.trainer.workers for part in worker.corrections.parts]
-        assert parts and all((part.change is not None) == keeps for part in parts)
+        workers = train(CASE, "pipeoptim", optimizer=OPTIMIZERS[optimizer]).trainer.workers
+        kept = [worker.corrections.held_bytes for worker in workers if worker.corrections.parts]
+        weights = [sum(p.nbytes for p in worker.block.parameters) for worker in workers if worker.corrections.parts]
+        assert kept == [keeps * own for own in weights]
+        assert kept
 
 
 @pytest.mark.parametrize(("name", "delays"), [("backprop", [0] * K), ("gpipe", [0] * K), ("pipedream", ONE)])
@@ -411,6 +414,144 @@ def test_coasting_is_what_momentum_does_when_no_gradient_comes():
             made.step()
         torch.testing.assert_close(coasting, p.detach(), rtol=0, atol=1e-8)
     torch.testing.assert_close(coasting, going_on, rtol=0, atol=1e-5)
+
+
+NEGATED = [
+    "pipedream", "pipelined_backprop", {"name": "pipelined_backprop", "spike_compensation": False}, "spectrain",
+    {"name": "spectrain", "stash": True}, "pipeoptim", {"name": "xpipe", "microbatches": 2},
+    {"name": "features_replay", "corrections": [{"name": "linear_prediction", "form": "coasting"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("spec", NEGATED, ids=str)
+def test_maximizing_the_negative_loss_is_minimizing_the_loss(spec, momentum):
+    """torch has turned the gradient round before it enters the momentum that predictions read."""
+
+    def sgd(parameters, **more):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=momentum, weight_decay=0.01, **more)
+
+    def negative(output, targets):
+        return -torch.nn.functional.cross_entropy(output, targets)
+
+    found = train(CASE, spec, optimizer=lambda p: sgd(p, maximize=True), loss=negative)
+    compare(found.weights, train(CASE, spec, optimizer=sgd).weights, tolerance=1e-14)
+
+
+def stepping(made, parts, *gradients):
+    """What takes a step with these gradients, one per parameter of the optimizer."""
+    parameters = [p for group in made.param_groups for p in group["params"]]
+
+    def step():
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = torch.full_like(p, gradient)
+        parts.before_step()
+        made.step()
+        parts.after_step()
+
+    return step
+
+
+@pytest.mark.parametrize("momenta", [(0.9, 0.0), (0.0, 0.9), (0.5, 0.9)], ids=str)
+@pytest.mark.parametrize("form", ["velocity", "weight"])
+def test_every_parameter_group_is_predicted_with_its_own_momentum(momenta, form):
+    p, q = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [one], "momentum": momentum} for one, momentum in zip((p, q), momenta, strict=True)]
+    made = torch.optim.SGD(groups, lr=0.1)
+    acting = corrections.Acting([LinearPrediction(form)], site(made, 3, p, q))
+    step = stepping(made, acting, 1.0, -2.0)
+    for _ in range(400):
+        step()
+    assert acting.forward is not None
+    predicted = acting.forward([p.detach().clone(), q.detach().clone()])
+    for _ in range(3):
+        step()
+    torch.testing.assert_close(predicted, [p.detach(), q.detach()], rtol=0, atol=1e-9)
+
+
+def test_momentum_runs_out_as_it_is_set_now_in_every_group():
+    p, q = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    made = torch.optim.SGD([{"params": [p], "momentum": 0.9}, {"params": [q], "momentum": 0.5}], lr=0.1)
+    acting = corrections.Acting([LinearPrediction("coasting")], site(made, 4, p, q))
+    for _ in range(3):
+        stepping(made, acting, 1.0, -2.0)()
+    made.param_groups[0]["momentum"] = 0.2
+    assert acting.forward is not None
+    predicted = acting.forward([p.detach().clone(), q.detach().clone()])
+    for _ in range(4):
+        stepping(made, acting, 0.0, 0.0)()
+    torch.testing.assert_close(predicted, [p.detach(), q.detach()], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_prediction_goes_on_with_the_learning_rate_of_now(momentum):
+    """Also where the rate is another one than that of the last change: a drop of the schedule."""
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    made = torch.optim.SGD([p], lr=1.0, momentum=momentum)
+    acting = corrections.Acting([LinearPrediction()], site(made, 3, p))
+    step = stepping(made, acting, 1.0)
+    for _ in range(60):
+        step()
+    made.param_groups[0]["lr"] = 0.1
+    assert acting.forward is not None
+    (predicted,) = acting.forward([p.detach().clone()])
+    for _ in range(3):
+        step()
+    torch.testing.assert_close(predicted, p.detach(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("names", [[0, 1], [1, 0]], ids=str)
+def test_a_prediction_counts_with_the_rescaled_rate(momentum, names):
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    made = torch.optim.SGD([p], lr=1.0, momentum=momentum)
+    both = [LinearPrediction(), Rescale()]
+    acting = corrections.Acting([both[n] for n in names], site(made, 3, p))
+    step = stepping(made, acting, 1.0)
+    for _ in range(60):
+        step()
+    assert acting.forward is not None
+    (predicted,) = acting.forward([p.detach().clone()])
+    for _ in range(3):
+        step()
+    torch.testing.assert_close(predicted, p.detach(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9])
+@pytest.mark.parametrize("late", [1, 3])
+def test_behind_a_look_ahead_a_steady_drift_is_a_gap_of_so_many_steps(gamma, late):
+    """Gradients are taken at look-ahead points, so these are compared: under a constant gradient they move alike."""
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    made = torch.optim.SGD([p], lr=1.0)
+    acting = corrections.Acting(
+        [corrections.make({"name": "lookahead", "gamma": gamma}), GapAware(0.5)], site(made, late, p)
+    )
+    step, points = stepping(made, acting, 1.0), []
+    assert acting.forward is not None
+    for _ in range(400):
+        points.append(acting.forward([p.detach().clone()])[0])
+        step()
+    points.append(acting.forward([p.detach().clone()])[0])
+    then = points[-1 - late].requires_grad_()
+    (found,) = acting.gradients([torch.ones_like(p)], [then])
+    torch.testing.assert_close(found, torch.full_like(p, 1 / (1 + late)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(range(3))), ids=str)
+def test_a_look_ahead_takes_its_share_of_the_whole_step_wherever_it_is_listed(names):
+    p = torch.nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    made = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    all_three: list[Any] = ["spike_compensation", {"name": "lookahead", "gamma": 0.6}, {"name": "rescale", "anneal": 9}]
+    acting = corrections.Acting([corrections.make(all_three[n]) for n in names], site(made, 3, p))
+    w, v, change = p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)
+    for n in range(5):
+        g = 0.5 - n
+        v = 0.9 * v + g
+        whole = -0.1 / 3 ** (1 - min(n / 9, 1)) * (0.9**3 * v + (1 - 0.9**3) / 0.1 * g)
+        change = 0.4 * whole + 0.6 * change
+        w = w + change
+        stepping(made, acting, g)()
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-14)
 
 
 def test_motion_counts_the_decoupled_decay():

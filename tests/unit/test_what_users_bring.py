@@ -158,27 +158,34 @@ def test_parameters_of_a_loss_would_never_be_trained() -> None:
         one.fit(batches(1))
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5], dtype=torch.float64)),
-        nn.CrossEntropyLoss(ignore_index=2, label_smoothing=0.1),
-        F.cross_entropy,
-    ],
-    ids=["weights", "ignored", "usual"],
-)
+LOSSES = {
+    "weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5], dtype=torch.float64)),
+    "ignored": nn.CrossEntropyLoss(ignore_index=2, label_smoothing=0.1),
+    "usual": F.cross_entropy,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("ignored", [1, 2])
 @pytest.mark.parametrize("method", ["gpipe", "one_f_one_b", "zero_bubble"])
-def test_micro_batches_count_what_the_loss_divides_by(method: str, loss: Any) -> None:
-    """Their gradients add up to the minibatch's; one micro-batch has no label that counts."""
+def test_micro_batches_count_what_the_loss_divides_by(method: str, ignored: int, loss: Any) -> None:
+    """Their gradients add up to the minibatch's, also where a micro-batch (of two) has no label that counts.
+
+    So do the losses that are told; such a micro-batch is left out when they are averaged over the epoch.
+    """
     given = [(x.double(), y.clone()) for x, y in batches()]
-    given[0][1][:2] = getattr(loss, "ignore_index", -100)
-    found = []
+    for _, y in given:
+        y[:] = torch.arange(8) % 2
+    given[0][1][:ignored] = getattr(loss, "ignore_index", -100)
+    given.append((given[1][0][3:], given[1][1][3:]))  # a short one
+    found, losses = [], []
     for name in ("backprop", method):
         net = nn.Sequential(*(unit for unit in model() if isinstance(unit, nn.Linear | nn.Tanh))).double()
         with trainer(net, name, loss=loss, blocks=[2]) as one:
-            one.fit(given, epochs=2)
+            losses.append([epoch["loss"] for epoch in one.fit(given, epochs=2)])
         found.append(flat(net))
     torch.testing.assert_close(*found, rtol=0, atol=1e-13)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-13 if ignored == 1 else 1e-2)
 
 
 def test_a_selection_hands_on_what_counts() -> None:
