@@ -220,3 +220,25 @@ def test_contributing_example_is_a_working_method(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(loose, plain)
     assert plain.abs().max() > 1e-4
     assert tight.abs().max() < 1e-7
+
+
+def results(name: str) -> str:
+    return read(card_path(name)).partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+
+
+def rows(text: str, name: str) -> list[str]:
+    return [line for line in text.splitlines() if re.match(rf"\| {name}\b", line)]
+
+
+PUBLISHED = [name for name in METHODS if rows(results(name), name)]
+
+
+def test_most_cards_have_results() -> None:
+    assert len(PUBLISHED) > 0.7 * len(METHODS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_results_of_a_card_are_those_of_the_page_it_names(name: str) -> None:
+    pages = re.findall(r"\]\(\.\./\.\./(benchmarks/results/\w+\.md)\)", results(name))
+    there = {line for page in pages for line in read(page).splitlines()}
+    assert [row for row in rows(results(name), name) if row not in there] == []
