@@ -132,7 +132,7 @@ class Source(Actor):
         readers: the blocks to send to.
         start: key of the first pass. first_batch: number of the first minibatch.
         output: shape of the network's output per sample, classes first, if its loss takes class numbers, to refuse
-            others early; None: targets are not checked.
+            others early (positions behind the classes may be more or fewer, in sequences); None: no check.
         on_batch: called with the number of samples after every minibatch.
         loss: says what micro-batches count, and which label stands for none; None: samples, -100.
     """
@@ -191,13 +191,13 @@ class Source(Actor):
             return
         (classes, *positions), kind = self._output, str(targets.dtype).removeprefix("torch.")
         if targets.is_floating_point():
-            if tuple(targets.shape[1:]) != self._output:
+            if targets.dim() != 1 + len(self._output) or targets.shape[1] != classes:
                 raise UserError(
                     f"batch {self.batch}: the loss takes class numbers, or a probability of each of the outputs "
                     f"{self._output}, got {kind} {tuple(targets.shape)}; convert class numbers with .long()"
                 )
             return
-        if targets.dtype not in (torch.int64, torch.uint8) or list(targets.shape[1:]) != positions:
+        if targets.dtype not in (torch.int64, torch.uint8) or targets.dim() != 1 + len(positions):
             shape = ", ".join(["batch", *map(str, positions)])
             raise UserError(
                 f"batch {self.batch}: the network's output {self._output} per sample needs class numbers of shape "

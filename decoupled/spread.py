@@ -1,18 +1,23 @@
 """A trainer's blocks may live in several processes: what is asked of all of them, and how it comes together.
 
 rank 0     gather("module", ...)  <---- {k: answer}    every process answers for the blocks that it owns
+           news(...)              ----> take(...)      weights that the user has changed in rank 0's copies of blocks
+           described(...)         ----> described(...) every process must have built the same
 """
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from decoupled.build import Recipe
 from decoupled.checkpoint import load_worker_state, worker_state
-from decoupled.errors import PeerLost
+from decoupled.errors import PeerLost, UserError
 from decoupled.runtime.contract import Runtime
 from decoupled.statistics import BlockStatistics
 from decoupled.worker import Worker
@@ -80,3 +85,71 @@ def bring_home(workers: Sequence[Worker], runtime: Runtime, states: Sequence[Map
     for worker, state in zip(workers, states, strict=True):
         if not runtime.owns(worker.name):
             load_worker_state(worker, state)
+
+
+Print = tuple[int, int]  # how often torch has seen a tensor written (not through .data), and what is in it
+Prints = dict[int, dict[str, Print]]  # of every tensor of a block's module
+
+
+def fingerprints(workers: Iterable[Worker], runtime: Runtime) -> Prints:
+    """Of this process's copies of blocks that live elsewhere."""
+    return {
+        worker.k: {name: _print(tensor) for name, tensor in worker.block.module.state_dict().items()}
+        for worker in workers
+        if not runtime.owns(worker.name)
+    }
+
+
+def news(workers: Sequence[Worker], known: Prints, now: Prints) -> dict[int, dict[str, Tensor]]:
+    """The tensors that have been written to, by block."""
+    found = {}
+    for k, prints in now.items():
+        state = workers[k].block.module.state_dict()
+        if changed := {name: state[name] for name, one in prints.items() if one != known[k][name]}:
+            found[k] = changed
+    return found
+
+
+def take(workers: Iterable[Worker], changed: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Put changed tensors into these blocks."""
+    for worker in workers:
+        worker.block.module.load_state_dict(changed.get(worker.k, {}), strict=False)
+
+
+def _print(tensor: Tensor) -> Print:
+    return tensor._version, zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def described(workers: Sequence[Worker], recipe: Recipe) -> dict[str, Any]:
+    """What every process must have built alike, as plain values."""
+    optimizers = [made for worker in workers for made in worker.steps.optimizers]
+    method = recipe.method
+    return {
+        "model": [[(tuple(p.shape), str(p.dtype)) for p in worker.block.parameters] for worker in workers],
+        "method": [
+            _plain(part) for part in (method.name, method.coupling, method.order, method.feed, method.corrections)
+        ],
+        "optimizer": [(type(made).__name__, _plain(sorted(made.defaults.items()))) for made in optimizers],
+        "seed": recipe.seed,
+        "precision": _plain(recipe.precision),
+        "on_nonfinite": recipe.on_nonfinite,
+    }
+
+
+def _plain(thing: Any) -> str:
+    """Its options, without addresses of objects."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+
+
+def agree(mine: Mapping[str, Any], runtime: Runtime) -> None:
+    """Compare with what rank 0 has.
+
+    Raises:
+        UserError: it is something else here; says what.
+    """
+    leader = runtime.agree(mine)
+    if other := [name for name, value in mine.items() if value != leader[name]]:
+        raise UserError(
+            f"rank {runtime.rank} has another {' and another '.join(other)} than rank 0; every rank must be started "
+            "with the same settings"
+        )

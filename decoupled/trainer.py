@@ -34,7 +34,19 @@ from decoupled.runtime.contract import Actor, Graph, Observer, Runtime
 from decoupled.selection import SelectionStatistics
 from decoupled.selector import Selector
 from decoupled.source import Source, Whole, peek
-from decoupled.spread import answer, bring_home, follower, join, owned
+from decoupled.spread import (
+    Prints,
+    agree,
+    answer,
+    bring_home,
+    described,
+    fingerprints,
+    follower,
+    join,
+    news,
+    owned,
+    take,
+)
 from decoupled.statistics import BlockStatistics
 from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.worker import Worker
@@ -120,6 +132,7 @@ class Trainer:
         self._closed = self._hosted = False
         self._behind = self._newer = False  # other processes have blocks; with newer weights
         self._failed = False  # the user has heard of it
+        self._handed: Prints = {}  # copies of blocks elsewhere, as `model` gave them to the user
 
     @property
     def method(self) -> Method:
@@ -138,13 +151,16 @@ class Trainer:
 
     @property
     def model(self) -> nn.Sequential:
-        """The forward network with the trained weights and the names of the given one, without auxiliary heads."""
-        if self._newer:
-            if self._closed:
-                raise PeerLost("the weights of blocks in other processes were lost with them")
+        """The forward network with the trained weights and the names of the given one, without auxiliary heads.
+
+        Weights changed in it (back to a better epoch's) go to the processes of their blocks before the next call.
+        """
+        if self._newer and not self._closed:
+            self._hand_on()
             for worker, state in zip(self._workers, self._everywhere("module"), strict=True):
                 worker.block.module.load_state_dict(state)
             self._newer = False
+            self._handed = fingerprints(self._workers, self._runtime)
         units = self._network()
         names = list(self._given._modules) if isinstance(self._given, nn.Sequential) else []
         if len(names) != len(units):  # there are layers of the method's, or units within units
@@ -178,8 +194,7 @@ class Trainer:
             UserError: no batches, or batches of a wrong form, or epochs < 0.
             OperationError: an operation failed; names block, batch and operation.
         """
-        if self._closed:
-            raise UserError("this trainer is closed; make a new one, or keep it open with `with`")
+        self._check_open()
         if not isinstance(epochs, Integral) or epochs < 0:
             raise UserError(f"epochs must be an integer of at least 0, got {epochs!r}")
         return [self._run_epoch(batches) for _ in range(epochs)]
@@ -194,6 +209,7 @@ class Trainer:
         """
         if not self._workers or self._closed:
             return evaluate(self._network(), batches, self._recipe.loss)
+        self._hand_on()
         blocks = [worker.block for worker in self._workers]
         with self._runtime.call(self, "evaluate", ()):
             return evaluate_blocks(blocks, batches, self._recipe.loss, self._runtime, self._output)
@@ -212,6 +228,7 @@ class Trainer:
             _, batches = peek(batches, "update_bn")
         if here:
             return update_bn(self._network(), batches)
+        self._hand_on()
         with self._runtime.call(self, "update_bn", ()):
             self._behind = self._newer = len(owned(self._workers, self._runtime)) < len(self._workers)
             update_blocks([worker.block for worker in self._workers], batches, self._runtime)
@@ -232,6 +249,7 @@ class Trainer:
         """
         if not self._workers or self._sample is None:
             raise UserError("there is no state yet: call fit (or load_state_dict) first")
+        self._hand_on()
         state = {
             "format": 1,
             "method": self.method.name,
@@ -257,8 +275,9 @@ class Trainer:
             missing_ok: with None for a state the trainer stays as it is.
 
         Raises:
-            UserError: the state is of another method or number of blocks.
+            UserError: the state is of another method or number of blocks, or this trainer is closed.
         """
+        self._check_open()
         if self._runtime.rank == 0 and not (missing_ok and state is None):
             measured = isinstance(self._blocks, int)
             check(state or {}, None if other_method else self.method.name, self._cuts, measured)
@@ -284,12 +303,15 @@ class Trainer:
         Raises:
             PeerLost: a process has ended since the last call, and the weights of its blocks with it.
         """
+        if not self._runtime.mine:  # in a fork of the process that the workers belong to
+            return
         try:
             if not self._closed and self._behind and self._runtime.rank == 0:
+                self._hand_on()
                 self._final = self._everywhere("statistics")
                 bring_home(self._workers, self._runtime, self._everywhere("state"))
                 self._newer = False
-        except PeerLost:
+        except Exception:
             if not self._failed:
                 raise
         finally:
@@ -302,14 +324,17 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._failed = self._failed or exception[0] is not None
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._failed = True
+            self._runtime.give_up(self, error)
         self.close()
 
     def _run_epoch(self, batches: Iterable[Any]) -> dict[str, float]:
         """One epoch; every process of the runtime goes through this, only the leader has batches."""
         iterator = self._begin(batches) if self._runtime.rank == 0 else iter(())
         self._host()
+        self._hand_on()
         try:
             with self._runtime.call(self, "fit", ()):
                 return self._train(iterator)
@@ -324,6 +349,7 @@ class Trainer:
         if not self._workers:
             self._cuts = cuts
             self._build(sample)
+            agree(described(self._workers, self._recipe), self._runtime)
         readers, intakes, edges = wiring(self._workers, self.method)
         feed, actors, between = self.method.feed, list[Actor](self._workers), self._between
         if between is not None:
@@ -376,6 +402,7 @@ class Trainer:
 
     def _network(self) -> list[nn.Module]:
         """The units of the forward network."""
+        self._check_home()
         blocks: list[Any] = [w.block.module for w in self._workers] or assemble(self._units, self._cuts, self.method)
         return [unit for block in blocks for unit in block]  # one may be there twice
 
@@ -387,12 +414,32 @@ class Trainer:
 
     def _everywhere(self, what: str) -> list[Any]:
         """What is asked of every block, from the process where it lives."""
+        self._check_home()
         away = self._workers and not self._closed
         answers = self._runtime.ask(self, "_answer", what) if away else [answer(self._workers, what)]
         return join(answers, len(self._workers))
 
     def _answer(self, what: str) -> dict[int, Any]:
         return answer(owned(self._workers, self._runtime), what)
+
+    def _hand_on(self) -> None:
+        """Weights that the user has changed in `model` go to where their blocks live."""
+        if self._handed and self._runtime.rank == 0:
+            now = fingerprints(self._workers, self._runtime)
+            if changed := news(self._workers, self._handed, now):
+                self._runtime.ask(self, "_take", changed)
+            self._handed = now
+
+    def _take(self, changed: Mapping[int, Mapping[str, Tensor]]) -> None:
+        take(owned(self._workers, self._runtime), changed)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("this trainer is closed; make a new one, or keep it open with `with`")
+
+    def _check_home(self) -> None:
+        if self._closed and self._newer:
+            raise PeerLost("the weights of blocks in other processes were lost with them")
 
     def _build(self, sample: Tensor) -> None:
         self._sample = (tuple(sample.shape[1:]), str(sample.dtype).removeprefix("torch."))

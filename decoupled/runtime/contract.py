@@ -258,8 +258,16 @@ class Runtime(ABC):
         """Whether this actor lives in this process."""
         return True
 
+    def give_up(self, thing: Any, error: BaseException) -> None:  # noqa: B027
+        """This process makes no more calls of `thing`, as its program has failed between two; the others hear of it."""
+
     def release(self, thing: Any) -> None:  # noqa: B027
         """Nobody will use `thing` any more."""
+
+    @property
+    def mine(self) -> bool:
+        """Whether its workers belong to this process, not to one that it is a fork of."""
+        return True
 
     def close(self) -> None:  # noqa: B027 - a runtime without workers has nothing to end
         """End all workers; idempotent."""

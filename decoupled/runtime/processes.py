@@ -12,6 +12,7 @@ everywhere (`decoupled.runtime.control`); then all channels are closed, and the 
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,7 @@ class Processes(Runtime):
         self.rank, self.world = self._group.rank, self._group.world
         self._intra_op, self._beats, self._startup = intra_op, Beats(heartbeat, patience), startup
         self._control: Control | None = None
+        self._pid = os.getpid()
         self._pools = Pools(intra_op)
         self._run: LocalRun | None = None
         self._number = 0
@@ -168,6 +170,8 @@ class Processes(Runtime):
         Raises:
             PeerLost: a process did not come, or there is none any more.
         """
+        if not self.mine:
+            raise PeerLost("this process is a fork of the one that the others belong to; make a trainer of its own")
         if self._control is not None:
             if self._control.lost is not None:
                 raise self._control.lost
@@ -262,6 +266,12 @@ class Processes(Runtime):
         owner = 0 if of is None else self._places[of]
         return self.start().exchange("agree", value if self.rank == owner else None)[owner]
 
+    def give_up(self, thing: Any, error: BaseException) -> None:
+        alone = self._group.follows or self._group.starts or self._control is None or self._control.lost is not None
+        if not alone and self.mine:
+            with suppress(BaseException), self.call(thing, "give_up"):
+                raise error
+
     def release(self, thing: Any) -> None:
         if self._group.follows or self._control is None or all(known is not thing for known in self._things.values()):
             return
@@ -304,9 +314,13 @@ class Processes(Runtime):
         with suppress(BaseException):  # the leader has been told, by `call`, and its own interrupt is no end of ours
             getattr(thing, method)(*args)
 
+    @property
+    def mine(self) -> bool:
+        return os.getpid() == self._pid
+
     def close(self) -> None:
         control, self._control = self._control, None
-        if control is None:
+        if control is None or not self.mine:
             return
         atexit.unregister(self.close)
         control.close()

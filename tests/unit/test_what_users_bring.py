@@ -341,3 +341,36 @@ def test_the_loss_of_an_evaluation_is_added_up_in_full(precision: Any) -> None:
     assert outputs[0].dtype == torch.bfloat16
     expected = sum(float(F.cross_entropy(o.float(), y)) for o, (_, y) in zip(outputs, batches(), strict=True)) / 4
     assert found == pytest.approx(expected, abs=1e-7)
+
+
+# --- sequences ------------------------------------------------------------------------------------------------------
+
+
+class Spread(nn.Module):
+    """(N, length, features) -> (N, classes, length)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)], ids=["function", "module"]
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_sequences_may_change_their_length_from_batch_to_batch(loss: Any, soft: bool) -> None:
+    with seeded(0):
+        nets = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), Spread()).double() for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        given = []
+        for length in (5, 5, 8, 2):
+            targets = torch.rand(4, 3, length).double().softmax(1) if soft else torch.randint(3, (4, length))
+            given.append((torch.randn(4, length, 4).double(), targets))
+    with trainer(nets[0], blocks=[2], loss=loss) as one:
+        one.fit(given)
+        assert 0 < one.evaluate(given)["loss"] < 3
+    optimizer = sgd(nets[1].parameters())
+    for x, y in given:
+        optimizer.zero_grad()
+        loss(nets[1](x), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(flat(nets[0]), flat(nets[1]), rtol=0, atol=1e-14)
