@@ -163,10 +163,12 @@ class Handed(Variable):
     """Lower half of a proximal block: where a gradient of J for the output is asked for, the target is handed over."""
 
     def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
+        assert self.z is not None and self.u is not None
+        target = self.z + self.u  # in a sweep the round ends here, and U makes its step
         J = super().objective(y, data)
-        if J is None or self.z is None or self.u is None:
-            return J
-        handed = (y * (self.z + self.u)).sum()
+        if J is None:
+            return None
+        handed = (y * target).sum()
         return J.detach() + (handed - handed.detach())  # the value of J, the target as its gradient
 
 

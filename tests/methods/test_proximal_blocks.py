@@ -86,6 +86,28 @@ def test_what_a_proximal_block_sends_down_moves_the_variable_to_its_prox(z_steps
     torch.testing.assert_close(v, torch.tensor([[-0.1, -2.0]]))  # the first entry changes sides, the second agrees
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_the_target_has_the_dual_of_before_the_round_ends(sweep):
+    """In a sweep the objective comes last, and the dual made its step before the target was taken."""
+    lower, draw = Handed(Rule(0.5, 1.0, sigma=0.5)), torch.Generator().manual_seed(0)
+    x, z, u, p = (torch.randn(4, 3, generator=draw) for _ in range(4))
+    y = x.clone().requires_grad_()
+    lower.offer(Data(0, batch=0))
+    lower.z, lower.u = z, u
+    lower.emit(y, None)
+    if sweep:
+        lower.answer((p,))
+    target = lower.z + u
+    J = lower.objective(y, None)
+    assert J is not None
+    J.backward()
+    if not sweep:
+        lower.answer((p,))
+    assert y.grad is not None
+    torch.testing.assert_close(y.grad, target)
+    torch.testing.assert_close(lower.u, u + 0.5 * (lower.z - x))
+
+
 # --- factorisation -----------------------------------------------------------------------------------------------
 
 
