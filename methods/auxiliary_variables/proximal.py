@@ -54,7 +54,8 @@ class Steps(Proximal):
     """A step function: `levels[i]` between `thresholds[i-1]` and `thresholds[i]`, both ascending.
 
     The prox looks at each level in turn: the nearest point of its interval, `margin` inside it, costs
-    (v - x)^2 / 2 + (weight/2) (target - level)^2; the cheapest is taken.
+    (v - x)^2 / 2 + (weight/2) (target - level)^2; the cheapest is taken. A threshold belongs to the level above it, so
+    with margin 0 the nearest point below is the next smaller number, and rounding may take the variable back.
     """
 
     levels: Tensor
@@ -78,7 +79,8 @@ class Steps(Proximal):
     def prox(self, x: Tensor, target: Tensor, weight: float) -> Tensor:
         end = self.thresholds.new_full((1,), float("inf"))
         lows = torch.cat([-end, self.thresholds + self.margin])
-        highs = torch.cat([self.thresholds - self.margin, end])
+        highs = torch.minimum(self.thresholds - self.margin, self.thresholds.nextafter(-end))
+        highs = torch.cat([highs, end])
         best, cost = x, torch.full_like(x, float("inf"))
         for level, low, high in zip(self.levels, lows, highs, strict=True):
             v = x.clamp(low, high)

@@ -40,10 +40,17 @@ def test_the_prox_of_a_step_function_beats_a_fine_grid(unit, x, target, weight):
     grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
     allowed = ((grid[:, None] - unit.thresholds).abs() >= unit.margin).all(1)
     best = price(grid, unit(grid))[allowed].min()
-    inside = v + torch.sign(v - unit.thresholds[(v - unit.thresholds).abs().argmin()]) * 1e-9  # off the threshold
-    candidates = [price(v, unit(v + d)) for d in (-1e-9, 0.0, 1e-9)]  # at a threshold both sides count
-    assert min(candidates) <= best + 1e-9
-    assert ((inside - unit.thresholds).abs() >= unit.margin - 1e-8).all()
+    assert price(v, unit(v)) <= best + 1e-9  # v lies on the level that it was priced with
+    assert ((v - unit.thresholds).abs() >= unit.margin - 1e-8).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [Sign(0.0), Quantize(), Quantize(4, -90, 90, margin=1e-7)], ids=str)
+def test_a_variable_is_sent_down_as_well_as_up_a_level(unit, dtype):
+    """Without a margin, or one that rounds away, the point below a threshold was the threshold, on the level above."""
+    unit = unit.to(dtype)
+    x, target = torch.cartesian_prod(unit.levels + 0.01, unit.levels).T
+    assert torch.equal(unit(unit.prox(x, target, 1e6)), target)
 
 
 def test_forwards():
