@@ -93,9 +93,12 @@ class Rule:
         scaled = torch.zeros_like(lam) if kap is None else kap / -self.beta  # a multiplier as the dual, scaled
         return STEPS[self.step](lam, x, scaled, p, self.beta, self.eta)
 
-    def multiplier(self, kap: Tensor, violation: Tensor) -> Tensor:
-        """The new kappa."""
-        return torch.add(kap, violation, alpha=self.sigma * self.beta) if self.sigma else kap
+    def multiplier(self, kap: Tensor, x: Tensor, lam: Tensor) -> Tensor:
+        """The new kappa; the old one while X - lambda is rounding, of which Adam would make whole steps later."""
+        violation = x - lam
+        if not self.sigma or rounding(squared(violation), x, squared(x)):
+            return kap
+        return torch.add(kap, violation, alpha=self.sigma * self.beta)
 
     def started(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor | None]:
         """lambda and kappa after a serial pass with output `x` and gradient `p`.

@@ -174,7 +174,7 @@ class Below(Lower):
             visit.half_done = True
             return
         assert visit.lam is not None and visit.x is not None
-        kap = None if visit.kap is None else self._rule.multiplier(visit.kap, visit.x - visit.lam)
+        kap = None if visit.kap is None else self._rule.multiplier(visit.kap, visit.x, visit.lam)
         if self._stored:
             self._write(visit, visit.lam, kap)
         else:
