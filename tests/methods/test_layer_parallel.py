@@ -239,7 +239,7 @@ def test_a_sweep_over_stored_variables_keeps_all_blocks_busy_from_the_second_vis
 
 
 def test_a_cold_start_has_nothing_to_learn_below_the_top_and_frozen_variables_never_have():
-    """The controls: without the recorded gradient, and with variables that never move."""
+    """While weights stay: without the recorded gradient, and with variables that never move."""
     batches = len(CASE.sizes)
     cold = gradients({"name": "hybrid", "warm": False}, epochs=2)
     assert [len(found) for found in cold] == [batches] * (K - 1) + [2 * batches]
@@ -247,6 +247,18 @@ def test_a_cold_start_has_nothing_to_learn_below_the_top_and_frozen_variables_ne
         warnings.simplefilter("error")
         frozen = gradients({"name": "hybrid", "warm": False, "eta": 0.0, "parallel": 4}, epochs=5)
     assert [len(found) for found in frozen] == [batches] * (K - 1) + [5 * batches]
+
+
+@pytest.mark.parametrize(
+    ("momentum", "beta", "least", "most"), [(0.0, 0.002, 0.0, 0.002), (0.0, 1.0, 0.15, 0.35), (0.9, 0.002, 0.7, 2.0)]
+)
+def test_blocks_below_frozen_variables_are_pulled_back_and_their_momentum_goes_on(momentum, beta, least, most):
+    """The control is no frozen block: the way of a parallel epoch over that of the serial epoch before."""
+    spec = {"name": "hybrid", "eta": 0.0, "sigma": None, "warm": False, "beta": beta}
+    run = train(CASE, spec, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum), epochs=2)
+    for w in run.weights[:-1]:
+        start, recorded, end = w[:: len(CASE.sizes)]
+        assert least < (end - recorded).norm() / (recorded - start).norm() < most
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
