@@ -1,6 +1,7 @@
 """Auxiliary variables: the equations written out once more, the acceptance tests of the notes, and what is stored."""
 
 import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -281,6 +282,27 @@ def traffic(spec, K, epochs=1):
         if isinstance(message, Down) and not message.void:
             down[message.batch // count][int(edge.target.removeprefix("block"))] += 1
     return [[n / count for n in row] for row in down], [len(versions) - 1 for versions in run.weights], count
+
+
+@pytest.mark.parametrize(
+    ("layer", "visit", "round"),
+    [(nn.Identity, False, False), (lambda: nn.BatchNorm1d(5), True, False), (lambda: nn.Dropout(0.3), True, True)],
+    ids=["plain", "batch_norm", "dropout"],
+)
+@pytest.mark.parametrize("name", ["penalty", "augmented_lagrangian", "block_admm"])
+def test_blocks_that_do_not_repeat_their_output_step_before_the_loss_has_come_down(name, layer, visit, round):
+    """In the second visit, in other batches, or the second round of a minibatch; by noise, and not by the loss."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+    batches = [(x[i], y[i], i) for _ in range(2) for i in torch.randperm(24).split(6)]
+    for twice, spec, data in (
+        (visit, {"rounds": 1, "stored": True}, batches),
+        (round, {"rounds": 2, "stored": False}, batches[:4]),
+    ):
+        blocks = [nn.Sequential(nn.Linear(5, 5), layer(), nn.Tanh()) for _ in range(3)]
+        with warnings.catch_warnings(action="ignore"):  # two rounds do not reach the lowest of four blocks
+            run = train(CASE, {"name": name, **spec}, blocks=[*blocks, nn.Linear(5, 3)], batches=data)
+        assert [s.updates for s in run.trainer.statistics()] == [4 * twice, 4 * twice, 4, 8]
 
 
 @pytest.mark.parametrize(("depth", "rounds"), [(4, 4), (4, 6), (3, 4), (5, 5)])
