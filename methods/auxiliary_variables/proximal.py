@@ -1,7 +1,8 @@
 """Blocks without a useful gradient: they say where their input should go, given a target for their output.
 
     forward   y = h(x)
-    prox      v = argmin_v ||v - x||^2 / 2 + (weight/2) D(v, target),   D = ||target - h(v)||^2 unless said otherwise
+    prox      v = argmin_v ||v - x||^2 / 2 + (weight/2) D(v, target),   D = ||target - h(v)||^2
+              (units say where they have another D, or come only near the argmin)
     fit       move the block's own constants towards mapping x to target (none for most)
 
     Z_{k-1} --> h --> X_k     above it  J_k = (beta/2) ||Z_k - X_k + U_k||^2, so the target is Z_k + U_k
@@ -9,7 +10,8 @@
                                                              envelope, which exists although that of J_k does not
 
 The variable below then steps to v (and from there towards its own block's output), as if by a gradient. Such a unit is
-a block of its own. Backpropagation through it gives nothing. Source: derived here; closed forms checked on a grid.
+a block of its own. Backpropagation through it gives nothing. Source: derived here; `Steps` is checked on a grid, `TopK`
+against all sets of winners.
 """
 
 from __future__ import annotations
@@ -110,8 +112,9 @@ class Quantize(Steps):
 class TopK(Proximal):
     """Keeps the `k` largest entries of each sample, the others become 0.
 
-    The prox compares three answers: to stay, and two sets of winners, those of `x` and those that gain most, where
-    winners move towards the target and losers below them. The best of these, not always the best of all sets.
+    The prox is an approximation. It takes the cheapest of three answers: to stay, and two sets of winners, those of `x`
+    and those that gain most, where winners move as if alone and losers below the lowest of them. The argmin is often
+    another set, or one whose lowest winners move up to let losers stay higher.
     """
 
     def __init__(self, k: int) -> None:
