@@ -75,6 +75,8 @@ class Output(Variable):
     """The end of the network where the output has a variable Z: Z moves towards the labels, the block towards Z.
 
     Z <- step(Z, X, U, B dloss(Z)/dZ), then J = (beta/2) sum_i ||Z[i] - X[i] + U[i]||^2 / B
+
+    What is reported is loss(Z) before the step, as where the output has no variable; the gradient is that of J.
     """
 
     awaits, replies = "", 0
@@ -86,9 +88,11 @@ class Output(Variable):
     def objective(self, y: Tensor, data: Data | None) -> Tensor | None:
         assert self.z is not None and data is not None and data.targets is not None
         z = self.z.detach().requires_grad_()
-        (p,) = autograd.grad(self._loss(z, data.targets), z)
+        loss = self._loss(z, data.targets)
+        (p,) = autograd.grad(loss, z)
         self.answer((p * self._share,))
-        return super().objective(y, data)
+        J = super().objective(y, data)
+        return None if J is None else J - J.detach() + loss.detach()
 
 
 def method(coupling: AuxiliaryVariable, sweep: bool, rounds: int) -> Method:

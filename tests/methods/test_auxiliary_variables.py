@@ -355,6 +355,18 @@ def test_no_graph_crosses_and_the_variable_is_sent_before_the_block_has_run(spec
     assert not torch.allclose(run.trainer.model[0](x), last.payload[0], atol=1e-6)
 
 
+def test_the_loss_on_the_variable_is_reported_where_the_output_has_one():
+    """Two rounds at learning rate 0, by hand: Z starts at the output and has made a step by the second."""
+    case, eta = replace(CASE, sizes=(6,), cuts=(2,)), 0.5
+    spec = {"name": "block_admm", "output": True, "sigma": 0.0, "rounds": 2, "eta": eta}
+    run = train(case, spec, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    _, outputs, per_sample, _ = backpropagation(case)
+    targets = case.batches()[0][1]
+    losses = [F.cross_entropy(z, targets) for z in (outputs[-1], outputs[-1] - eta * per_sample[-1])]
+    assert losses[1] < losses[0]
+    assert run.history[0]["loss"] == pytest.approx(float(sum(losses) / 2))
+
+
 # --- what is stored and what is kept in range ---------------------------------------------------------------------
 
 
