@@ -1,8 +1,9 @@
 """Pace: so many updates per environment step, and neither acting nor learning runs far ahead of the other.
 
     learn    once `warmup` steps are there and `pretrain` auxiliary updates done:   updates <= ratio (steps - warmup)
-    act      granted < warmup + answered / ratio + lead                             granted: steps that actors may make
+    act      while granted < warmup + answered / ratio + lead                       granted: steps that actors may make
 
+A message grants several steps at once, so acting ends less than one message beyond that bound.
 `answered` are updates that are finished. With lead >= 1 / ratio one of the two is always possible until the end, which
 is when `goal` steps have been made and every update they allow is finished; so whoever runs apart, the counts are the
 same in the end.
@@ -22,7 +23,8 @@ class Pace:
 
     Args:
         ratio: updates per environment step. warmup: random steps before all else.
-        pretrain: auxiliary updates after these. lead: environment steps that acting may be ahead.
+        pretrain: auxiliary updates after these. lead: environment steps that acting may be ahead and
+            still be granted a message of more.
 
     Attributes:
         goal: steps to reach in this run.

@@ -67,7 +67,10 @@ class Roles:
 
     @property
     def lead(self) -> int:
-        """Environment steps that acting may be ahead: two messages of every actor, and what drawn batches stand for."""
+        """Environment steps that acting may be ahead and still be granted a message of more.
+
+        Two messages of every actor, and what drawn batches stand for.
+        """
         return int(2 * max(1, self.actors) * self.chunk * self.envs + self.ahead / self.ratio) if self.actors else 0
 
     def check(self, batch_size: int) -> None:

@@ -47,6 +47,15 @@ def weights(trainer: RLTrainer) -> torch.Tensor:
     return torch.cat([value.flatten().float() for value in trainer.agent.networks.state_dict().values()])
 
 
+@pytest.mark.parametrize(("envs", "chunk"), [(1, 8), (4, 8), (3, 5)])
+def test_acting_ends_less_than_a_message_beyond_its_lead(envs, chunk):
+    pace = Pace(1.0, 100, 0, lead=4)
+    pace.goal = 10**6
+    while pace.grant(envs, chunk):
+        pass
+    assert 100 + pace.lead < pace.granted < 100 + pace.lead + chunk * envs
+
+
 @given(
     st.floats(0.1, 4), st.integers(1, 60), st.integers(0, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 300)
 )
@@ -71,7 +80,7 @@ def test_pace_ends_with_what_the_steps_allow(
             pace.steps += under_way
             assert go[1] == (pace.steps - under_way < warmup)
             ahead = max(0, pace.granted - warmup) - pace.answered / ratio
-            assert ahead <= pace.lead + chunk * envs
+            assert ahead < pace.lead + chunk * envs
         assert moved
     assert goal <= pace.steps < goal + envs
     assert pace.updates == int(max(0.0, ratio * (pace.steps - warmup)) + 1e-9)
