@@ -9,7 +9,7 @@ The l_i are scaled so that their mean is the user's loss, also where positions a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -92,25 +92,28 @@ class SampleLosses:
     def __init__(self, loss: Loss, tells: bool = False, alpha: float = 0.75) -> None:
         self._loss, self._tells, self._alpha = loss, tells, alpha
         self._data: Data | None = None
-        self._found: Tensor | None = None
+        self._found: dict[Hashable, Tensor] = {}  # of passes between their objective and `told`
         self._sum = self._count = 0.0
 
     def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
-        weights = None if self._data is None else self._data.weights
-        if weights is None:
-            if self._tells and self._found is None:
+        data = self._data
+        if data is None:
+            return self._loss(output, targets)
+        news = self._tells and data.key not in self._found
+        if data.weights is None:
+            if news:
                 with torch.no_grad():
-                    self._found = each(self._loss, output.detach(), targets)
+                    self._found[data.key] = each(self._loss, output.detach(), targets)
             return self._loss(output, targets)
         losses = each(self._loss, output, targets)
-        if self._tells and self._found is None:
-            self._found = losses.detach()
-        return (losses * weights.to(losses)).mean()
+        if news:
+            self._found[data.key] = losses.detach()
+        return (losses * data.weights.to(losses)).mean()
 
     @contextmanager
     def of(self, data: Data | None) -> Iterator[None]:
-        """Within: calls are about this pass; the first one is what `told` tells."""
-        self._data, self._found = data, None
+        """Within: calls are about this pass; the first one is what `told` tells of it."""
+        self._data = data
         try:
             yield
         finally:
@@ -120,8 +123,7 @@ class SampleLosses:
         """The message about pass `n`, which has been through; None if it tells nothing."""
         if not self._tells:
             return None
-        losses, self._found = self._found, None
-        indices = state.indices
+        losses, indices = self._found.pop(n, None), state.indices
         if losses is not None and indices is not None and len(losses) != len(indices):
             raise UserError(
                 f"batch {state.batch}: {len(losses)} losses of {len(indices)} samples; a selection needs a boss whose "
@@ -136,6 +138,10 @@ class SampleLosses:
             n, batch=state.batch, round=state.round, indices=indices, losses=losses.float().cpu(),
             threshold=self._sum / self._count,
         )  # fmt: skip
+
+    def clear(self) -> None:
+        """Forget passes in flight."""
+        self._found.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"sum": self._sum, "count": self._count}

@@ -88,6 +88,8 @@ class Worker(Actor):
         self._versions, self._begun, self._dropped = [self.block.version], 0, False
         self.retention.clear()
         self.steps.clear()
+        if self.losses is not None:
+            self.losses.clear()
         self.counters.take_loss()
 
     def wants(self) -> Sequence[Want]:

@@ -308,6 +308,21 @@ def test_losses_name_exactly_the_samples_of_their_batch(boss, seed, slow, packet
     assert counted.packets + counted.dropped == passes
 
 
+@pytest.mark.parametrize("boss", ["gpipe", "zero_bubble"])
+def test_losses_of_a_pass_that_was_dropped_are_forgotten(boss):
+    """A loss that is not finite under "skip", and a run that broke off."""
+    method, heard = spying(boss, lag=1)
+    bad = CASE.batches()
+    bad[1][0].fill_(float("nan"))
+    run = train(CASE, method, batches=bad, on_nonfinite="skip")
+    assert len(heard) > 4
+    losses: Any = run.trainer.workers[-1].losses
+    assert not losses._found
+    losses._found[0] = torch.zeros(1)
+    run.trainer.workers[-1].begin(0)
+    assert not losses._found
+
+
 def test_losses_are_matched_by_index_and_never_by_position():
     samples = data(4, torch.arange(8.0).view(4, 2), start=10)
     some = replace(told([1.0, 2.0]), indices=torch.tensor([13, 11]))
