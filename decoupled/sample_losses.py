@@ -80,6 +80,14 @@ def _counts(given: Mapping[str, Any], targets: Tensor) -> Tensor:
     return known if weight is None else known * weight.to(targets.device)[targets.where(known, 0)]
 
 
+def mean(losses: Tensor, data: Data | None) -> Tensor:
+    """The mean of (batch, ...), sample i times the weight that a selection gives it."""
+    weights = None if data is None else data.weights
+    if weights is None:
+        return losses.mean()
+    return (losses * weights.to(losses).view(-1, *[1] * (losses.dim() - 1))).mean()
+
+
 class SampleLosses:
     """A loss that is called like the user's, and knows of which pass.
 
@@ -108,7 +116,7 @@ class SampleLosses:
         losses = each(self._loss, output, targets)
         if news:
             self._found[data.key] = losses.detach()
-        return (losses * data.weights.to(losses)).mean()
+        return mean(losses, data)
 
     @contextmanager
     def of(self, data: Data | None) -> Iterator[None]:

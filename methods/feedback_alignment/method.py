@@ -30,6 +30,7 @@ from decoupled.methods.feedback_alignment.feedback import RandomFeedback
 from decoupled.order import local, one_f_one_b, sync
 from decoupled.registry import register
 from decoupled.retention import KeepGraph, KeepInputAndWeights, KeepNothing
+from decoupled.sample_losses import mean
 
 
 @register("fa")
@@ -96,7 +97,7 @@ class DirectError(Coupling):
 
 
 class _Projected(Lower):
-    """J_k = <y_k, B_k t> / batch, whose gradient for y_k is B_k t / batch whatever y_k is."""
+    """J_k = <y_k, B_k t> / batch, whose gradient for y_k is B_k t / batch whatever y_k is; samples may have weights."""
 
     has_objective = needs_data = True
 
@@ -111,7 +112,7 @@ class _Projected(Lower):
                 f"{data.targets.dtype}; use another method"
             )
         signal = F.one_hot(data.targets, self._projection.classes).to(y)
-        return (y * self._projection(signal)).sum() / len(y)
+        return mean((y * self._projection(signal)).flatten(1).sum(1), data)
 
 
 class RandomTarget(Coupling):

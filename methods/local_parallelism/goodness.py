@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from decoupled.coupling import Bottom, Coupling, Lower, Place, Top, Upper
 from decoupled.messages import Data
 from decoupled.methods.local_parallelism.streams import Labelled, Sends, Streams
+from decoupled.sample_losses import mean
 
 _STREAMS = 3
 
@@ -112,4 +113,4 @@ class Contrast(Sends):
     def objective(self, y: Tensor, data: Data | None) -> Tensor:
         _, positive, negative = y.chunk(_STREAMS)
         losses = F.softplus(self._theta - goodness(positive)) + F.softplus(goodness(negative) - self._theta)
-        return self.mean(losses, data) / 2
+        return mean(losses, data) / 2

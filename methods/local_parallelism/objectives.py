@@ -13,6 +13,8 @@
 InfoPro may contrast instead of classify: with z = A(y_k) / |A(y_k)| and temperature tau = 0.07, the second term is the
 mean over all pairs a, b of one class of -log(exp(z_a z_b / tau) / sum over c != a of exp(z_a z_c / tau)).
 
+Where a selection weighs samples, row a of the similarities, a's reconstruction and a's pairs have the weight of a.
+
 Sources: Nokland and Eidnes 2019 (PredSim); Wang et al. 2021, Khosla et al. 2020 (InfoPro and the contrastive loss).
 """
 
@@ -29,6 +31,7 @@ from decoupled import heads
 from decoupled.coupling import Coupling, Lower, Place, Top, Upper
 from decoupled.errors import UserError
 from decoupled.messages import Data
+from decoupled.sample_losses import mean
 
 Shape = tuple[int, ...]
 TEMPERATURE, PROJECTION, DECODED = 0.07, 128, 2048
@@ -72,7 +75,8 @@ class PredSimHead(Lower):
             terms.append((1 - self._beta) * self._loss(self._predict(y), data.targets))
         if self._match is not None:
             wanted = similarity(F.one_hot(data.targets, self._classes).to(y.dtype))
-            terms.append(self._beta * F.mse_loss(similarity(self._match(y)), wanted))
+            squares = F.mse_loss(similarity(self._match(y)), wanted, reduction="none")
+            terms.append(self._beta * mean(squares, data))
         return torch.stack(terms).sum()
 
 
@@ -143,14 +147,17 @@ class InfoProHead(Lower):
         x = data.inputs.to(y.device)
         if not x.is_floating_point():
             raise UserError(f"inputs of type {x.dtype} cannot be reconstructed; use a method with a head alone")
-        kept = F.mse_loss(self._decoder(y).view_as(x), x.to(y.dtype))
+        kept = mean(F.mse_loss(self._decoder(y).view_as(x), x.to(y.dtype), reduction="none"), data)
         aimed = self._aimed(y)
-        told = contrastive(aimed, data.targets) if self._contrast else self._loss(aimed, data.targets)
+        told = contrastive(aimed, data.targets, data.weights) if self._contrast else self._loss(aimed, data.targets)
         return self._lambda1 * kept + self._lambda2 * told
 
 
-def contrastive(z: Tensor, targets: Tensor) -> Tensor:
-    """The supervised contrastive loss of features (N, F) with classes (N,), a mean over pairs; 0 if there are none."""
+def contrastive(z: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The supervised contrastive loss of features (N, F) with classes (N,), a mean over pairs; 0 if there are none.
+
+    `weights`: (N,) factors of the pairs' first samples.
+    """
     if len(z) < 2:
         return 0 * z.sum()
     z = F.normalize(z, dim=1)
@@ -158,6 +165,7 @@ def contrastive(z: Tensor, targets: Tensor) -> Tensor:
     pairs = (targets[:, None] == targets[None, :]) & ~alone
     scores = (z @ z.T / TEMPERATURE).masked_fill(alone, -torch.inf)
     told = (scores - scores.logsumexp(1, keepdim=True)).masked_fill(~pairs, 0)
+    told = told if weights is None else told * weights.to(told)[:, None]
     return -told.sum() / pairs.sum().clamp(min=1)
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from decoupled.coupling import Bottom, Coupling, Lower, Place, Top, Upper
 from decoupled.messages import Data
 from decoupled.methods.local_parallelism.streams import Labelled, Sends, Streams
+from decoupled.sample_losses import mean
 
 _STREAMS = 2
 
@@ -65,4 +66,4 @@ class Meeting(Sends):
             h, t = (y.float() if y.dtype.itemsize < 4 else y).flatten(1).chunk(_STREAMS)
             similarity = h @ t.T / math.prod(y.shape[2:])
             losses = F.cross_entropy(similarity, torch.arange(len(h), device=y.device), reduction="none")
-            return self.mean(losses, data)
+            return mean(losses, data)

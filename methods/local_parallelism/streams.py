@@ -70,9 +70,3 @@ class Sends(Lower):
 
     def emit(self, y: Tensor, data: Data | None) -> Payload:
         return y.detach().chunk(self._streams)[: self._sent]
-
-    @staticmethod
-    def mean(losses: Tensor, data: Data | None) -> Tensor:
-        """Over the samples, (N,); with the weights that a selection gives them."""
-        weights = None if data is None else data.weights
-        return (losses if weights is None else losses * weights.to(losses)).mean()

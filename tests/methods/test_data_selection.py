@@ -230,6 +230,28 @@ def test_weights_go_into_the_mean_and_without_them_the_loss_is_untouched():
         torch.testing.assert_close(losses(output, targets), by_hand)
 
 
+@pytest.mark.parametrize(
+    "boss", ["greedy_local", "predsim", "infopro", {"name": "infopro", "contrast": True}, "drtp"], ids=str
+)
+def test_every_sample_has_its_weight_in_every_term(boss):
+    """An objective is linear in the weights, and the plain one where all are 1."""
+    worker: Any = train(CASE, {"name": "screener_net", "boss": boss}).trainer.workers[0]
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randn(6, *worker.place.shapes[0], generator=draw, dtype=torch.float64)
+    x, targets = torch.randn(6, 4, generator=draw, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 2, 2])
+
+    def objective(weights):
+        given = replace(data(6, x, targets), weights=weights)
+        with worker.losses.of(given):
+            return float(worker.lower.objective(y, given).detach())
+
+    terms = torch.tensor([objective(one) for one in torch.eye(6)])
+    assert len(set(terms.tolist())) == 6
+    assert objective(torch.ones(6)) == pytest.approx(objective(None), rel=1e-5)
+    weights = torch.rand(6, generator=draw)
+    assert objective(weights) == pytest.approx(float(weights @ terms), rel=1e-5)
+
+
 def test_the_threshold_is_a_moving_average_of_the_batches_until_now():
     tap = Tap()
     train(CASE, {"name": "autoassist", "lag": 2}, observers=[tap])

@@ -1,6 +1,6 @@
-"""Methods as bosses of a selection of samples: whose losses they tell."""
+"""Methods as bosses of a selection of samples: whose losses they tell, and what they make of weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decoupled.errors import UserError
 from decoupled.method import Method, selecting
 from decoupled.sample_losses import each
 from decoupled.selection import Choice, Chooser, Selection
@@ -64,3 +65,54 @@ def test_every_sample_is_told_its_own_loss(spec):
     assert sorted(set(samples.tolist())) == list(range(len(x)))
     found = torch.cat([told.losses for told in heard])
     torch.testing.assert_close(found.double(), expected[samples], rtol=0.0, atol=1e-5)
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+class Even(Chooser):
+    """Every sample has the same weight."""
+
+    def choose(self, samples: Any, losses):
+        return Choice(weights=torch.full((len(samples.indices),), 0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Selection):
+    weighs: bool = True
+
+    def chooser(self, inputs, outputs, seed):
+        return Even()
+
+
+def first_updates(run):
+    """Of every block; zero where it is not trained, or not yet."""
+    return [versions[min(1, len(versions) - 1)] - versions[0] for versions in run.weights]
+
+
+def constrained(spec, lower):
+    """Whether an inner objective is the distance to a variable: weights reach it with what moves the variable."""
+    return point(spec).coupling.substitutes and lower.awaits == "A"
+
+
+# with several passes in a step, later ones meet variables that have moved
+AT_ONCE = [spec for spec in BOSSES if getattr(point(spec).feed, "passes_per_round", 1) == 1]
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("spec", AT_ONCE, ids=label)
+def test_weights_of_samples_reach_every_objective_or_are_refused(spec, blocks):
+    """Half the weight for all is half the gradient in every block. Some terms of objectives did not hear of weights."""
+    case = replace(CASE, widths=CASE.widths[-1 - blocks :], cuts=tuple(range(1, blocks)), sizes=(8,))
+    plain, method = train(case, spec), selecting(point(spec), Halved())
+    lowers = [worker.lower for worker in plain.trainer.workers]
+    if any(lower.has_objective and not lower.needs_data for lower in lowers):
+        with pytest.raises(UserError, match=r"weighs samples, .*use another boss"):
+            train(case, method)
+        return
+    halves, wholes = first_updates(train(case, method)), first_updates(plain)
+    assert wholes[-1].any()
+    for half, whole, lower in zip(halves, wholes, lowers, strict=True):
+        if not constrained(spec, lower):
+            torch.testing.assert_close(half, whole / 2, rtol=1e-9, atol=1e-12)
