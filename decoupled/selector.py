@@ -222,7 +222,8 @@ def cat(parts: Sequence[Data]) -> Data:
         return parts[0]
     weights = None
     if any(part.weights is not None for part in parts):
-        weights = torch.cat([torch.ones(len(_indices(p))) if p.weights is None else p.weights for p in parts])
+        ones = [torch.ones(len(_indices(part)), dtype=torch.float32) for part in parts]
+        weights = torch.cat([one if p.weights is None else p.weights for one, p in zip(ones, parts, strict=True)])
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets", "indices")}
     return replace(parts[0], weights=weights, **columns)
 

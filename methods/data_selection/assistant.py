@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from decoupled.messages import Data, Losses
-from decoupled.methods.data_selection.plain import are_tokens, draws, numbers, vocabulary
+from decoupled.methods.data_selection.plain import are_tokens, draws, numbers, uniforms, vocabulary
 from decoupled.selection import Choice, Chooser, Selection
 from decoupled.selector import take
 
@@ -72,8 +72,8 @@ class Values(Features):
         assert samples.inputs is not None and samples.targets is not None
         x, y = samples.inputs.flatten(1).float().cpu(), samples.targets.cpu()
         if y.is_floating_point():  # a target that is no class
-            return torch.cat([x, torch.zeros(len(x), self._classes)], 1)
-        counts = torch.zeros(len(x), self._classes)
+            return torch.cat([x, x.new_zeros(len(x), self._classes)], 1)
+        counts = x.new_zeros(len(x), self._classes)
         y = y.reshape(len(x), -1).long()
         known = (y >= 0).float()
         counts.scatter_add_(1, y.clamp(min=0), known)
@@ -81,7 +81,7 @@ class Values(Features):
 
     def decays(self, features: Tensor) -> Tensor:
         """A class's scalar decays once per sample of the class, all others once per batch."""
-        counts = torch.ones(self.width)
+        counts = features.new_ones(self.width)
         counts[self._values :] = features[:, self._values :].sum(0)
         return counts
 
@@ -93,12 +93,13 @@ class Tokens(Features):
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary, self.width = vocabulary, 2 * vocabulary + 2
-        self._documents, self._having = 0, torch.zeros(vocabulary)
+        self._documents, self._having = 0, torch.zeros(vocabulary, dtype=torch.float32)
 
     def _counts(self, samples: Data) -> Tensor:
         assert samples.inputs is not None
         tokens = numbers(samples.inputs, self._vocabulary)
-        return torch.zeros(len(tokens), self._vocabulary).scatter_add_(1, tokens, torch.ones(tokens.shape))
+        counts = torch.zeros(len(tokens), self._vocabulary, dtype=torch.float32)
+        return counts.scatter_add_(1, tokens, counts.new_ones(tokens.shape))
 
     def scan(self, samples: Data) -> None:
         counts = self._counts(samples)
@@ -140,7 +141,7 @@ class Assistant(Chooser):
     def __init__(self, features: Features, gamma: float, gate: bool, seed: int, unbiased: bool = False) -> None:
         self._features, self._gamma, self._gate, self._seed = features, gamma, gate, seed
         self._unbiased = unbiased
-        self._weights = features.scale * torch.randn(features.width, generator=draws(seed, 0, 1))
+        self._weights = features.scale * torch.randn(features.width, generator=draws(seed, 0, 1), dtype=torch.float32)
         self._confidence = 0.0
 
     def begin(self, epoch: int) -> None:
@@ -152,8 +153,8 @@ class Assistant(Chooser):
         if self._warm or base >= 1:
             return Choice()
         assert samples.indices is not None
-        u = torch.rand(len(samples.indices), generator=self._draws)
-        p, kept = torch.ones(len(u)), u < base
+        u = uniforms(len(samples.indices), self._draws)
+        p, kept = torch.ones_like(u), u < base
         asked = torch.arange(len(u)) if self._unbiased else (~kept).nonzero()[:, 0]
         if len(asked):
             self.consulted += len(asked)

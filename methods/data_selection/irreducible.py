@@ -68,7 +68,7 @@ class Rho(Chooser):
         self, fraction: float, holdout: float, known: Sequence[float] | None, classes: int, seed: int
     ) -> None:  # fmt: skip
         self._fraction, self._share, self._classes, self._seed = fraction, holdout, classes, seed
-        self._known = None if known is None else torch.tensor(known)
+        self._known = None if known is None else torch.tensor(known, dtype=torch.float32)
         self._held: list[tuple[Tensor, Tensor]] = []
         self._model: Tensor | None = None  # weights of the softmax with the bias last, or log frequencies of pairs
 
@@ -113,7 +113,7 @@ class Rho(Chooser):
             x_held, y_held = (torch.cat(parts) for parts in zip(*self._held, strict=True))
             self._model, self._held = self._learn(x_held, y_held), []
         if self._model is None:
-            return torch.zeros(len(x))
+            return torch.zeros(len(x), dtype=torch.float32)
         if _pairs(x, y):
             return -self._model[x, y].mean(1)
         self.flops += 2 * self._model.numel() * len(x)
@@ -122,12 +122,13 @@ class Rho(Chooser):
     def _learn(self, x: Tensor, y: Tensor) -> Tensor:
         if _pairs(x, y):
             size = vocabulary((self._classes,))
-            counts = torch.ones(size * size).index_add_(0, (x * size + y).flatten(), torch.ones(x.numel()))
+            counts = torch.ones(size * size, dtype=torch.float32)
+            counts.index_add_(0, (x * size + y).flatten(), counts.new_ones(x.numel()))
             return (counts / counts.view(size, size).sum(1).repeat_interleave(size)).log().view(size, size)
         if y.dim() > 1 or y.is_floating_point():
             raise UserError("rho_loss has no model for such targets; give irreducible=FILE.npy, a loss per sample")
         rows = _ones(x)
-        model = torch.zeros(rows.shape[1], self._classes, requires_grad=True)
+        model = rows.new_zeros(rows.shape[1], self._classes).requires_grad_()
         adam = torch.optim.Adam([model], RATE)
         for _ in range(STEPS):
             (gradient,) = torch.autograd.grad(F.cross_entropy(rows @ model, y), [model])
@@ -149,4 +150,5 @@ def _pairs(x: Tensor, y: Tensor) -> bool:
 
 
 def _ones(x: Tensor) -> Tensor:
-    return torch.cat([x.flatten(1).float(), torch.ones(len(x), 1)], 1)
+    x = x.flatten(1).float()
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)

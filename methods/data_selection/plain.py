@@ -1,5 +1,7 @@
 """What the choosers share: draws per epoch, numbers by sample index, tokens; and the plainest chooser, a coin.
 
+Choosers compute in float32, whatever torch's default is.
+
 uniform   keep i if u_i < fraction,   u_i ~ U(0, 1)
 """
 
@@ -21,6 +23,11 @@ def draws(seed: int, epoch: int, what: int = 0) -> torch.Generator:
     """Random numbers of one epoch; `what` keeps streams apart."""
     (number,) = np.random.SeedSequence((seed, epoch, what)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(number >> np.uint64(1)))
+
+
+def uniforms(count: int, draw: torch.Generator) -> Tensor:
+    """(count,) numbers, even in [0, 1)."""
+    return torch.rand(count, generator=draw, dtype=torch.float32)
 
 
 def indices(data: Data) -> Tensor:
@@ -59,7 +66,7 @@ class Table:
     """A number per sample index, `unknown` until it is set."""
 
     def __init__(self, unknown: float = float("nan")) -> None:
-        self._unknown, self._values = unknown, torch.zeros(0)
+        self._unknown, self._values = unknown, torch.zeros(0, dtype=torch.float32)
 
     def __getitem__(self, index: Tensor) -> Tensor:
         self._reach(index)
@@ -81,7 +88,8 @@ class Table:
     def _reach(self, index: Tensor) -> None:
         more = (int(index.max()) + 1 if len(index) else 0) - len(self._values)
         if more > 0:
-            self._values = torch.cat([self._values, torch.full((max(more, len(self._values)),), self._unknown)])
+            room = torch.full((max(more, len(self._values)),), self._unknown, dtype=torch.float32)
+            self._values = torch.cat([self._values, room])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,5 +112,5 @@ class Coin(Chooser):
         self._draws = draws(self._seed, epoch)
 
     def choose(self, samples: Data, losses: Tensor | None) -> Choice:
-        kept = torch.rand(len(indices(samples)), generator=self._draws) < self._fraction
+        kept = uniforms(len(indices(samples)), self._draws) < self._fraction
         return Choice() if bool(kept.all()) else Choice(kept.nonzero()[:, 0])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from decoupled.messages import Data, Losses
-from decoupled.methods.data_selection.plain import Table, draws, indices
+from decoupled.methods.data_selection.plain import Table, draws, indices, uniforms
 from decoupled.selection import Choice, Chooser, Selection
 
 HISTORY = 1024
@@ -58,9 +58,9 @@ class Selector(Chooser):
         index = indices(samples)
         if losses is not None:
             self._see(index, losses)
-        history = torch.tensor(sorted(self._history))
+        history = torch.tensor(sorted(self._history), dtype=torch.float32)
         share = torch.searchsorted(history, self._last[index], right=True) / max(1, len(history))
-        kept = torch.rand(len(index), generator=self._draws) < share**self._beta
+        kept = uniforms(len(index), self._draws) < share**self._beta
         return Choice() if bool(kept.all()) else Choice(kept.nonzero()[:, 0])
 
     def hear(self, told: Losses, samples: Data) -> None:
@@ -108,6 +108,6 @@ class Ranks(Chooser):
             return Choice()
         rank = losses.argsort(descending=True, stable=True).argsort()
         # the largest of log p + Gumbel noise are a draw without replacement
-        noise = -torch.log(-torch.log(torch.rand(len(rank), generator=self._draws).clamp(1e-7, 1 - 1e-7)))
+        noise = -torch.log(-torch.log(uniforms(len(rank), self._draws).clamp(1e-7, 1 - 1e-7)))
         keys = noise - math.log(self._pressure) * rank / len(rank)
         return Choice(keys.topk(math.ceil(self._fraction * len(rank))).indices.sort().values)

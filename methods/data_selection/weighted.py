@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Paced(Remembering):
 
     def __init__(self, pace: int, seed: int) -> None:
         super().__init__(seed, UNTRAINED)
-        self._share = [*torch.linspace(0.25, 1, pace).tolist(), 1.0]
+        self._share = [*torch.linspace(0.25, 1, pace, dtype=torch.float32).tolist(), 1.0]
 
     def begin(self, epoch: int) -> None:
         super().begin(epoch)
@@ -112,7 +113,7 @@ class Pruning(Remembering):
             return
         known = self._last.values[self._last.values.isfinite()]
         low = (self._last.values < known.mean()).nonzero()[:, 0]
-        self._weights[low] = torch.full((len(low),), 1 / (1 - self._ratio))
+        self._weights[low] = torch.full((len(low),), 1 / (1 - self._ratio), dtype=torch.float32)
         order = torch.randperm(len(low), generator=self._draws)
         self._weights[low[order[: round(self._ratio * len(low))]]] = torch.zeros(round(self._ratio * len(low)))
 
@@ -180,12 +181,13 @@ class Screener(Chooser):
 
 def screener(inputs: Tensor, tokens: int) -> nn.Module:
     """Four convolutions 3x3 (4, 8, 16, 32 channels, ELU) for images, two layers of 32 for other inputs."""
+    linear = partial(nn.Linear, dtype=torch.float32)
     if tokens:
-        return nn.Sequential(nn.EmbeddingBag(tokens, 32), nn.ELU(), nn.Linear(32, 1))
+        return nn.Sequential(nn.EmbeddingBag(tokens, 32, dtype=torch.float32), nn.ELU(), linear(32, 1))
     if inputs.dim() != 4:
-        return nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 32), nn.ELU(), nn.Linear(32, 1))
+        return nn.Sequential(nn.Flatten(), linear(inputs[0].numel(), 32), nn.ELU(), linear(32, 1))
     channels = [inputs.shape[1], 4, 8, 16, 32]
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(channels):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ELU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 1))
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, dtype=torch.float32), nn.ELU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(32, 1))

@@ -1,6 +1,7 @@
 """Data selection: the rule followed, whose losses are whose, who waits for whom, and every chooser's equation."""
 
 import contextlib
+import copy
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -439,6 +440,41 @@ def test_any_method_can_be_the_boss_and_threads_equal_the_simulator(name, boss):
     names = {worker.lower.__class__.__name__ for worker in runs[0].trainer.workers}
     plain = train(CASE, boss, epochs=1).trainer.workers
     assert names == {worker.lower.__class__.__name__ for worker in plain}
+
+
+@pytest.fixture
+def float64():
+    """Double precision by default, for one test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+RULES: list[dict[str, Any]] = [{"name": name} | ({"lag": 2} if name == "autoassist" else {}) for name in NAMES]
+RULES.append({"name": "autoassist", "lag": 2, "unbiased": True, "gate": False})
+
+
+@pytest.mark.parametrize("spec", RULES, ids=str)
+def test_the_default_type_of_numbers_decides_nothing(spec, float64):
+    """In float64 five rules of eight ended in torch's own errors about types."""
+    blocks = CASE.blocks()
+    runs = [train(CASE, spec, blocks=copy.deepcopy(blocks), epochs=3)]
+    torch.set_default_dtype(torch.float32)
+    runs.append(train(CASE, spec, blocks=copy.deepcopy(blocks), epochs=3))
+    compare(runs[0].weights, runs[1].weights, tolerance=0.0)
+    assert runs[0].trainer.selected() == runs[1].trainer.selected()
+
+
+@pytest.mark.parametrize("name", ["autoassist", "screener_net", "rho_loss"])
+def test_tokens_are_read_whatever_the_default_type_is(name, float64):
+    selection, samples = registry.make(name).selection, data(2, WORDS, WORDS.flip(1))
+    assert selection is not None
+    chooser = selection.chooser(WORDS, (300, 3), 0)
+    for epoch, losses in enumerate([None, torch.ones(2, dtype=torch.float32)]):
+        chooser.begin(epoch)
+        chooser.choose(samples, losses)
+        chooser.hear(replace(told([1.0, 2.0]), losses=torch.ones(2, dtype=torch.float32)), samples)
 
 
 @pytest.mark.slow
