@@ -89,14 +89,15 @@ def similarity(z: Tensor) -> Tensor:
     return (z @ z.T).clamp(-1, 1)
 
 
-def _zero_classifier(shape: Shape, classes: int) -> nn.Module:
-    """Pool images to at most `DECODED` features, then one linear layer that starts at zero."""
+def _zero_classifier(shape: Shape, classes: int) -> nn.Sequential:
+    """Pool images of more than `DECODED` features to a square of at most as many, then one linear layer from zero."""
     pool: list[nn.Module] = []
     features = math.prod(shape)
     if len(shape) == 3:
         side = max(1, min(shape[1], shape[2], math.isqrt(DECODED // shape[0])))
-        pool.append(nn.AdaptiveAvgPool2d(side))
-        features = shape[0] * side * side
+        size = shape[1:] if features <= DECODED else (side, side)
+        pool.append(nn.AdaptiveAvgPool2d(size))
+        features = shape[0] * math.prod(size)
     linear = nn.Linear(features, classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from decoupled import Trainer
 from decoupled.errors import UserError
-from decoupled.methods.local_parallelism.objectives import contrastive, similarity
+from decoupled.methods.local_parallelism.objectives import _zero_classifier, contrastive, similarity
 from decoupled.randomness import seeded
 from decoupled.testing import OPTIMIZERS, Case, compare, flat, train
 
@@ -130,6 +130,18 @@ def test_predsim_without_similarity_is_prediction():
 def test_the_prediction_starts_at_zero():
     for parts in fresh({"name": "predsim", "mode": "pred"}):
         assert all(not p.any() for p in parts.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shape", "features"),
+    [((4, 4, 64), 1024), ((2, 32, 32), 2048), ((8, 16, 16), 2048), ((8, 32, 32), 2048), ((16, 8, 64), 1024),
+     ((3000, 2, 2), 3000), ((5,), 5)],
+)  # fmt: skip
+def test_images_are_pooled_for_the_prediction_only_beyond_the_bound(shape, features):
+    """4 x 4 x 64 was pooled to 4 x 4 x 4."""
+    predict = _zero_classifier(shape, 3)
+    assert predict[-1].weight.shape == (3, features)
+    assert predict(torch.randn(2, *shape)).shape == (2, 3)
 
 
 def test_similarity_of_images_is_that_of_deviations_over_space():
