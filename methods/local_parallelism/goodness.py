@@ -12,8 +12,8 @@
     label i of C among m = min(C, features): feature i mod m gets 1 / (1 + i div m), the others of the m get 0, on a
     scale from the least to the largest value of the batch; with at least C features that is a one-hot code
 
-Labels of the negative stream depend on the number of the batch alone. The network that is evaluated is a linear probe
-made deep: the blocks with their normalisation on the plain input, the last block being the classifier.
+Labels of the negative stream depend on the seed and the number of the batch alone. The network that is evaluated is a
+linear probe made deep: the blocks with their normalisation on the plain input, the last block being the classifier.
 
 Source: Hinton 2022 (arXiv 2212.13345).
 """
@@ -71,9 +71,10 @@ class Written(Labelled):
     def __init__(self, place: Place, method: str, streams: int) -> None:
         super().__init__(place, method, streams)
         self._codes = codes(self.classes, math.prod(place.inputs))
+        self._seed = int(torch.randint(1 << 31, (), device="cpu"))  # of the trainer's
 
     def streams_of(self, x: Tensor, labels: Tensor, batch: int) -> list[Tensor]:
-        return [x, self._written(x, labels), self._written(x, others(labels, self.classes, batch))]
+        return [x, self._written(x, labels), self._written(x, others(labels, self.classes, self._seed + batch))]
 
     def _written(self, x: Tensor, labels: Tensor) -> Tensor:
         low, high = x.min(), x.max()
@@ -91,9 +92,9 @@ def codes(classes: int, features: int) -> Tensor:
     return made
 
 
-def others(labels: Tensor, classes: int, batch: int) -> Tensor:
-    """A wrong label for each, drawn evenly; the same for the same batch number."""
-    draw = torch.Generator().manual_seed(batch)
+def others(labels: Tensor, classes: int, seed: int) -> Tensor:
+    """A wrong label for each, drawn evenly; the same for the same seed."""
+    draw = torch.Generator().manual_seed(seed)
     steps = 1 + torch.randint(classes - 1, labels.shape, generator=draw, device="cpu")
     return (labels + steps.to(labels.device)) % classes
 

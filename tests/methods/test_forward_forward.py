@@ -35,7 +35,8 @@ def test_a_step_by_hand():
     run, blocks = train(CASE, {"name": "forward_forward", "threshold": 0.5}, epochs=2), CASE.blocks()
     made = [OPTIMIZERS["sgd"](list(block.parameters())) for block in blocks]
     weights = [[flat(block)] for block in blocks]
-    for number, (x, y, _) in enumerate(CASE.batches() * 2):
+    bottom: Any = run.trainer.workers[0].upper
+    for number, (x, y, _) in enumerate(CASE.batches() * 2, bottom._seed):
         streams = [x, written(x, y), written(x, others(y, CLASSES, number))]
         for k, block in enumerate(blocks[:-1]):
             streams = [block(h.detach() if k == 0 else normal(h.detach())) for h in streams]
@@ -65,6 +66,14 @@ def test_negative_labels_are_wrong_and_even_and_repeat():
         assert sorted(counts.tolist())[1] > 120
     assert torch.equal(wrong, others(labels, 4, 3))
     assert not torch.equal(wrong, others(labels, 4, 4))
+
+
+def test_wrong_labels_come_from_the_seed():
+    """They were the same for every seed."""
+    one, again, other = (train(CASE, "forward_forward", seed=seed).weights for seed in (0, 0, 1))
+    compare(one, again, tolerance=0.0)
+    with pytest.raises(AssertionError, match="block 0 differs"):
+        compare(one, other)
 
 
 def test_codes_are_one_hot_where_there_is_room_and_differ_everywhere():
