@@ -1,7 +1,8 @@
 """Choosers that weigh: every objective of the boss is (1/B) sum_i v_i l_i on a batch of B samples.
 
     self_paced    v_i ~ max(0, 1 - l_i / L_e)^(1/(q-1)) + 0.01, q = 4, scaled to sum B over the batch; l_i: loss when
-                  last trained (1000 before), L_e: its quantile at the start of epoch e, 0.25 up to 1 in `pace` steps
+                  last trained (1000 before), L_e: its quantile at the start of epoch e, 0.25 up to 1 in `pace` steps,
+                  and 1e-6 more
     screener_net  v_i = s(x_i), a small network that is trained on
                   sum_i (1 - s_i)^2 l_i + s_i^2 max(margin - l_i, 0) + 0.01 mean |theta|, by Adam
     infobatch     at the start of an epoch, of the samples with l_i < mean(l) a share `ratio` is left out of it; the

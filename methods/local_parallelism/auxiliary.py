@@ -8,7 +8,8 @@
     d_k = max(1, round(depth (1 - t) + t)),   t = decline k / (K - 2)          less depth towards the top
 
 A unit that expects another shape than it is given gets an adapter in front: pool to its height and width and a 1x1
-convolution to its channels, or one linear layer. Every copy, adapter and head is the block's own.
+convolution without bias to its channels, each where these differ, or one linear layer. Every copy, adapter and head is
+the block's own.
 
 Source: Ma, Wu, Si and Tan 2024.
 """
