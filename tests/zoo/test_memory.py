@@ -1,11 +1,14 @@
 """Memory: what a block has held at most is what its retention keeps per pass, times the passes its order holds (F2),
 and what its half of the edge above keeps by itself."""
 
+import gc
 import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
+from torch.nn import functional as F
 
 from decoupled.correction import hooks
 from decoupled.coupling import Gradient, Lower, Place
@@ -13,9 +16,12 @@ from decoupled.messages import Data
 from decoupled.plan import parse
 from decoupled.retention import KeepGraph, KeepInput, KeepInputAndWeights, KeepLiveGraph, KeepNothing
 from decoupled.reversible import Reconstruct
-from decoupled.testing import Case, cases, label, point, train, variants, workers
+from decoupled.testing import OPTIMIZERS, Case, cases, label, point, train, variants, workers
+from decoupled.trainer import Trainer
 
 NUMBER = 8  # bytes, float64
+DEFAULTS = [spec for spec in variants() if set(spec) == {"name"}]
+LONG = Case(widths=(4, 5, 3, 4), cuts=(1, 2), sizes=(6,) * 8)
 SMALL = Case(widths=(2, 2, 2), cuts=(1,), sizes=(2,))
 GRAPHS, INPUTS = (KeepGraph, KeepLiveGraph, KeepNothing), (KeepInput, KeepInputAndWeights)
 
@@ -107,3 +113,20 @@ def test_what_halves_declare_to_keep_is_held_as_well():
     )
     method = replace(late, coupling=Keeping())
     compare(Case(widths=(3, 4, 3), cuts=(1,), sizes=(4,) * 6), method)
+
+
+def live_bytes():
+    """Of all tensors that Python holds."""
+    gc.collect()
+    return sum(thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+
+
+@pytest.mark.parametrize("spec", DEFAULTS, ids=label)
+def test_nothing_is_hoarded(spec):
+    """What a run holds does not grow from epoch to epoch, once everything there is to remember has been met."""
+    given = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["momentum"], "runtime": "simulated"}
+    with Trainer(LONG.blocks(), spec, **given) as trainer:
+        trainer.fit(LONG.batches(), point(spec).epochs + 2)
+        before = live_bytes()
+        trainer.fit(LONG.batches(), 2 * point(spec).epochs)
+        assert live_bytes() <= before
