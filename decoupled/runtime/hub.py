@@ -65,7 +65,10 @@ class Hub(Control):
                     raise self.lost
                 if time.monotonic() > deadline:
                     missing = [str(r) for r in range(1, self.world) if r not in self._lines]
-                    raise PeerLost(f"rank {', '.join(missing)} never came within {timeout:g} s")
+                    raise PeerLost(
+                        f"rank {', '.join(missing)} never came within {timeout:g} s; see that all ranks run and can "
+                        "reach rank 0, or give the runtime a longer startup"
+                    )
 
     def heard_of(self, rank: int) -> Status | None:
         """What `rank` last said of itself."""

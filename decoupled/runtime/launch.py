@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore
 
-from decoupled.errors import PeerLost, UserError
+from decoupled.errors import PeerLost, UserError, first_line
 from decoupled.runtime.control import Beats, Control, Member
 from decoupled.runtime.hub import Hub
 
@@ -48,8 +48,30 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def launched_rank() -> int:
-    """The rank that a launcher has given to this process; 0 without one."""
-    return int(os.environ["RANK"]) if under_torchrun() else 0
+    """The rank that a launcher has given to this process; 0 without one.
+
+    Raises:
+        UserError: what the launcher has set cannot be.
+    """
+    return _launched()[0] if under_torchrun() else 0
+
+
+def _launched() -> tuple[int, int]:
+    """Rank and world size as a launcher has set them.
+
+    Raises:
+        UserError: one of its variables cannot be.
+    """
+    remedy = f"correct it, or unset {', '.join(_VARIABLES)}"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name}={os.environ[name]!r} is not a number; {remedy}")
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= world:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world}; {remedy}")
+    if not 0 < port < 1 << 16:
+        raise UserError(f"MASTER_PORT={port} is not a port (1 to 65535); {remedy}")
+    return rank, world
 
 
 class Group:
@@ -75,13 +97,13 @@ class Group:
         """The group that this process belongs to; `processes`: as asked for, None: 1, or what the launcher says.
 
         Raises:
-            UserError: a number below 1, or not the launcher's.
+            UserError: a number below 1, or not the launcher's; or the launcher's variables cannot be.
         """
         if processes is not None and (not isinstance(processes, int) or processes < 1):
             raise UserError(f"runtime processes: processes must be an integer of at least 1, got {processes!r}")
         if not under_torchrun():
             return cls(0, processes or 1, starts=True, follows=False)
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world = _launched()
         if FOLLOW in os.environ:
             return cls(rank, world, starts=True, follows=True)
         if processes not in (None, world):
@@ -98,6 +120,7 @@ class Group:
 
         Raises:
             PeerLost: somebody did not come within `timeout` seconds.
+            UserError: rank 0 cannot listen where the others were told to come.
         """
         self._meet(timedelta(seconds=timeout))
         if self.rank:
@@ -118,8 +141,11 @@ class Group:
         while True:
             try:
                 hub, token = self.store.get("hub").decode().split(" ")
-            except DistStoreError as error:
-                raise PeerLost(f"rank {self.rank}: rank 0 never came within {timeout:g} s") from error
+            except DistError as error:
+                raise PeerLost(
+                    f"rank {self.rank}: rank 0 never came within {timeout:g} s; see that it runs, or give the runtime "
+                    "a longer startup"
+                ) from error
             host, port = hub.rsplit(":", 1)
             try:
                 address, left = (host, int(port)), max(0.1, deadline - time.monotonic())
@@ -132,15 +158,34 @@ class Group:
     def _meet(self, wait: timedelta) -> None:
         """Set `store` and `host`; start the others if that is this process's task."""
         if not self.starts:
-            store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
-            self.store = PrefixStore(f"decoupled-{next(_made)}", store)
-            self.host = self._reachable_host()
+            self.store = PrefixStore(f"decoupled-{next(_made)}", self._rendezvous(wait))
         elif self.rank:
             self.store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
         else:
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
             self._start(store.port)
             self.store = store
+
+    def _rendezvous(self, wait: timedelta) -> Store:
+        """The launcher's store, or one at rank 0; sets `host`. `world_size=1`: the hub, not it, waits for all ranks."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        seconds = wait.total_seconds()
+        try:
+            if self.rank:
+                _wait_for(address, port, seconds)
+            self.host = self._reachable_host()
+            return next(iter(rendezvous("env://", world_size=1, timeout=wait)))[0]
+        except (DistError, OSError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            if self.rank:
+                raise PeerLost(
+                    f"rank {self.rank} cannot reach rank 0 at {address}:{port} within {seconds:g} s ({reason}); see "
+                    "that it runs there, correct MASTER_ADDR and MASTER_PORT, or give the runtime a longer startup"
+                ) from error
+            raise UserError(
+                f"rank 0 cannot listen at {address}:{port} ({reason}); MASTER_ADDR must be this host's, "
+                "MASTER_PORT free"
+            ) from error
 
     def me(self) -> tuple[int, str]:
         """Process number and host name, for errors."""
@@ -196,6 +241,19 @@ class Group:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((master, int(os.environ["MASTER_PORT"])))
             return probe.getsockname()[0]
+
+
+def _wait_for(address: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens there; torch would, too, but prints every attempt."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())):
+                return
+        except OSError:
+            if time.monotonic() + _PAUSE > deadline:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _ending(code: int) -> str:

@@ -394,6 +394,81 @@ def test_a_rank_that_rank_0_never_comes_to_says_so():
         reach(store, 0.2)
 
 
+def launched(monkeypatch, rank, **other):
+    """The group of a process whose launcher has set the variables, and their port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **other}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return launch.Group.find(None), port
+
+
+def come(group, timeout):
+    return group.connect(Beats(1.0), timeout, lambda rank, reason: reason, lambda *_: None)
+
+
+def test_ranks_of_another_launcher_meet(monkeypatch):
+    """`torch.distributed.run` has a store of its own; here rank 0 has it."""
+    group, _ = launched(monkeypatch, 0)
+    text = "from decoupled.runtime.processes import Processes; Processes().start()"
+    with subprocess.Popen([sys.executable, "-c", text], env=os.environ | {"RANK": "1"}, cwd=ROOT) as other:
+        hub, _ = come(group, 60.0)
+        try:
+            assert hub.exchange("start", ("", 0.0, group.me()), 60.0)[1][2][0] == other.pid
+        finally:
+            hub.close()
+            group.end()
+    assert other.returncode == 0
+
+
+def test_a_rank_that_nobody_has_started_is_named(monkeypatch):
+    """It was a traceback of torch."""
+    group, _ = launched(monkeypatch, 0)
+    with pytest.raises(PeerLost, match=r"^rank 1 never came within 0\.3 s; see that all ranks run"):
+        come(group, 0.3)
+    group.end()
+
+
+def test_an_address_where_rank_0_is_not_is_named(monkeypatch):
+    group, port = launched(monkeypatch, 1)
+    with pytest.raises(PeerLost, match=rf"^rank 1 cannot reach rank 0 at 127.0.0.1:{port} within 0.3 s \(Connection"):
+        come(group, 0.3)
+
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    group, port = launched(monkeypatch, 1, MASTER_ADDR="nowhere.invalid")
+    with pytest.raises(PeerLost, match=rf"at nowhere.invalid:{port} within 0.3 s \(Name or service not known\); "):
+        come(group, 0.3)
+
+
+def test_rank_0_that_cannot_listen_says_where(monkeypatch):
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        group, _ = launched(monkeypatch, 0, MASTER_PORT=taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"^rank 0 cannot listen at 127.0.0.1:\d+ \(.*address already in use\); "):
+            come(group, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"RANK": "x"}, r"^RANK='x' is not a number; correct it, or unset RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT$"),
+        ({"WORLD_SIZE": "-2"}, r"^WORLD_SIZE='-2' is not a number"),
+        ({"MASTER_PORT": "http"}, r"^MASTER_PORT='http' is not a number"),
+        ({"MASTER_PORT": 70000}, r"^MASTER_PORT=70000 is not a port"),
+        ({"RANK": 2}, r"^RANK=2 is not below WORLD_SIZE=2"),
+    ],
+)
+def test_variables_of_a_launcher_that_cannot_be_are_named(monkeypatch, other, message):
+    with pytest.raises(UserError, match=message):
+        launched(monkeypatch, 0, **other)
+    with pytest.raises(UserError, match=message):
+        launch.launched_rank()
+
+
 def test_a_start_that_fails_leaves_nothing_open(monkeypatch):
     def lost(self, *arguments):
         raise PeerLost("rank 1 did not come")
