@@ -15,18 +15,24 @@ import numpy as np
 import torch
 
 from decoupled.errors import UserError, first_line
+from decoupled.files import writing
 from decoupled.worker import Worker
 
 
 def save(state: Mapping[str, Any], path: str | Path) -> None:
-    """Write `state` to `path`: to a temporary file first, then moved, so that no half-written file is ever there."""
+    """Write `state` to `path`: to a temporary file first, then moved, so that no half-written file is ever there.
+
+    Raises:
+        UserError: the system refuses, e.g. because the disk is full; an older file stays.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with writing(path, partial):
+        with partial.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import UserError
+from decoupled.files import writing
 from decoupled.observe.points import describe
 
 try:
@@ -113,5 +114,6 @@ def save(out: Path, results: Mapping[str, Any]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file: whoever is killed meanwhile leaves the old one or the new one (and perhaps a part, as NAME.new)."""
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    with writing(path, new):
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)

@@ -20,6 +20,7 @@ from decoupled import checkpoint, registry
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
+from decoupled.files import writing
 from decoupled.resumed import alone, write_whole
 
 
@@ -56,7 +57,8 @@ def opened(
 
 def keep(out: Path, record: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write the record of an epoch, then the state after it."""
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    path = out / "metrics.jsonl"
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -67,7 +69,8 @@ def blocks(out: Path, statistics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write the statistics of all blocks; without any (nothing was left to train) those of before stay."""
     path = out / "blocks.json"
     if statistics:
-        path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")
+        with writing(path):
+            path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 

@@ -14,13 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
+from decoupled import checkpoint
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
 from decoupled.experiment import label
+from decoupled.files import writing
 from decoupled.graph.draw import svg
 from decoupled.graph.experiment import GraphSetting
 from decoupled.observe.eventlog import recording
@@ -59,8 +60,9 @@ def train_graph(config: TrainConfig, out: Path | None, events: int = 0, quiet: b
                     f"{held_out['score']:.4f}  {record['samples_per_second']:.0f} samples/s"
                 )
                 if out is not None:
-                    torch.save(trainer.graph.module.state_dict(), out / "checkpoint.pt")
-                    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    checkpoint.save(trainer.graph.module.state_dict(), out / "checkpoint.pt")
+                    rows = out / "metrics.jsonl"
+                    with writing(rows), rows.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
             if out is not None:
                 (out / "graph.svg").write_text(svg(trainer.graph, trainer.places), encoding="utf-8")

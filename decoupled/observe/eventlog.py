@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from decoupled.errors import UserError
@@ -116,9 +116,16 @@ def recording(directory: Path | None, name: str, limit: int = LIMIT) -> Iterator
     logs = [EventLog(name, limit)] if directory is not None and limit > 0 else []
     try:
         yield logs
-    finally:
-        for log in logs:
-            log.events().save(directory or Path())
+    except BaseException:
+        with suppress(UserError):  # what has ended the run is what to tell
+            _save(logs, directory)
+        raise
+    _save(logs, directory)
+
+
+def _save(logs: Iterable[EventLog], directory: Path | None) -> None:
+    for log in logs:
+        log.events().save(directory or Path())
 
 
 def _alignment(kept: Iterable[tuple[int, Event]]) -> tuple[dict[int, float], list[Extent]]:

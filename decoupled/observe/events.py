@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from decoupled.errors import ProtocolError, UserError, first_line
+from decoupled.files import writing
 from decoupled.runtime.contract import Edge
 
 FORMAT = 1
@@ -135,12 +136,13 @@ class Events:
             "edges": [[e.source, e.out, e.target, e.port, e.capacity] for e in self.edges],
             "limit": self.limit, "until": self.until, "events": len(self.rows),
         }  # fmt: skip
+        path = directory / FILE
         directory.mkdir(parents=True, exist_ok=True)
-        with gzip.open(directory / FILE, "wt", encoding="utf-8") as file:
+        with writing(path, path), gzip.open(path, "wt", encoding="utf-8") as file:
             file.write(json.dumps(header) + "\n")
             for row in self.rows:
                 file.write(json.dumps([type(row).__name__.lower(), *row], separators=(",", ":")) + "\n")
-        return directory / FILE
+        return path
 
 
 def read(directory: Path) -> Events:

@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from decoupled.files import writing
 from decoupled.observe import charts, claims, conditions, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
 from decoupled.observe.points import held
@@ -183,4 +184,6 @@ def render(results: dict[str, Any]) -> str:
 def write_report(results: dict[str, Any], path: Path) -> None:
     """Write the page of `results` to `path`; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results), encoding="utf-8")
+    text = render(results)
+    with writing(path, path):
+        path.write_text(text, encoding="utf-8")

@@ -24,6 +24,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from decoupled.files import writing
+
 # What the first letter of an operation stands for; the report's legend and the trace's categories use the same words.
 KINDS = {
     "F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "S": "step", "E": "emit",
@@ -150,10 +152,8 @@ def write_trace(spans: Iterable[Span], flows: Iterable[Flow], path: Path, counte
     events.sort(key=lambda event: (event["pid"], event.get("ts", -math.inf)))  # names first, then in order of time
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"), default=str)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text, encoding="utf-8")
+    with writing(path, path):
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def _names(processes: Mapping[str, int], tracks: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:

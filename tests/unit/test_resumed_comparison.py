@@ -194,6 +194,24 @@ def test_speed_is_not_compared_across_machines(tmp_path: Path) -> None:
     assert speed == {"backprop": 1.0, "ddg": None}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plain = tmp_path / "run", resumed.save
+
+    def save(*words: Any) -> None:
+        (out / "results.json.new").symlink_to("/dev/full")
+        plain(*words)
+
+    monkeypatch.setattr(resumed, "save", save)
+    one = ["controls=false", "sweep=null", "seeds=1", "methods=[backprop]"]
+    assert cli.main(["compare", *WORDS, *one, "--quiet", "--out", str(out)]) == 2
+    said = f"cannot write {out}/results.json (No space left on device); make room there, or write elsewhere"
+    assert capsys.readouterr().err == f"decoupled: {said}\n"
+    assert not list(out.iterdir())
+
+
 def test_another_comparison_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, one = tmp_path / "run", ["controls=false", "sweep=null", "seeds=1", "methods=[backprop]"]
     compare(config(*one), out, "c", quiet=True)

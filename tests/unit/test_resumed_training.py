@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoupled import resumed, rundir, train
+from decoupled import checkpoint, resumed, rundir, train
 from decoupled.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +146,25 @@ def test_a_run_that_went_on_from_a_checkpoint_elsewhere_goes_on_without_it(whole
     assert run(*more, "--resume") == 0
     assert [row["epoch"] for row in contents(out)[1]] == [5, 6, 7]
     assert contents(out)[0]["method"] == "ddg"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path, monkeypatch, capsys):
+    """It was a traceback of the event log, which had no room either, behind two of torch."""
+    out, plain = tmp_path / "full", checkpoint.save
+
+    def save(state, path):
+        for name in ("checkpoint.pt.partial", "events.jsonl.gz"):
+            (out / name).symlink_to("/dev/full")
+        plain(state, path)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert run(*SIMULATED, "--out", str(out)) == 2
+    said = (
+        f"decoupled: cannot write {out}/checkpoint.pt (No space left on device); make room there, or write elsewhere\n"
+    )
+    assert capsys.readouterr().err == said
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.jsonl"}
 
 
 def test_two_do_not_write_to_one_directory(whole, capsys):
