@@ -21,7 +21,7 @@ from typing import Any
 
 import cloudpickle
 
-from decoupled.errors import PeerLost, ProtocolError, UserError
+from decoupled.errors import PeerLost, ProtocolError, UserError, first_line
 from decoupled.runtime import memory
 from decoupled.runtime.channels import Channels
 from decoupled.runtime.contract import Graph, Observer, Runtime, Timings, intra_op_threads
@@ -297,7 +297,7 @@ class Processes(Runtime):
             kind, name, *rest = order
             if kind == "host":
                 try:
-                    self._things[name] = cloudpickle.loads(rest[0])(self)
+                    self._things[name] = _received(rest[0])(self)
                 except Exception as error:
                     self._things[name] = error  # to be raised when it is called
             elif kind == "drop":
@@ -340,3 +340,19 @@ class Processes(Runtime):
 
     def _name(self, thing: Any) -> int:
         return next(name for name, known in self._things.items() if known is thing)
+
+
+def _received(payload: bytes) -> Callable[[Runtime], Any]:
+    """What `host` has sent.
+
+    Raises:
+        UserError: it cannot be unpickled here.
+    """
+    try:
+        return cloudpickle.loads(payload)
+    except Exception as error:
+        raise UserError(
+            "the model, loss, optimizer or method was sent to another process and cannot be unpickled there "
+            f"({type(error).__name__}: {first_line(error)}); leave out what pickle cannot remake, such as exceptions "
+            "whose __init__ takes other arguments than their args"
+        ) from error

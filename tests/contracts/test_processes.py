@@ -178,6 +178,24 @@ def test_what_cannot_be_sent_is_named(pool):
             trainer.fit(CASE.batches())
 
 
+class TwoArguments(Exception):
+    """Pickle makes it anew with one."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} at {where}")
+
+
+def test_what_cannot_be_unpickled_there_is_named(pool):
+    """It was the other process's TypeError, with no word of sending."""
+    kept = TwoArguments("a", "b")
+    given = {"loss": lambda y, t: F.cross_entropy(y, t) + 0 * len(kept.args), "optimizer": OPTIMIZERS["sgd"]}
+    with Trainer(CASE.blocks(), "pipedream", runtime=pool(2), **given) as trainer:
+        message = r"cannot be unpickled there \(TypeError: .*'where'\); leave out what"
+        with pytest.raises(UserError, match=message) as caught:
+            trainer.fit(CASE.batches())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("runtime", "message"),
     [
