@@ -44,7 +44,7 @@ CHECKS = (
     Check("backends", host.backends),
     Check("interfaces", network.interfaces),
     Check("host name", network.host_name),
-    Check("gloo", network.gloo, limit=network.LIMIT + 1.0),
+    Check("gloo", network.gloo, limit=network.START + network.LIMIT + 1.0),
     Check("shared memory", sharing.memory),
     Check("mapping", sharing.mapping),
     Check("limits", sharing.limits),

@@ -283,7 +283,7 @@ STAGE = "print(json.dumps({'stage': 'loopback'}), flush=True)"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("threading.Event().wait()", "start: no answer"),
+        ("threading.Event().wait()", "start: no answer within 1.5 s"),
         (f"{STAGE}; threading.Event().wait()", "loopback: no answer within 2.5 s"),
         (f"{STAGE}; sys.exit('refused')", "loopback: process ended with 1: refused"),
         ("print(json.dumps({'stage': 'loopback', 'right': False, 'seconds': 1}))", "loopback: other bytes arrived"),
@@ -293,9 +293,18 @@ STAGE = "print(json.dumps({'stage': 'loopback'}), flush=True)"
 def test_gloo_that_fails(monkeypatch: Patch, tmp_path: Path, text: str, says: str) -> None:
     script(monkeypatch, tmp_path, text)
     monkeypatch.setattr(network, "LIMIT", 2.5)
+    monkeypatch.setattr(network, "START", 1.5 if "start" in says else 60.0)
     found = one(network.gloo(), "gloo")
     assert found.status == "problem"
     assert says in found.says
+
+
+def test_gloo_has_its_time_from_when_torch_is_imported(monkeypatch: Patch, tmp_path: Path) -> None:
+    """A busy machine takes 9 s for that, and was told that Gloo gave no answer within 11 s."""
+    stages = [json.dumps({"stage": stage, "right": True, "seconds": 0}) for stage in ("loopback", "interface")]
+    script(monkeypatch, tmp_path, f"threading.Event().wait(3); print(*{stages}, sep='\\n')")
+    monkeypatch.setattr(network, "LIMIT", 2.5)
+    assert one(network.gloo(), "gloo").status == "ok"
 
 
 def test_children_end_with_the_check_and_by_themselves() -> None:
@@ -469,7 +478,7 @@ def test_the_whole_command_is_quick_and_narrow(monkeypatch: Patch, capsys: pytes
     monkeypatch.setenv("COLUMNS", "80")
     began = time.monotonic()
     code = cli.main(["doctor"])
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < network.START  # most of it is the import of torch, by two at once
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert code == (0 if "0 problems" in text else 1)
@@ -477,4 +486,4 @@ def test_the_whole_command_is_quick_and_narrow(monkeypatch: Patch, capsys: pytes
     names = [name for name in rows if name and not name.startswith("GPU")]
     wanted = ["Python", "torch", "threads", "NCCL", "interfaces", "host name", "gloo", "shared memory", "mapping"]
     assert names == [*wanted, "open files", "locked memory", "clock", "torchrun", "disk"]
-    assert all(a.limit <= 12 for a in doctor.CHECKS)
+    assert all(a.limit <= (72 if a.name == "gloo" else 12) for a in doctor.CHECKS)
