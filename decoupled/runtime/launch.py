@@ -43,7 +43,7 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     there = [name for name in _VARIABLES if environment.get(name)]
     if there and len(there) < len(_VARIABLES):
         missing = ", ".join(name for name in _VARIABLES if name not in there)
-        raise UserError(f"{', '.join(there)} are set but not {missing}; use torchrun, or unset them")
+        raise UserError(f"there is {', '.join(there)}, but not {missing}; use torchrun, or unset all of them")
     return bool(there)
 
 

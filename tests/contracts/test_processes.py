@@ -478,6 +478,7 @@ def test_rank_0_that_cannot_listen_says_where(monkeypatch):
         ({"MASTER_PORT": "http"}, r"^MASTER_PORT='http' is not a number"),
         ({"MASTER_PORT": 70000}, r"^MASTER_PORT=70000 is not a port"),
         ({"RANK": 2}, r"^RANK=2 is not below WORLD_SIZE=2"),
+        ({"MASTER_PORT": ""}, r"^there is RANK, WORLD_SIZE, MASTER_ADDR, but not MASTER_PORT; use torchrun, or"),
     ],
 )
 def test_variables_of_a_launcher_that_cannot_be_are_named(monkeypatch, other, message):
