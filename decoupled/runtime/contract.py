@@ -221,7 +221,8 @@ class Runtime(ABC):
 
     Attributes:
         rank: of this process.
-        startup_seconds: how long the processes took to come up; None: there are none, or not yet.
+        startup_seconds: from starting the processes until all had met, imports included, without what a first run then
+            builds and sends; None: there are none, or not yet.
         places: actor -> rank of its process, once there are several.
     """
 

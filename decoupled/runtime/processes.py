@@ -47,7 +47,7 @@ class Processes(Runtime):
         startup: seconds the processes and the edges have to come up.
 
     Attributes:
-        startup_seconds: how long the processes took to come up, once they have.
+        startup_seconds: from starting the processes until all had met, once they have; see `Runtime`.
 
     Raises:
         UserError: a number of processes that cannot be.
