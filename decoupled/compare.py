@@ -23,7 +23,6 @@ from typing import Any
 from decoupled import costs, registry, resumed, sweep
 from decoupled.config import CompareConfig, plain, suite_methods
 from decoupled.errors import OperationError, UserError
-from decoupled.experiment import label
 from decoupled.observe.claims import check
 from decoupled.observe.points import describe
 from decoupled.observe.progress import Reporter
@@ -31,6 +30,7 @@ from decoupled.observe.recorder import Recorder
 from decoupled.observe.report import write_report
 from decoupled.observe.trace import Span, write_trace
 from decoupled.records import environment, threads
+from decoupled.specs import label
 
 Spec = str | Mapping[str, Any]
 

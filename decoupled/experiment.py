@@ -30,6 +30,7 @@ from decoupled.observe.recorder import Recorder
 from decoupled.optimizers import Muon, Soap
 from decoupled.partition import split
 from decoupled.records import complete, point, threads
+from decoupled.specs import label
 from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.trainer import Trainer
 
@@ -281,11 +282,3 @@ def run_control(setting: Setting, control: str, seed: int, advance: Advance) -> 
         "timeline": [],
     }
     return complete(record, recipe.epochs, seed, final, curve, samples, seconds)
-
-
-def label(spec: str | Mapping[str, Any]) -> str:
-    """A method spec as a short text: ``overlapping_local(reach=3)``."""
-    if isinstance(spec, str):
-        return spec
-    options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
-    return f"{spec['name']}({options})" if options else str(spec["name"])

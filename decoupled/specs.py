@@ -29,7 +29,9 @@ def parse(kind: str, spec: str | Mapping[Any, Any]) -> tuple[str, dict[str, Any]
     if isinstance(spec, str):
         return spec, {}
     if not isinstance(spec, Mapping):
-        raise UserError(f"a {kind} must be a name or a mapping with a name, got {spec!r}; write {kind}=NAME")
+        raise UserError(
+            f"a {kind} must be a name or a mapping with a name, got {spec!r}; write NAME or {{name: NAME, ...}}"
+        )
     options = {str(key): value for key, value in spec.items()}
     name = options.pop("name", None)
     if not isinstance(name, str):
@@ -39,6 +41,13 @@ def parse(kind: str, spec: str | Mapping[Any, Any]) -> tuple[str, dict[str, Any]
             + glued * ", with a space after each colon"
         )
     return name, options
+
+
+def label(spec: str | Mapping[Any, Any]) -> str:
+    """A spec (of a method, mostly) as a short text, ``overlapping_local(reach=3)``; raises as `parse`."""
+    name, options = parse("method", spec)
+    text = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name}({text})" if text else name
 
 
 def check_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 from decoupled import checkpoint, costs, registry, rundir
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import PeerLost, UserError
-from decoupled.experiment import Setting, label, make_trainer, scores
+from decoupled.experiment import Setting, make_trainer, scores
 from decoupled.graph.train import train_graph
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
 from decoupled.rl.train import train_rl
 from decoupled.runtime.launch import launched_rank, under_torchrun
-from decoupled.specs import parse
+from decoupled.specs import label, parse
 from decoupled.trainer import Trainer
 
 

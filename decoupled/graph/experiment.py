@@ -18,12 +18,13 @@ import torch
 from decoupled import costs, registry, tasks
 from decoupled.config import Task as Configured
 from decoupled.errors import UserError
-from decoupled.experiment import label, optimizer_for, scheduler_for
+from decoupled.experiment import optimizer_for, scheduler_for
 from decoupled.graph.asynchrony import Asynchrony
 from decoupled.graph.instance import Instance, Task
 from decoupled.graph.trainer import GraphTrainer
 from decoupled.observe.recorder import Recorder
 from decoupled.records import complete, point
+from decoupled.specs import label
 
 Scores = dict[str, float]
 CONTROLS = {"synchronous": "plain PyTorch, minibatches"}

@@ -20,13 +20,13 @@ from decoupled import checkpoint
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
-from decoupled.experiment import label
 from decoupled.files import writing
 from decoupled.graph.draw import svg
 from decoupled.graph.experiment import GraphSetting
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
 from decoupled.runtime.launch import under_torchrun
+from decoupled.specs import label
 
 
 def train_graph(config: TrainConfig, out: Path | None, events: int = 0, quiet: bool = False) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from decoupled.experiment import label
 from decoupled.observe.points import describe
+from decoupled.specs import label
 
 SAID = {
     "suite", "data", "model", "blocks", "runtime", "baseline", "seeds", "seed", "method", "controls", "sweep", "claims",

@@ -16,14 +16,14 @@ import torch
 from decoupled import costs, registry
 from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig
 from decoupled.errors import UserError
-from decoupled.experiment import label, optimizer_for
+from decoupled.experiment import optimizer_for
 from decoupled.observe.recorder import Recorder
 from decoupled.records import complete
 from decoupled.rl.agent import Spaces
 from decoupled.rl.environments import labelled, spaces
 from decoupled.rl.roles import Roles
 from decoupled.rl.trainer import RLTrainer
-from decoupled.specs import positive
+from decoupled.specs import label, positive
 from decoupled.steps import MakeOptimizer
 
 EPISODES = 10  # of an evaluation

@@ -15,7 +15,6 @@ from typing import Any
 from decoupled import checkpoint, registry, rundir
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
-from decoupled.experiment import label
 from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
 from decoupled.rl.experiment import EPISODES, RLSetting
@@ -24,6 +23,7 @@ from decoupled.rl.render import write_gif
 from decoupled.rl.roles import Roles
 from decoupled.rl.trainer import RLTrainer
 from decoupled.runtime.launch import under_torchrun
+from decoupled.specs import label
 
 
 def train_rl(

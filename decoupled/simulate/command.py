@@ -21,13 +21,13 @@ from decoupled import registry
 from decoupled.compare import fresh_directory
 from decoupled.config import SimulateConfig
 from decoupled.errors import UserError, unknown
-from decoupled.experiment import label
 from decoupled.observe.recorder import Recorder
 from decoupled.observe.trace import timeline_table
 from decoupled.runtime.timing import Timing
 from decoupled.simulate import Load, Simulation, simulate
 from decoupled.simulate.page import delays, number, over_blocks, over_values, sent, write_page
 from decoupled.simulate.profile import Profile, load_profile
+from decoupled.specs import label
 
 SWEPT = ("blocks", "batches", "forward", "backward", "step", "latency", "jitter", "bandwidth", "seed")
 HEAD = (
@@ -56,6 +56,8 @@ def run(config: SimulateConfig, out: Path | None = None, as_json: bool = False) 
     profile = None if config.profile is None else load_profile(Path(config.profile))
     if not methods:
         raise UserError("method is an empty list; name one or more (`decoupled list`)")
+    for method in methods:
+        registry.make(method)  # wrong names are refused before anything is written
     if out is not None:
         fresh_directory(out)
     if config.sweep:

@@ -98,6 +98,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("spec", ["", "null", "3", "[backprop]", "{}", "{reach: 2}", "{nme: backprop}"])
+def test_a_malformed_method_is_one_line_wherever_it_is_named(
+    spec: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for words in (
+        ["train", f"method={spec}"],
+        ["train", f"method={spec}", "--out", str(tmp_path / "out")],
+        ["train", f"method={spec}", "task=list_reduction"],
+        ["train", f"method={spec}", "env=Pendulum-v1"],
+        ["flops", f"method={spec}"],
+        ["info", f"method={spec}"],
+        ["simulate", f"method=[{spec or 'null'}]", "--out", str(tmp_path / "out")],
+        ["compare", f"methods=[{spec or 'null'}]", "--out", str(tmp_path / "out")],
+    ):
+        assert run(*words) == 2, words
+        error = capsys.readouterr().err
+        assert "write NAME or {name: NAME, ...}" in error or "write {name: NAME, ...}" in error, error
+        assert error.count("\n") == 1 and list(tmp_path.iterdir()) == [], words
+
+
 def test_a_failing_method_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["methods=[backprop,greedy_local]", "lr=1e30", "optimizer=sgd", "seeds=1", "controls=false"]

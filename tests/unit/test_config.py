@@ -8,7 +8,7 @@ import pytest
 
 from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read, suites
 from decoupled.errors import UserError
-from decoupled.experiment import label
+from decoupled.specs import label
 
 
 def test_words_fill_the_dataclass() -> None:

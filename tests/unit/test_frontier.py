@@ -12,12 +12,12 @@ import pytest
 from decoupled import cli
 from decoupled.config import CompareConfig, read, suite_methods, suites
 from decoupled.errors import UserError
-from decoupled.experiment import label
 from decoupled.flops import cost
 from decoupled.models import build
 from decoupled.observe import claims, frontier
 from decoupled.observe.frontier import configurations, least, reach
 from decoupled.observe.report import render
+from decoupled.specs import label
 
 
 def record(label: str, point: int, losses: list[float], seed: int = 0, chain: float = 1e6, **changes: Any) -> dict:

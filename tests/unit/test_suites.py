@@ -7,7 +7,7 @@ import pytest
 from decoupled import sweep
 from decoupled.benchmarks.publish import ROOT
 from decoupled.config import CompareConfig, read
-from decoupled.experiment import label
+from decoupled.specs import label
 
 SUITES = sorted(path.stem for path in (ROOT / "benchmarks" / "suites").glob("*.yaml"))
 
