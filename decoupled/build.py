@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +32,7 @@ from decoupled.runtime.threads import Threads
 from decoupled.sample_losses import SampleLosses
 from decoupled.scaling import Precision, Scaling, precisions
 from decoupled.source import Reader
-from decoupled.specs import check_options, parse
+from decoupled.specs import check_options, check_seed, parse, positive
 from decoupled.steps import MakeOptimizer, MakeScheduler, Steps
 from decoupled.waits import down_port
 from decoupled.worker import Worker
@@ -83,8 +82,7 @@ class Recipe:
             raise UserError("the loss has parameters, which nobody would train; move them into the model's last unit")
         if self.method.feed.share < 1 and getattr(self.loss, "reduction", "mean") == "sum":
             raise UserError(f"{self.method.name} takes means over micro-batches, and the loss is a sum; use a mean")
-        if not isinstance(self.seed, Integral):
-            raise UserError(f"seed must be an integer, got {self.seed!r}")
+        check_seed(self.seed)
 
 
 def cut(
@@ -266,7 +264,9 @@ def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int, others
     check_options("runtime", name, RUNTIMES[name], options)
     if name == "processes" and not under_torchrun():
         options.setdefault("processes", blocks)
-    made = RUNTIMES[name](**{"intra_op": intra_op} | options)
+    if options.setdefault("intra_op", intra_op) is not None:
+        positive(f"runtime {name!r}", intra_op=options["intra_op"])
+    made = RUNTIMES[name](**options)
     if isinstance(made, Processes) and made.world > (most := blocks + others):
         raise UserError(f"{made.world} processes for {blocks} blocks: some would be idle; use at most {most}")
     return made

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from decoupled import compensation, correction, prediction  # noqa: F401  (they 
 from decoupled.card import Card
 from decoupled.errors import UserError, nearest, unknown
 from decoupled.method import Method, corrected
-from decoupled.specs import parse
+from decoupled.specs import parse, typed
 
 T = TypeVar("T")
 GROUP = "decoupled.methods"
@@ -114,7 +113,7 @@ def make(spec: str | Mapping[str, Any], kind: type = Method) -> Any:
             raise UserError(
                 f"method {name!r} has no option {key!r}.{nearest(key, known)} Options: {', '.join(known) or 'none'}."
             )
-        given[key] = _coerce(name, key, value, hints.get(key, object))
+        given[key] = typed(f"method {name!r}: option {key!r}", value, hints.get(key, object))
     method = replace(entry.make(**given), name=name)
     if not isinstance(method, kind):
         raise UserError(f"method {name!r} trains {method.trains}")
@@ -135,23 +134,6 @@ def card(spec: str | Mapping[str, Any]) -> Card:
         raise UserError(f"method {name!r} has no card; write {entry.card.name} beside its module")
     method: Any = make(spec, object)
     return Card(name, entry.family, entry.card.read_text(encoding="utf-8"), method, options(name) | given)
-
-
-def _coerce(name: str, key: str, value: object, wanted: object) -> object:
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = list(value)  # also what OmegaConf has for one
-    kinds = wanted if isinstance(wanted, type) else typing.get_args(wanted) or object
-    if isinstance(kinds, tuple):
-        kinds = tuple(kind for kind in kinds if isinstance(kind, type))
-    wrong = isinstance(value, bool) and not {bool, object} & {*(kinds if isinstance(kinds, tuple) else [kinds])}
-    if wrong or not isinstance(value, kinds):
-        text = getattr(wanted, "__name__", str(wanted))
-        raise UserError(f"method {name!r}: option {key!r} must be {text}, got {value!r}")
-    if isinstance(value, float) and math.isnan(value):
-        raise UserError(f"method {name!r}: option {key!r} must be a number, got nan")
-    return value
 
 
 def _entry(name: str) -> _Entry:

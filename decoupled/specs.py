@@ -1,13 +1,17 @@
 """Specs: a name, or a mapping with a name and options, becomes a call of a function, checked before it is made.
 
 Models and datasets are chosen in a config the same way: ``"mlp"`` or ``{"name": "mlp", "width": 64}``. The options a
-function takes are its keyword-only parameters; nothing is listed twice.
+function takes are its keyword-only parameters, their types its annotations; nothing is listed twice.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from decoupled.errors import UserError, unknown
@@ -51,15 +55,45 @@ def label(spec: str | Mapping[Any, Any]) -> str:
 
 
 def check_options(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Check that every option is a keyword-only parameter of `function`.
+    """Check that every option is a keyword-only parameter of `function`, and of the type it is annotated with.
 
     Raises:
-        UserError: an option that `function` does not take, with the nearest one that it does.
+        UserError: an option that `function` does not take, with the nearest one that it does, or one of another type.
     """
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options:
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for option, value in options.items():
         if option not in known:
             raise unknown(f"option of {kind} {name!r}:", option, known)
+        typed(f"{kind} {name!r}: option {option!r}", value, known[option])
+
+
+def typed(what: str, value: object, wanted: Any) -> object:
+    """`value`, which is `what`, as the type it is annotated with; whole numbers may be given where any are wanted.
+
+    Raises:
+        UserError: it is of another type, or not a number.
+    """
+    kinds = _kinds(wanted)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = list(value)  # also what OmegaConf has for one
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        return float(value)
+    wrong = isinstance(value, bool) and not {bool, object} & {*kinds}
+    if wrong or not isinstance(value, kinds):
+        raise UserError(f"{what} must be {getattr(wanted, '__name__', str(wanted))}, got {value!r}")
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{what} must be a number, got nan")
+    return value
+
+
+def _kinds(wanted: Any) -> tuple[type, ...]:
+    """The types that an annotation allows, whatever they hold; what is no type allows all."""
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return tuple(kind for one in typing.get_args(wanted) for kind in _kinds(one))
+    kind = typing.get_origin(wanted) or wanted
+    known = isinstance(kind, type) and kind not in (Any, inspect.Parameter.empty)
+    return (kind,) if known else (object,)
 
 
 def positive(where: str, **values: object) -> None:
@@ -71,3 +105,13 @@ def positive(where: str, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Check that a seed is an integer, small enough for those that are derived from it to have 64 bits.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or abs(int(seed)) >= 2**32:
+        raise UserError(f"seed must be an integer between -2**32 and 2**32, got {seed!r}")

@@ -23,7 +23,7 @@ from decoupled.observe.eventlog import recording
 from decoupled.observe.progress import Reporter
 from decoupled.rl.train import train_rl
 from decoupled.runtime.launch import launched_rank, under_torchrun
-from decoupled.specs import label, parse
+from decoupled.specs import check_seed, label, parse
 from decoupled.trainer import Trainer
 
 
@@ -124,7 +124,8 @@ def _run(
 
 
 def _check(config: TrainConfig, out: Path | None, rollout: bool, resume: bool) -> None:
-    """Refuse what goes with other things to train."""
+    """Refuse an impossible seed, and what goes with other things to train."""
+    check_seed(config.seed)
     if rollout and config.env is None:
         raise UserError("only a policy has a rollout; leave out --rollout, or train with env=NAME")
     cut = config.env is None and config.task is None

@@ -37,7 +37,7 @@ from decoupled.rl.steps import batch_of, width
 from decoupled.rl.wiring import Elsewhere, costs_of, joined
 from decoupled.runtime.contract import Actor, Edge, Graph, Observer, Runtime
 from decoupled.runtime.simulated import Simulated
-from decoupled.specs import parse, positive
+from decoupled.specs import check_seed, parse, positive
 from decoupled.steps import MakeOptimizer
 
 LEARNER = "learner"
@@ -81,6 +81,7 @@ class RLTrainer:
     ) -> None:
         self.roles = roles = method if isinstance(method, Roles) else registry.make(method, Roles)
         roles.check(batch_size)
+        check_seed(seed)
         self.env, self.spaces, self.seed = env, spaces(env), seed
         self._optimizer, self._batch_size = optimizer, batch_size
         self._observers, self._on_steps = observers, on_steps

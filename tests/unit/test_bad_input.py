@@ -95,6 +95,28 @@ def test_a_corpus_too_small_for_its_split(what: str, message: str, capsys: pytes
     assert message in told(capsys, "method=backprop", model, f"data={what}")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data={name: digits, limit: abc}"], "dataset 'digits': option 'limit' must be int | None, got 'abc'"),
+        (["data={name: digits, limit: 10.5}"], "option 'limit' must be int | None, got 10.5"),
+        (["data={name: digits, limit: true}"], "option 'limit' must be int | None, got True"),
+        (["data={name: digits, test: abc}"], "option 'test' must be int, got 'abc'"),
+        (["data={name: digits, split_seed: abc}"], "option 'split_seed' must be int, got 'abc'"),
+        (["data={name: fashion_mnist, rotate: abc}"], "option 'rotate' must be float, got 'abc'"),
+        (["data={name: fashion_mnist, path: 3}"], "option 'path' must be str | pathlib.Path | None, got 3"),
+        (["data={name: text, path: 3}"], "option 'path' must be str | pathlib.Path | None, got 3"),
+        ([DIGITS, "model={name: mlp, batch_norm: abc}"], "model 'mlp': option 'batch_norm' must be bool, got 'abc'"),
+        ([DIGITS, MLP, "runtime={name: threads, intra_op: abc}"], "option 'intra_op' must be int | None, got 'abc'"),
+        ([DIGITS, MLP, "runtime={name: threads, intra_op: 0}"], "intra_op must be an integer of at least 1, got 0"),
+        (["task={name: list_reduction, hidden: abc}"], "task 'list_reduction': option 'hidden' must be int, got 'abc'"),
+        (["seed=99999999999999999999999"], "seed must be an integer between -2**32 and 2**32, got 9999"),
+    ],
+)
+def test_options_of_another_type(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in told(capsys, "method=backprop", *words)
+
+
 def labelled(inputs: torch.Tensor, targets: torch.Tensor) -> Dataset:
     split = Split(inputs, targets)
     return Dataset("odd", tuple(inputs.shape[1:]), 3, split, split, split)

@@ -120,7 +120,7 @@ def test_every_listed_name_is_built():
         ({"name:mlp": None}, (4,), "with a space after each colon"),
         (7, (4,), "must be a name or a mapping"),
         ({"name": "mlp", "width": 0}, (4,), "width must be an integer of at least 1, got 0"),
-        ({"name": "mlp", "depth": True}, (4,), "depth must be an integer"),
+        ({"name": "mlp", "depth": True}, (4,), "option 'depth' must be int, got True"),
         ("resnet18", (1, 8, 8), r"6n \+ 2 .* got 18; the nearest is 20"),
         ("resnet2", (1, 8, 8), "got 2; the nearest is 8"),
         ({"name": "resnet20", "depth": 8}, (1, 8, 8), "already says the depth"),

@@ -263,9 +263,10 @@ def test_what_cannot_step_is_refused_before_the_first_pass(given: dict[str, Any]
 
 
 def test_other_wrong_arguments() -> None:
-    with pytest.raises(UserError, match="seed must be an integer, got 'a'"):
-        trainer(model(), seed="a")
-    with pytest.raises(UserError, match="patience must be a number of seconds above 0, got 'x'"):
+    for seed in ("a", 2**70):
+        with pytest.raises(UserError, match=rf"seed must be an integer between -2\*\*32 and 2\*\*32, got {seed!r}"):
+            trainer(model(), seed=seed)
+    with pytest.raises(UserError, match="option 'patience' must be float, got 'x'"):
         trainer(model(), runtime={"name": "threads", "patience": "x"})
     with trainer(model()) as one, pytest.raises(UserError, match="a NoneType is none; pass a list or a DataLoader"):
         one.fit(None)  # type: ignore[arg-type]
