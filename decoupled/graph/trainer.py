@@ -108,7 +108,7 @@ class GraphTrainer:
 
         Raises:
             UserError: no instances.
-            OperationError: a node failed, or the protocol was broken; names node, port and state.
+            OperationError: a node failed, a loss is not finite, or the protocol was broken; names node, port and state.
             StallError: instances never came back; says where their messages are.
         """
         if self.runtime.rank == 0 and not instances:

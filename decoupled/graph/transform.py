@@ -14,6 +14,7 @@ After `muf` gradients (min_update_frequency) the PPT updates its own weights, wi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from decoupled.errors import UserError
+from decoupled.errors import NonFiniteError, UserError
 from decoupled.graph.matching import Matching
 from decoupled.graph.node import Backward, Forward, Node, Result, Sends, State, twice
 from decoupled.steps import MakeOptimizer, MakeScheduler
@@ -256,6 +257,10 @@ class Loss(Node):
         result = Result(state, loss.item(), score, rows)
         if not self.training:
             return (result,)
+        if not math.isfinite(result.loss):
+            raise NonFiniteError(
+                f"node {self.name!r}, instance {state[0]}: the loss is {result.loss}; lower the learning rate"
+            )
         loss.backward(inputs=[prediction])
         return result, Backward(0, state, prediction.grad), Backward(1, state, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -101,6 +102,21 @@ def test_compare_has_the_same_model_in_plain_pytorch_beside_it(
     assert len(ours["utilisation"]) == len(ours["staleness"]) == 2 and len(ours["curve"]) == 2
     assert ours["test_score"] == ours["test_accuracy"]
     assert (out / "report.html").is_file() and (out / "trace.json").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_with_node_and_instance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("task=tiny", "lr=1e30", "runtime=simulated")
+    assert run("train", f"method={method()}", *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"worker\d, operation F loss .*node 'loss', instance \d+: the loss is \w+; lower the learning", line
+    )
+    out = tmp_path / "compared"
+    assert run("compare", f"methods=[{method()}]", *words, "controls=false", "seeds=1", "--out", str(out)) == 1
+    (record,) = json.loads((out / "results.json").read_text())["records"]
+    assert record["status"] == "failed" and "NonFiniteError" in record["error"]
 
 
 def test_wrong_kinds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
