@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, OmegaConf
@@ -195,6 +196,19 @@ def _explained(kind: type) -> Iterator[None]:
         raise UserError(str(error).splitlines()[0] + f" (key {error.full_key or error.key!r})") from None
     except TypeError as error:  # OmegaConf's, a list where a suite or file has a mapping, or the reverse
         raise UserError(f"{str(error).splitlines()[0]}; give a key the kind of value that it has") from None
+
+
+def refuse_ignored(task: Task, what: str, keys: Sequence[str], usual: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse `keys` that would change nothing where `what` are trained; `usual`: the recipe where nothing is said.
+
+    Raises:
+        UserError: names the first one.
+    """
+    default = type(task)(recipe=Recipe(**usual))
+    for key in keys:
+        value, other = (getattr(one, key, getattr(one.recipe, key, None)) for one in (task, default))
+        if value != other:
+            raise UserError(f"{key}={value} means nothing for {what}; leave it out")
 
 
 def plain(config: object) -> dict[str, Any]:

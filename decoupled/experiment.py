@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from decoupled import costs, flops, models, registry
 from decoupled import data as datasets
 from decoupled.build import replaying
-from decoupled.config import Recipe, Task
+from decoupled.config import Recipe, Task, refuse_ignored
 from decoupled.data import Dataset, Loader
 from decoupled.errors import UserError, first_line, unknown
 from decoupled.evaluation import evaluate, normalising
@@ -49,6 +49,9 @@ class Setting:
     trains: ClassVar[type] = Method
     controls: ClassVar[Mapping[str, str]] = CONTROLS
     baseline: ClassVar[str | None] = None  # a control that speed-ups are relative to, whatever the suite says
+
+    def __post_init__(self) -> None:
+        refuse_ignored(self.task, "networks cut into blocks", ("steps", "actors"))
 
     @classmethod
     def prepare(cls, task: Task, method: Method | None = None) -> Setting:

@@ -17,6 +17,7 @@ import torch
 
 from decoupled import costs, registry, tasks
 from decoupled.config import Task as Configured
+from decoupled.config import TrainConfig, refuse_ignored
 from decoupled.errors import UserError
 from decoupled.experiment import optimizer_for, scheduler_for
 from decoupled.graph.asynchrony import Asynchrony
@@ -27,6 +28,7 @@ from decoupled.records import complete, point
 from decoupled.specs import label
 
 Scores = dict[str, float]
+IGNORED = ("data", "model", "precision", "augment", "on_nonfinite", "steps", "actors")  # what says nothing of graphs
 CONTROLS = {"synchronous": "plain PyTorch, minibatches"}
 
 
@@ -46,6 +48,10 @@ class GraphSetting:
     trains: ClassVar[type] = Asynchrony
     controls: ClassVar[Mapping[str, str]] = CONTROLS
     baseline: ClassVar[str | None] = CONTROLS["synchronous"]
+
+    def __post_init__(self) -> None:
+        alone = isinstance(self.task, TrainConfig)  # without the control, which trains on minibatches
+        refuse_ignored(self.task, "graphs", IGNORED + ("batch_size",) * alone)
 
     @classmethod
     def prepare(cls, task: Configured) -> GraphSetting:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from decoupled import costs, registry
-from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig
+from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig, refuse_ignored
 from decoupled.errors import UserError
 from decoupled.experiment import optimizer_for
 from decoupled.observe.recorder import Recorder
@@ -27,9 +27,8 @@ from decoupled.specs import label, positive
 from decoupled.steps import MakeOptimizer
 
 EPISODES = 10  # of an evaluation
-# What says nothing of policies: of a task, of `train` and `compare`, and of a recipe.
-IGNORED = ("data", "model", "blocks", "precision", "on_nonfinite", "cutoffs", "claims")
-IGNORED_RECIPE = ("schedule", "augment")
+# What says nothing of policies.
+IGNORED = ("data", "model", "blocks", "precision", "on_nonfinite", "cutoffs", "claims", "schedule", "augment")
 NOTHING = {"accuracy": math.nan, "loss": math.nan}  # a policy has neither
 
 
@@ -54,7 +53,7 @@ class RLSetting:
         positive("env", steps=task.steps, epochs=task.recipe.epochs)
         if task.task is not None:
             raise UserError("env= and task= are different things to train; leave one out")
-        refuse_ignored(task)
+        refuse_ignored(task, "policies", IGNORED, ENV_RECIPE)
         if task.steps < task.recipe.epochs:
             raise UserError(f"steps={task.steps} cannot be cut into {task.recipe.epochs} epochs; raise steps")
         optimizer_for(task.recipe)
@@ -138,19 +137,6 @@ class RLSetting:
     def run_control(self, control: str, seed: int, advance: Callable[[int], None]) -> dict[str, Any]:
         """There are none."""
         raise AssertionError(control)
-
-
-def refuse_ignored(task: Task) -> None:
-    """Refuse options that would change nothing.
-
-    Raises:
-        UserError: names the first one.
-    """
-    usual = type(task)(recipe=Recipe(**ENV_RECIPE))
-    pairs = [(name, task, usual) for name in IGNORED if hasattr(task, name)]
-    for name, given, default in [*pairs, *((name, task.recipe, usual.recipe) for name in IGNORED_RECIPE)]:
-        if (value := getattr(given, name)) != getattr(default, name):
-            raise UserError(f"{name}={value} means nothing for policies; leave it out where env= is given")
 
 
 def methods(task: Task) -> list[str | Mapping[str, Any]]:

@@ -202,7 +202,7 @@ def test_what_cannot_be_unpickled_there_is_named(pool):
         ({"name": "processes", "processes": 5}, "5 processes for 4 blocks"),
         ({"name": "processes", "processes": 0}, "processes must be an integer of at least 1, got 0"),
         ({"name": "processes", "heartbeat": -1.0}, r"heartbeat must be a positive number of seconds, got -1\.0"),
-        ({"name": "processes", "patience": "long"}, "patience must be a positive number of seconds, got 'long'"),
+        ({"name": "processes", "patience": "long"}, "option 'patience' must be float, got 'long'"),
         ({"name": "processes", "hartbeat": 1.0}, "Did you mean 'heartbeat'"),
         ({"name": "threads", "processes": 2}, "option of runtime 'threads'"),
     ],

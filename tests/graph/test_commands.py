@@ -127,6 +127,20 @@ def test_wrong_kinds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", f"method={method()}", "task=tinny"), "unknown task 'tinny'. Did you mean 'tiny'"),
         (("train", f"method={method()}", "task=tiny", "resume=x"), "leave out resume="),
         (("train", f"method={method()}", "task=tiny", "blocks=[1]"), "blocks of a task are workers"),
+        *(
+            (("train", f"method={method()}", "task=tiny", word), f"{word} means nothing for graphs; leave it out")
+            for word in (
+                "data=x",
+                "model=x",
+                "precision=bf16",
+                "augment=True",
+                "on_nonfinite=skip",
+                "steps=5",
+                "actors=1",
+                "batch_size=3",
+            )
+        ),
+        (("compare", f"methods=[{method()}]", "task=tiny", "sweep.augment=[true]"), "augment=True means nothing for"),
     ]:
         assert run(*words) == 2
         assert text in capsys.readouterr().err
