@@ -230,7 +230,7 @@ def page(found: Findings, options: Options, line: str, facts: Mapping[str, Any],
         "order: pipedream has two passes under way, the free order its credit, and each takes two batches' time and a "
         "trip in both directions; about, because the blocks are taken as equal. Bold: below 0.9 although the line can "
         "carry the bytes.",
-        f"## Where the peers fall below {FALLS:g}",
+        f"## Who falls below {FALLS:g}, and where",
         _falls(found),
     ]
     return "\n\n".join(parts) + "\n"
