@@ -5,7 +5,7 @@ Later wins: defaults < suite (compare) < --config file < key=value. Unknown keys
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from decoupled import registry
 from decoupled.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -147,9 +148,11 @@ def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
         parts.insert(0, _file(_suite(str(suite))) | {"suite": str(suite)})
     if any("env" in part for part in parts):
         parts.insert(0, dict(ENV_RECIPE))
+    method = next((part["method"] for part in reversed(parts) if "method" in part), None)
+    for key, value in (pair for part in parts for pair in _nested(kind, part).items()):
+        with _explained(kind, key, value, method):
+            base = OmegaConf.merge(base, OmegaConf.create({key: value}))
     with _explained(kind):
-        for part in parts:
-            base = OmegaConf.merge(base, OmegaConf.create(_nested(kind, part)))
         return cast(T, OmegaConf.to_object(base))
 
 
@@ -179,15 +182,17 @@ def changed(config: T, values: Mapping[str, Any]) -> T:
 
 
 @contextmanager
-def _explained(kind: type) -> Iterator[None]:
-    """Errors of OmegaConf as one line that names the key and the remedy."""
+def _explained(kind: type, at: str = "", value: object = None, method: object = None) -> Iterator[None]:
+    """Errors of OmegaConf at key `at` as one line that names the key and the remedy."""
     try:
         yield
     except (ConfigAttributeError, ConfigKeyError) as error:
         key, like = str(error.key), nearest(str(error.key), _known(kind))
+        option = key in _options(method)
         inside = f" An option of the method goes inside it: method={{name: NAME, {key}: ...}}." * (
-            kind in (TrainConfig, InfoConfig) and not like
+            hasattr(kind, "method") and (option or not like)
         )
+        like = "" if option else like
         raise UserError(f"unknown key {key!r}.{like} Known: {', '.join(_known(kind))}.{inside}") from None
     except MissingMandatoryValue as error:
         missing = str(error).split(":")[-1].strip().split()[0]
@@ -195,7 +200,10 @@ def _explained(kind: type) -> Iterator[None]:
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0] + f" (key {error.full_key or error.key!r})") from None
     except TypeError as error:  # OmegaConf's, a list where a suite or file has a mapping, or the reverse
-        raise UserError(f"{str(error).splitlines()[0]}; give a key the kind of value that it has") from None
+        if not at:
+            raise UserError(f"{str(error).splitlines()[0]}; give a key the kind of value that it has") from None
+        form = "{KEY: VALUE, ...}" if isinstance(value, list) else "[VALUE, ...]"
+        raise UserError(f"{at} cannot be {value!r}; write {at}={form}") from None
 
 
 def refuse_ignored(task: Task, what: str, keys: Sequence[str], usual: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -227,6 +235,12 @@ def suite_methods(name: str) -> list[Any]:
     return listed if isinstance(listed, list) else [listed]
 
 
+def _options(method: object) -> Collection[str]:
+    """The options of a method as it is written in a configuration; none if it is not known."""
+    name = method.get("name") if isinstance(method, Mapping) else method
+    return registry.options(str(name)) if name in registry.methods(object) else ()
+
+
 def _words(kind: type, words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if "=" not in word or word.startswith("="):
@@ -238,6 +252,8 @@ def _words(kind: type, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"the configuration file {path} is a directory; name a YAML file in it")
     if not path.is_file():
         raise UserError(f"the configuration file {path} does not exist")
     try:
@@ -266,6 +282,8 @@ def _nested(kind: type, part: dict[str, Any]) -> dict[str, Any]:
     recipe = {f.name for f in fields(Recipe)}
     inner = {key: part[key] for key in part if key in recipe}
     outer = {key: part[key] for key in part if key not in recipe}
+    if not isinstance(given := outer.get("recipe", {}), Mapping):
+        raise UserError(f"recipe cannot be {given!r}; write recipe={{lr: 0.1, ...}}, or its keys alone: lr=0.1")
     if inner:
         outer["recipe"] = {**outer.get("recipe", {}), **inner}
     return outer

@@ -133,7 +133,8 @@ def count(config: FlopsConfig) -> Cost:
             raise UserError(f"inputs must be the shape of one sample, got {shape!r}; write e.g. inputs=[3,32,32]")
         sample = torch.zeros(8, *shape)
     units = models.build(config.model, shape, classes)
-    wanted = list(config.blocks) if isinstance(config.blocks, Sequence) else config.blocks
+    listed = isinstance(config.blocks, Sequence) and not isinstance(config.blocks, str)
+    wanted = list(config.blocks) if listed else config.blocks
     blocks = split(units, wanted, sample, replays=replaying(registry.make(config.method), wanted))
     cuts = list(itertools.accumulate(map(len, blocks)))[:-1]
     return flops.cost(

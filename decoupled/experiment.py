@@ -59,7 +59,8 @@ class Setting:
         dataset = datasets.load(task.data)
         units = models.build(task.model, dataset.inputs, dataset.classes, seed=0)
         sample = dataset.train.inputs[: task.recipe.batch_size], dataset.train.targets[: task.recipe.batch_size]
-        wanted = list(task.blocks) if isinstance(task.blocks, Sequence) else task.blocks
+        listed = isinstance(task.blocks, Sequence) and not isinstance(task.blocks, str)
+        wanted = list(task.blocks) if listed else task.blocks
         blocks = split(units, wanted, sample, replays=replaying(method, wanted))
         optimizer_for(task.recipe)
         return cls(task, dataset, list(itertools.accumulate(len(block) for block in blocks))[:-1])

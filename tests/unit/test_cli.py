@@ -79,6 +79,8 @@ def test_plain_pytorch_and_backprop_learn_the_same(tmp_path: Path) -> None:
         (["train", "method=backprop", "optimizer=sgdd"], "Did you mean 'sgd'"),
         (["train", "method=backprop", "resume=nothing.pt"], "nothing.pt does not exist"),
         (["train", "method=backprop", "other_method=True"], "other_method=True goes with resume=CHECKPOINT"),
+        (["train", "method=backprop", "--config", "."], "the configuration file . is a directory; name a YAML file"),
+        (["train", "method=backprop", "model=mlp", "blocks=abc"], "an integer or a list of cut indices, got 'abc'"),
         (["train", "method=backprop", "steps=5"], "steps=5 means nothing for networks cut into blocks; leave it out"),
         (["train", "method=backprop", "actors=2"], "actors=2 means nothing for networks cut into blocks"),
         (["simulate", "method=gpipe", "blocks=0"], "at least 1"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from decoupled.config import CompareConfig, SimulateConfig, TrainConfig, plain, read, suites
+from decoupled.config import CompareConfig, InfoConfig, SimulateConfig, TrainConfig, plain, read, suites
 from decoupled.errors import UserError
 from decoupled.specs import label
 
@@ -33,11 +33,20 @@ def test_later_wins(tmp_path: Path) -> None:
         (TrainConfig, ["methd=x"], "unknown key 'methd'. Did you mean 'method'"),
         (TrainConfig, ["method=a", "epoch=3"], "unknown key 'epoch'. Did you mean 'epochs'"),
         (TrainConfig, ["method=a", "sigma=3"], "goes inside it: method={name: NAME, sigma: ...}"),
+        (TrainConfig, ["method=penalty", "step=0.8"], "goes inside it: method={name: NAME, step: ...}"),
+        (
+            InfoConfig,
+            ["method={name: gpipe}", "microbatches=2"],
+            "goes inside it: method={name: NAME, microbatches: ...}",
+        ),
+        (TrainConfig, ["method=backprop", "recipe=3"], "recipe cannot be 3; write recipe={lr: 0.1, ...}"),
+        (SimulateConfig, ["method=a", "slow=[1,2]"], "slow cannot be [1, 2]; write slow={KEY: VALUE, ...}"),
         (TrainConfig, ["blocks=2"], "method is missing; write method="),
         (TrainConfig, ["method=a", "lr=fast"], "'fast'"),
         (TrainConfig, ["fast"], "'fast' is not key=value"),
         (TrainConfig, ["method={name: x"], "cannot read"),
         (SimulateConfig, ["method=a", "slow={one: 2.0}"], "one"),
+        (SimulateConfig, ["method=pipedream", "batch=3"], "unknown key 'batch'. Did you mean 'batches'"),
         (CompareConfig, ["suite=quik"], "unknown suite 'quik'. Did you mean 'quick'"),
         (CompareConfig, ["suite=none.yaml"], "none.yaml does not exist"),
     ],
