@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from decoupled import costs, registry, resumed, sweep
-from decoupled.config import CompareConfig, plain, suite_methods
+from decoupled.config import CompareConfig, baseline, plain, suite_methods
 from decoupled.errors import OperationError, UserError
 from decoupled.observe.claims import check
 from decoupled.observe.points import describe
@@ -60,7 +60,7 @@ def compare(
     kind = sweep.kind(config)
     specs: list[Spec] = list(given) or list(registry.methods(kind.trains))
     if kind.baseline is None and config.baseline not in map(label, specs):
-        specs.insert(0, config.baseline)  # no table without it
+        specs.insert(0, baseline(config))  # no table without it
     if config.seeds < 1:
         raise UserError(f"seeds must be at least 1, got {config.seeds}")
     for spec in specs:

@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from decoupled import registry
 from decoupled.errors import UserError, nearest
+from decoupled.specs import label
 
 T = TypeVar("T")
 # What `Recipe` says of images does not suit policies: with env=, these are the defaults.
@@ -239,6 +240,11 @@ def _options(method: object) -> Collection[str]:
     """The options of a method as it is written in a configuration; none if it is not known."""
     name = method.get("name") if isinstance(method, Mapping) else method
     return registry.options(str(name)) if name in registry.methods(object) else ()
+
+
+def baseline(config: CompareConfig) -> Any:
+    """The method that speed-ups are relative to: what the suite lists under this label, else a name."""
+    return next((spec for spec in suite_methods(config.suite) if label(spec) == config.baseline), config.baseline)
 
 
 def _words(kind: type, words: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from decoupled import costs, registry
-from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig, refuse_ignored
+from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig, baseline, refuse_ignored
 from decoupled.errors import UserError
 from decoupled.experiment import optimizer_for
 from decoupled.observe.recorder import Recorder
@@ -145,7 +145,7 @@ def methods(task: Task) -> list[str | Mapping[str, Any]]:
         return [task.method] if isinstance(task, TrainConfig) else []
     given = task.methods if isinstance(task.methods, list) else [task.methods]
     found = given or list(registry.methods(Roles))
-    return found if task.baseline in map(label, found) else [task.baseline, *found]
+    return found if task.baseline in map(label, found) else [baseline(task), *found]
 
 
 def point(found: Mapping[str, Any], held_out: Mapping[str, float], seconds: float) -> dict[str, Any]:
