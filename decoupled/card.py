@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from decoupled.method import Described
+from decoupled.specs import positive
 
 HEADINGS = (
     "In one sentence", "Paper", "Flow", "Equations", "What is truncated", "Staleness", "Memory", "Bytes",
@@ -47,7 +48,8 @@ class Card:
         return self.sections.get("In one sentence", "")
 
     def facts(self, K: int = 4) -> dict[str, Any]:
-        """The facts of the method for `K` blocks, as plain data."""
+        """The facts of the method for `K` blocks, at least 1, as plain data."""
+        positive("facts", K=K)
         return {"family": self.family, "options": self.options, **self.method.describe(K)}
 
     def render(self, K: int = 4) -> str:

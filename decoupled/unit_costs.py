@@ -59,7 +59,10 @@ def unit_passes(
         copies.append(twin)
     train_unless_mixed(copies)
     home = next((p.device for unit in copies for p in unit.parameters()), x.device)
-    x = x.to(home if device is None else device)
+    try:
+        x = x.to(home if device is None else device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device!r} cannot be used ({first_line(error)}); name one that is there") from None
     memory.keep()
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), intra_op_threads(1):

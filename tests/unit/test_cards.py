@@ -18,6 +18,7 @@ from decoupled import cli, registry
 from decoupled.card import HEADINGS, Card
 from decoupled.config import CompareConfig, TrainConfig
 from decoupled.config import read as read_config
+from decoupled.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = registry.methods(object)
@@ -91,6 +92,12 @@ def check_card(card: Card) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_card_is_complete(name: str) -> None:
     check_card(registry.card(name))
+
+
+@pytest.mark.parametrize("K", [0, -1])
+def test_facts_are_of_at_least_one_block(K: int) -> None:
+    with pytest.raises(UserError, match=f"facts: K must be an integer of at least 1, got {K}"):
+        registry.card("pipedream").facts(K)
 
 
 def test_card_checks_can_fail() -> None:

@@ -362,6 +362,11 @@ def test_lazy_parameters_are_refused():
         split([nn.Linear(3, 3), nn.LazyLinear(3)], 2)
 
 
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="device='foo' cannot be used .*; name one that is there"):
+        split(linears(4), 2, torch.zeros(1, 3), device="foo")
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(UserError, match="by='memory' is unknown"):
         split(linears(2), 2, by="memory")  # type: ignore[arg-type]
