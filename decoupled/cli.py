@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--resume", action="store_true", help="go on with the run in --out after its last epoch; none there: begin it"
     )
-    sub.add_argument("--events", metavar="N", type=int, default=LIMIT, help="operations per block to record (0: none)")
+    sub.add_argument("--events", metavar="N", type=int, help=f"operations per block to record (0: none; {LIMIT})")
     sub.add_argument("--quiet", action="store_true", help="no progress")
     sub.add_argument("--json", action="store_true", help="print one JSON record")
     sub.add_argument("--rollout", action="store_true", help="with env=NAME and --out: an episode as DIR/rollout.gif")
@@ -202,8 +202,11 @@ def _mean(values: Sequence[float]) -> float:
 
 def _train(options: argparse.Namespace) -> None:
     config = read(TrainConfig, options.words, options.config)
+    events = LIMIT if options.events is None else options.events
+    if events < 0 or (options.events and options.out is None):
+        raise UserError(f"--events {events} must be at least 0, and needs the directory of the run: --out DIR")
     quiet = options.quiet or options.json
-    found = train(config, options.out, options.events, quiet, options.rollout, options.resume)
+    found = train(config, options.out, events, quiet, options.rollout, options.resume)
     if found is None:  # another rank than the first
         return
     if options.json:
@@ -217,7 +220,7 @@ def _train(options: argparse.Namespace) -> None:
         print(line)
     if options.out is not None:
         print(f"checkpoint: {options.out / 'checkpoint.pt'}")
-        if options.events:
+        if events:
             print(f"timeline:   decoupled trace {shlex.quote(str(options.out))}")
 
 
@@ -255,8 +258,9 @@ def _list(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     names = [word for word in options.words if not re.match(_KEY, word)]
-    if len(names) > 1:
-        raise UserError(f"one method at a time, got {', '.join(names)}")
+    asked = [word.removeprefix("method=") for word in options.words if word in names or word.startswith("method=")]
+    if len(asked) > 1:
+        raise UserError(f"one method at a time, got {', '.join(asked)}")
     words = [f"method={word}" if word in names else word for word in options.words]
     config = read(InfoConfig, [*words, *([f"blocks={options.blocks}"] if options.blocks else [])])
     if config.blocks < 1:

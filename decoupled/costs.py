@@ -19,6 +19,7 @@ What is counted, and what the critical path is, stands in `decoupled.flops`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -124,6 +125,12 @@ def count(config: FlopsConfig) -> Cost:
     Raises:
         UserError: an unknown name, blocks that do not fit, or a method that cannot be counted.
     """
+    if not 0 <= config.update < math.inf:
+        raise UserError(f"update must be FLOPs per weight and step, at least 0, got {config.update}")
+    if config.inputs is None and config.classes != FlopsConfig.classes:
+        raise UserError(f"classes={config.classes} goes with inputs=SHAPE; data say themselves how many there are")
+    if config.inputs is not None and config.data != FlopsConfig.data:
+        raise UserError(f"inputs={config.inputs} stands in the place of data={config.data}; leave one of them out")
     if config.inputs is None:
         dataset = datasets.load(config.data)
         shape, classes, sample = dataset.inputs, dataset.classes, dataset.train.inputs[:8]
@@ -164,6 +171,9 @@ def show(counted: Cost, selects: bool = False) -> None:
     table.add_section()
     table.add_row("all", *(f"{value:,.2f}" for value in sums))
     Console().print(table)
+    print(
+        "columns do not add up: a weight gradient is a whole backward that ends there, the total what the method does"
+    )
     turns = ", ".join(f"{run.start}-{run.stop - 1}" for run in counted.locked if len(run) > 1)
     print(f"total {counted.total / scale:,.2f} {unit} per example")
     print(

@@ -118,6 +118,10 @@ def optimizer_for(recipe: Recipe) -> MakeOptimizer:
             f"lr must be positive, epochs and batch_size at least 1; got {recipe.lr}, {recipe.epochs}, "
             f"{recipe.batch_size}"
         )
+    if not all(map(math.isfinite, (recipe.lr, recipe.momentum, recipe.weight_decay))):
+        raise UserError(
+            f"lr, momentum and weight_decay must be finite; got {recipe.lr}, {recipe.momentum}, {recipe.weight_decay}"
+        )
     makers: dict[str, MakeOptimizer] = {
         "sgd": lambda p: torch.optim.SGD(p, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
         "adam": lambda p: torch.optim.Adam(p, recipe.lr, weight_decay=recipe.weight_decay),
@@ -127,6 +131,8 @@ def optimizer_for(recipe: Recipe) -> MakeOptimizer:
     }
     if recipe.optimizer not in makers:
         raise unknown("optimizer", recipe.optimizer, makers)
+    if recipe.optimizer != "sgd" and recipe.momentum not in (0, Recipe.momentum):
+        raise UserError(f"momentum={recipe.momentum} means nothing for {recipe.optimizer}, only for sgd; leave it out")
     try:
         makers[recipe.optimizer]([nn.Parameter(torch.zeros(1))])
     except ValueError as error:

@@ -87,7 +87,10 @@ def _one(spec: str | Mapping[str, Any]) -> Precision:
     name, options = parse("precision", spec)
     if wrong := [option for option in options if option not in Precision.__dataclass_fields__]:
         raise unknown(f"option of precision {name!r}:", wrong[0], list(Precision.__dataclass_fields__))
-    return Precision(name=name, **options)
+    made = Precision(name=name, **options)
+    if made.scale is None and options:
+        raise UserError(f"precision {name} scales no loss: leave out {', '.join(options)}, or give it a scale")
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,8 @@ def _swept(config: SimulateConfig) -> tuple[str, list[Any]]:
     [(key, values)] = config.sweep.items()
     if key not in SWEPT:
         raise unknown("key to sweep", key, SWEPT)
+    if (given := getattr(config, key)) != getattr(SimulateConfig, key):
+        raise UserError(f"sweep says what {key} is; leave out {key}={given}")
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise UserError(f"sweep takes a list of values, got {values!r}; write sweep={{{key}: [1, 2, 4]}}")
     whole = {f.name for f in fields(SimulateConfig)} & {"blocks", "batches", "seed"}
