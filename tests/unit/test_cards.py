@@ -94,6 +94,12 @@ def test_card_is_complete(name: str) -> None:
     check_card(registry.card(name))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_card_names_every_option(name: str) -> None:
+    text = registry.card(name).text
+    assert not [option for option in registry.options(name) if not re.search(rf"\b{option}\b", text)]
+
+
 @pytest.mark.parametrize("K", [0, -1])
 def test_facts_are_of_at_least_one_block(K: int) -> None:
     with pytest.raises(UserError, match=f"facts: K must be an integer of at least 1, got {K}"):

@@ -363,7 +363,7 @@ def test_lazy_parameters_are_refused():
 
 
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="device='foo' cannot be used .*; name one that is there"):
+    with pytest.raises(UserError, match=r"device='foo' cannot be used .*; name one that is there"):
         split(linears(4), 2, torch.zeros(1, 3), device="foo")
 
 
