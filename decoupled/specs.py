@@ -107,11 +107,11 @@ def positive(where: str, **values: object) -> None:
             raise UserError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
 
 
-def check_seed(seed: object) -> None:
+def check_seed(seed: Any, negative: bool = True) -> None:
     """Check that a seed is an integer, small enough for those that are derived from it to have 64 bits.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or it is negative and must not be.
     """
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or abs(int(seed)) >= 2**32:
-        raise UserError(f"seed must be an integer between -2**32 and 2**32, got {seed!r}")
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not (1 - 2**32) * negative <= int(seed) < 2**32:
+        raise UserError(f"seed must be an integer between {'-2**32' if negative else 0} and 2**32, got {seed!r}")

@@ -81,7 +81,7 @@ class RLTrainer:
     ) -> None:
         self.roles = roles = method if isinstance(method, Roles) else registry.make(method, Roles)
         roles.check(batch_size)
-        check_seed(seed)
+        check_seed(seed, negative=False)
         self.env, self.spaces, self.seed = env, spaces(env), seed
         self._optimizer, self._batch_size = optimizer, batch_size
         self._observers, self._on_steps = observers, on_steps

@@ -164,6 +164,7 @@ def test_methods_of_a_suite_act_at_random_for_the_same_steps(suite: str) -> None
         ),
         (["env={name: HalfCheetah-v5, xml_file: nowhere.xml}"], "nowhere.xml does not exist; check its options"),
         (["env=Pendulum-v1", "steps=1000"], f"{NAME}: all of steps=1000 are random (warmup=1000): raise steps, or"),
+        (["env=Pendulum-v1", "steps=2000", "seed=-1"], "seed must be an integer between 0 and 2**32, got -1"),
         (["env=Pendulum-v1", "precision=bf16", "lr=0"], "precision=bf16 means nothing for policies; leave it out"),
         (["env=Pendulum-v1", "schedule=cosine", "lr=0"], "schedule=cosine means nothing for policies"),
         (["env=Pendulum-v1", "on_nonfinite=skip", "blocks=3", "lr=0"], "blocks=3 means nothing for policies"),
