@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from decoupled.config import Recipe
 from decoupled.errors import UserError, first_line
 from decoupled.files import writing
 from decoupled.worker import Worker
@@ -143,3 +144,29 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
+
+
+def to_resume(path: str, recipe: Recipe) -> dict[str, Any]:
+    """Read the state to go on from, whose optimizers go on as they were.
+
+    Raises:
+        UserError: as in `load`, or the recipe asks for another learning rate, momentum or weight decay.
+    """
+    state = load(path)
+    groups = list(_groups(state))
+    for name in ("lr", "weight_decay", *(["momentum"] if recipe.optimizer == "sgd" else [])):
+        asked, known = getattr(recipe, name), [g.get(f"initial_{name}", g[name]) for g in groups if name in g]
+        if known and all(float(one) != float(asked) for one in known):
+            raise UserError(
+                f"{path} goes on with {name}={float(known[0]):g}, as its optimizers were, not with {asked:g}; ask for "
+                "the same, or train anew"
+            )
+    return state
+
+
+def _groups(state: Any) -> Iterator[Mapping[str, Any]]:
+    """All parameter groups of optimizers, wherever they are."""
+    if isinstance(state, Mapping):
+        yield from state.get("param_groups", ())
+    for part in state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ():
+        yield from _groups(part)

@@ -75,7 +75,7 @@ def _train(config: TrainConfig, out: Path | None, events: int, quiet: bool, resu
     if launched_rank():
         return _run(config, None, events, True, resume, None, [])
     here = resume and out is not None and (out / "checkpoint.pt").is_file()
-    state = checkpoint.load(config.resume) if config.resume and not here else None
+    state = checkpoint.to_resume(config.resume, config.recipe) if config.resume and not here else None
     if out is None:
         return _run(config, None, events, quiet, resume, state, [])
     registry.make(config.method)

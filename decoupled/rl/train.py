@@ -46,7 +46,7 @@ def train_rl(
     registry.make(config.method, Roles)
     setting = RLSetting.prepare(config)
     here = resume and out is not None and (out / "checkpoint.pt").is_file()
-    state = checkpoint.load(config.resume) if config.resume and not here else None
+    state = checkpoint.to_resume(config.resume, config.recipe) if config.resume and not here else None
     with nullcontext((None, [])) if out is None else rundir.opened(out, config, resume) as (found, history):
         ended = found is not None and found["memory"]["pace"]["steps"] >= config.steps  # then its files stay
         return _run(config, setting, out, 0 if ended else events, quiet, rollout, found or state, history)

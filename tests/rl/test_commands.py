@@ -45,7 +45,10 @@ def test_train_writes_what_other_runs_write_and_goes_on(tmp_path: Path, capsys: 
     assert [(r["steps"], r["updates"]) for r in records] == [(50, 0), (100, 40)]
     assert records[1]["age"] > 0 and records[1]["srank"] and records[1]["validation_return"] < 0
     assert cli.main(["trace", str(first)]) == 0
-    assert cli.main([*words, "steps=150", f"resume={first / 'checkpoint.pt'}", "--out", str(second), "--json"]) == 0
+    after = [*words, "steps=150", f"resume={first / 'checkpoint.pt'}", "--out", str(second), "--json"]
+    assert cli.main([*after, "lr=0.5"]) == 2
+    assert "goes on with lr=" in capsys.readouterr().err
+    assert cli.main(after) == 0
     (record,) = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert (record["steps"], record["epoch"]) == (150, 3)
 

@@ -152,6 +152,14 @@ def test_train_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(*words, "epochs=1", "--out", str(tmp_path / "first")) == 0
     resumed = [f"resume={tmp_path / 'first' / 'checkpoint.pt'}", "--out", str(tmp_path / "second"), "--json"]
     capsys.readouterr()
+    for other, remedy in (
+        ("lr=0.5", "goes on with lr=0.1, as its"),
+        ("momentum=0.5", "momentum=0.9, as"),
+        ("weight_decay=0.1", "decay=0, as"),
+    ):
+        assert run(*words, *resumed, other) == 2
+        error = capsys.readouterr().err
+        assert remedy in error and error.count("\n") == 1, error
     assert run(*words, *resumed) == 0
     assert len(json.loads(capsys.readouterr().out)["history"]) == 1
     whole, second = (torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("whole", "second"))
@@ -165,7 +173,7 @@ def test_train_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_train_goes_on_with_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PipeMare's T3: a synchronous warm-up; the error names the remedy in words that the command takes."""
     words = ["train", "blocks=[1]", *SMALL]
-    assert run(*words, "method=one_f_one_b", "epochs=1", "--out", str(tmp_path / "first")) == 0
+    assert run(*words, "method=one_f_one_b", "epochs=1", "--out", str(tmp_path / "first")) == 0  # schedule: cosine
     after = [*words, "method=pipemare", f"resume={tmp_path / 'first' / 'checkpoint.pt'}", "--json"]
     capsys.readouterr()
     assert run(*after) == 2
