@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -95,11 +96,12 @@ class GraphTrainer:
         self._workers: list[GraphWorker] = []
         self._busy, self._wait = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
 
-    def fit(self, instances: Sequence[Instance], epochs: int = 1, shuffle: int | None = None) -> list[dict[str, Any]]:
+    def fit(self, instances: Iterable[Instance], epochs: int = 1, shuffle: int | None = None) -> list[dict[str, Any]]:
         """Train.
 
         Args:
-            instances: all of them once per epoch.
+            instances: all of them once per epoch; iterated once per epoch.
+            epochs: how often.
             shuffle: seed of their order, another one every epoch; None: as they are.
 
         Returns:
@@ -107,17 +109,21 @@ class GraphTrainer:
             samples (sum of the instances' sizes), instances, seconds, samples_per_second.
 
         Raises:
-            UserError: no instances.
+            UserError: no instances, or epochs < 0.
             OperationError: a node failed, a loss is not finite, or the protocol was broken; names node, port and state.
             StallError: instances never came back; says where their messages are.
         """
-        if self.runtime.rank == 0 and not instances:
-            raise UserError("there are no instances to train on")
+        if not isinstance(epochs, Integral) or epochs < 0:
+            raise UserError(f"epochs must be an integer of at least 0, got {epochs!r}")
         return [self._fit_epoch(instances, shuffle) for _ in range(epochs)]
 
-    def evaluate(self, instances: Sequence[Instance]) -> dict[str, float]:
-        """Mean loss and score per row, in evaluation mode; nothing comes back and nothing is remembered."""
-        self._host(instances)
+    def evaluate(self, instances: Iterable[Instance]) -> dict[str, float]:
+        """Mean loss and score per row, in evaluation mode; nothing comes back and nothing is remembered.
+
+        Raises:
+            UserError: no instances.
+        """
+        instances = self._host(instances, "evaluate")
         with self.runtime.call(self, "evaluate", ()):
             self._build()
             controller, _ = self._run(instances, training=False)
@@ -155,13 +161,11 @@ class GraphTrainer:
 
     # --- one epoch; with several processes, every one of them goes through this -----------------------------------
 
-    def _fit_epoch(self, instances: Sequence[Instance], shuffle: int | None) -> dict[str, Any]:
+    def _fit_epoch(self, instances: Iterable[Instance], shuffle: int | None) -> dict[str, Any]:
         if shuffle is not None:
-            order = torch.randperm(
-                len(instances), generator=torch.Generator().manual_seed(shuffle * 10_007 + self.epoch)
-            )
-            instances = [instances[i] for i in order.tolist()]
-        self._host(instances)
+            given, random = list(instances), torch.Generator().manual_seed(shuffle * 10_007 + self.epoch)
+            instances = [given[i] for i in torch.randperm(len(given), generator=random).tolist()]
+        instances = self._host(instances, f"epoch {self.epoch + 1}")
         with self.runtime.call(self, "_fit_epoch", (), None):
             self._build()
             start = time.perf_counter()
@@ -216,17 +220,25 @@ class GraphTrainer:
             for module in modules:
                 module.load_state_dict(mean)
 
-    def _host(self, instances: Sequence[Instance]) -> None:
+    def _host(self, instances: Iterable[Instance], when: str) -> Iterable[Instance]:
         """The leader's part before a call: place the nodes, and let other processes have a trainer like this one."""
-        if self.runtime.rank == 0 and not self.places:
-            sample = list(itertools.islice(instances, SAMPLE))
-            measured = measure(self.graph, sample, limit=SAMPLE * self.asynchrony.messages_per_instance)
-            self.places = balance(self.graph, measured, len(self._names))
+        if self.runtime.rank == 0:
+            rest = iter(instances)
+            sample = list(itertools.islice(rest, SAMPLE))
+            if not sample:
+                raise UserError(
+                    f"{when} has no instances: there are none, or an iterator that was used up; pass a list"
+                )
+            if not self.places:
+                measured = measure(self.graph, sample, limit=SAMPLE * self.asynchrony.messages_per_instance)
+                self.places = balance(self.graph, measured, len(self._names))
+            instances = itertools.chain(sample, rest)
         if not self._hosted:
             self._hosted = True
             graph, how, places = self.graph, self.asynchrony, self.places
             steps: dict[str, Any] = {"optimizer": self._optimizer, "scheduler": self._scheduler}
             self.runtime.host(self, lambda runtime: GraphTrainer(graph, how, **steps, workers=places, runtime=runtime))
+        return instances
 
     def _build(self) -> None:
         if self._workers:

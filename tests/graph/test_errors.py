@@ -221,7 +221,7 @@ def test_costs_of_nodes_that_are_not_there_or_only_steer() -> None:
 
 
 def test_no_instances() -> None:
-    with pytest.raises(UserError, match="no instances to train on"):
+    with pytest.raises(UserError, match="epoch 1 has no instances: "):
         trained(rnn(5, 4, 3))
 
 

@@ -169,6 +169,26 @@ def test_evaluation_changes_nothing_and_needs_no_way_back() -> None:
     assert all(torch.equal(before[n], p) for n, p in graph.module.named_parameters())
 
 
+def test_instances_of_a_generator_are_all_used_and_none_is_an_error() -> None:
+    """Costs are measured on the first instances, which are not lost by that."""
+    for count in (3, 12):
+        given, found = sequences([2] * count, 5, 4, 3), []
+        for some in (given, iter(given)):
+            torch.manual_seed(0)
+            with GraphTrainer(rnn(5, 4, 3), optimizer=sgd(0.1), workers=1, runtime="simulated") as trainer:
+                found.append((trainer.evaluate(some), trainer.fit(given)[0]["instances"]))
+        assert found[0] == found[1]
+        assert found[0][1] == count
+    with GraphTrainer(rnn(5, 4, 3), optimizer=sgd(0.1), workers=1, runtime="simulated") as trainer:
+        with pytest.raises(UserError, match=r"epoch 2 has no instances: .* used up; pass a list"):
+            trainer.fit(iter(sequences([2] * 12, 5, 4, 3)), epochs=2, shuffle=1)
+        assert trainer.epoch == 1
+        with pytest.raises(UserError, match="evaluate has no instances"):
+            trainer.evaluate([])
+        with pytest.raises(UserError, match="epochs must be an integer of at least 0, got -1"):
+            trainer.fit(sequences([2], 5, 4, 3), epochs=-1)
+
+
 def test_the_simulator_repeats_itself_and_threads_agree_where_the_order_is_fixed() -> None:
     ends = []
     for runtime in ("simulated", "simulated", "threads"):
