@@ -14,6 +14,7 @@ A wire that is used twice gets a `Broadcast` in between.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,6 +137,7 @@ class NodeGraph:
                     f"graph {self.name!r}: node {name!r} changes the state {where}and has no inverse, so no gradient "
                     "would find its way back; give Isu(f, inverse)"
                 )
+        self._check_owners()
         if not self.of(Loss):
             raise UserError(f"graph {self.name!r} has no loss; every way must end in a Loss")
         for phi in self.of(Phi):
@@ -146,6 +148,16 @@ class NodeGraph:
                 )
         self._checked = True
         return self
+
+    def _check_owners(self) -> None:
+        owners: dict[int, str] = {}
+        for node in self.of(PPT):
+            for weight in itertools.chain(node.module.parameters(), node.module.buffers()):
+                if (owner := owners.setdefault(id(weight), node.name)) != node.name:
+                    raise UserError(
+                        f"graph {self.name!r}: nodes {owner!r} and {node.name!r} share weights, which belong to "
+                        "one node alone; give each its own, or join the streams into one node with Phi"
+                    )
 
     def _fan_out(self, source: str, out: int, targets: list[tuple[str, int]]) -> None:
         copy = self.add(Broadcast(len(targets), f"{source}_copy" if out == 0 else f"{source}_{out}_copy"))

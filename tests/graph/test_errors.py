@@ -70,6 +70,17 @@ def test_a_dangling_port() -> None:
         execute(graph, [])
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_of_two_nodes(whole: bool) -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    graph = NodeGraph("tied")
+    y = PPT(first if whole else second, "b")(PPT(first, "a")(graph.input("x")))
+    Loss(F.mse_loss)(y, graph.input("target"))
+    with pytest.raises(UserError, match=r"graph 'tied': nodes 'a' and 'b' share weights.*; give each its own, or join"):
+        graph.check()
+
+
 def test_a_loop_without_an_inverse_or_without_a_change_of_state() -> None:
     with pytest.raises(UserError, match=r"node 'step' changes the state in a loop and has no inverse.*Isu\(f, inv"):
         loop(Isu(lambda i, t: (i, t + 1), name="step"), Cond(lambda i, t: t < 3)).check()
