@@ -108,7 +108,7 @@ def spaces(spec: Spec) -> Spaces:
     try:
         label = env.spec.id if env.spec else type(env.unwrapped).__name__
         action, observation = env.action_space, env.observation_space
-        if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not np.isfinite(action.high).all():
+        if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not _continuous(action):
             raise UserError(
                 f"env {label!r} has actions {action}; these methods need continuous ones in a finite box, as "
                 "Pendulum-v1 or HalfCheetah-v5 have"
@@ -125,6 +125,11 @@ def spaces(spec: Spec) -> Spaces:
         return Spaces(size, action.shape[0], size - int(structure.get("cfrc_ext", 0)))
     finally:
         env.close()
+
+
+def _continuous(box: Any) -> bool:
+    """Whether actions are finite floating-point numbers."""
+    return np.issubdtype(box.dtype, np.floating) and bool(np.isfinite([box.low, box.high]).all())
 
 
 class Environments:

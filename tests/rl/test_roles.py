@@ -309,6 +309,25 @@ def test_only_a_terminal_state_has_no_future() -> None:
     }  # fmt: skip
 
 
+def lines(**attributes: Any) -> Any:
+    """Makes lines with these attributes."""
+
+    def line() -> Any:
+        env = Line()()
+        for name, value in attributes.items():
+            setattr(env, name, value)
+        return env
+
+    return line
+
+
+@pytest.mark.parametrize(("low", "high", "kind"), [(-np.inf, 1, "float32"), (-1, np.inf, "float32"), (-2, 2, "int32")])
+def test_actions_that_are_not_continuous_and_bounded_are_refused(low: float, high: float, kind: str) -> None:
+    box = environments.gymnasium().spaces.Box(low, high, (1,), kind)
+    with pytest.raises(UserError, match="these methods need continuous ones in a finite box"):
+        spaces(lines(action_space=box))
+
+
 def test_contact_forces_are_not_to_be_predicted() -> None:
     assert spaces("HalfCheetah-v5") == (17, 6, 17)
     assert spaces("Ant-v5") == (105, 8, 27)
