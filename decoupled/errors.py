@@ -36,7 +36,7 @@ class OperationError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss became NaN or infinite."""
+    """A loss, or what an environment gives, became NaN or infinite."""
 
 
 class ProtocolError(RuntimeError):

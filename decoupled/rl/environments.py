@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from decoupled.errors import UserError, first_line
+from decoupled.errors import NonFiniteError, UserError, first_line
 from decoupled.rl.agent import Spaces
 from decoupled.specs import parse, positive
 
@@ -146,7 +146,7 @@ class Environments:
     def __init__(self, spec: Spec, count: int, seed: int) -> None:
         vector = gymnasium().vector
         made = vector.SyncVectorEnv([maker(spec)] * count, autoreset_mode=vector.AutoresetMode.DISABLED)
-        self._vector, self.count = made, count
+        self._vector, self.count, self._label = made, count, labelled(spec)
         self._low, self._high = made.single_action_space.low, made.single_action_space.high
         self._actions: list[list[Floats]] = [[] for _ in range(count)]  # since the last reset
         self._random = [""] * count  # before the last reset
@@ -165,11 +165,16 @@ class Environments:
         return getattr(self._vector.envs[0].spec, "max_episode_steps", None) or LONGEST
 
     def step(self, actions: Floats) -> Stepped:
-        """One step of each."""
+        """One step of each.
+
+        Raises:
+            NonFiniteError: a reward or an observation is not finite, after an action that was.
+        """
         for taken, action in zip(self._actions, actions, strict=True):
             taken.append(action)
         obs, reward, over, cut, _ = self._vector.step(self._scaled(actions))
         obs = obs.astype(np.float32)
+        self._check(obs, reward, np.isfinite(actions.sum(1)))
         self._returns += reward
         ended = over | cut
         self.obs = obs
@@ -219,7 +224,19 @@ class Environments:
             self._random[i] = repr(self._vector.envs[i].unwrapped.np_random.bit_generator.state)
             self._actions[i], self._returns[i] = [], 0.0
         obs, _ = self._vector.reset(options={"reset_mask": which})
-        return obs.astype(np.float32)
+        obs = obs.astype(np.float32)
+        self._check(obs, np.zeros(self.count), which)
+        return obs
+
+    def _check(self, obs: Floats, reward: NDArray[np.float64], which: NDArray[np.bool_]) -> None:
+        """Refuse what an environment gives that is not finite: training would take it for a policy that diverges."""
+        for what, values in (("reward", reward[:, None]), ("observation", obs)):
+            for i in np.flatnonzero(which & ~np.isfinite(values).all(1)):
+                wrong, step = values[i][~np.isfinite(values[i])][0], len(self._actions[i])
+                raise NonFiniteError(
+                    f"environment {i} of {self._label!r} gives {wrong} in the {what} of step {step} of an episode; "
+                    "correct the environment"
+                )
 
 
 def play(envs: Environments, act: Callable[[Floats], Floats]) -> list[tuple[float, int]]:

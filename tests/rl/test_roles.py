@@ -328,6 +328,35 @@ def test_actions_that_are_not_continuous_and_bounded_are_refused(low: float, hig
         spaces(lines(action_space=box))
 
 
+class Wrong:
+    """A line whose reward (0) or observation (1) is not finite in its third step."""
+
+    def __init__(self, place: int, value: float) -> None:
+        self.place, self.value = place, value
+
+    def __call__(self) -> Any:
+        gym, wrong = environments.gymnasium(), self
+
+        class Third(gym.Wrapper):
+            def step(self, action: Any) -> Any:
+                obs, reward, *rest = super().step(action)
+                if self.unwrapped.t == 3:
+                    obs, reward = (obs, wrong.value) if wrong.place == 0 else (obs * wrong.value, reward)
+                return obs, reward, *rest
+
+        return Third(Line()())
+
+
+@pytest.mark.parametrize("actors", [0, 1])
+@pytest.mark.parametrize(("place", "value", "what"), [(0, np.nan, "nan in the reward"), (1, np.nan, "nan in the obs")])
+def test_an_environment_that_gives_what_is_not_finite(actors: int, place: int, value: float, what: str) -> None:
+    with (
+        make(actors, "simulated", env=Wrong(place, value)) as trainer,
+        pytest.raises(OperationError, match=rf"environment 0 of 'env' gives {what}.* of step 3 of an episode; correct"),
+    ):
+        trainer.fit(30)
+
+
 def test_contact_forces_are_not_to_be_predicted() -> None:
     assert spaces("HalfCheetah-v5") == (17, 6, 17)
     assert spaces("Ant-v5") == (105, 8, 27)
