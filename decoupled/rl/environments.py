@@ -14,6 +14,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,11 +57,11 @@ def maker(spec: Spec, **more: Any) -> Callable[[], Any]:
     """A function that makes the environment; `more` are options of `gymnasium.make`.
 
     Raises:
-        UserError: the package is missing, or a time limit that never comes.
+        UserError: the package is missing, or a time limit that never comes; when called: it cannot be made.
     """
     gym = gymnasium()
     if callable(spec):
-        return spec
+        return partial(_called, spec)
     name, options = parse("env", spec)
     if "max_episode_steps" in options:  # gymnasium takes -1 as "no limit": such an episode need not end
         positive(f"env {name!r}", max_episode_steps=options["max_episode_steps"])
@@ -83,6 +84,19 @@ def maker(spec: Spec, **more: Any) -> Callable[[], Any]:
     return make
 
 
+def _called(function: Callable[[], Any]) -> Any:
+    """What a user's function makes, if that is an environment."""
+    label = labelled(function)
+    try:
+        env = function()
+    except Exception as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"env {label!r} cannot be made ({cause}); correct the function that makes it") from error
+    if not isinstance(env, gymnasium().Env):
+        raise UserError(f"env {label!r} is made by a function that returns {env!r}; let it return a gymnasium.Env")
+    return env
+
+
 def _hush() -> None:
     """Keep from the terminal, and from a file, what MuJoCo says is out of date in gymnasium's own files."""
     mujoco: Any = importlib.import_module("mujoco")
@@ -99,7 +113,7 @@ def spaces(spec: Spec) -> Spaces:
     """Sizes of an environment, which is made for that.
 
     Raises:
-        UserError: it cannot be made or take a step, or its spaces are not flat boxes.
+        UserError: it cannot be made or take a step, its spaces are not flat boxes, or observations do not fit.
     """
     gym = gymnasium()
     with warnings.catch_warnings():  # that an old version is out of date; what is wrong with it is an error
@@ -107,7 +121,8 @@ def spaces(spec: Spec) -> Spaces:
         env = maker(spec)()
     try:
         label = env.spec.id if env.spec else type(env.unwrapped).__name__
-        action, observation = env.action_space, env.observation_space
+        boxes: list[Any] = [getattr(env, name, None) for name in ("action_space", "observation_space")]
+        action, observation = boxes
         if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not _continuous(action):
             raise UserError(
                 f"env {label!r} has actions {action}; these methods need continuous ones in a finite box, as "
@@ -116,10 +131,14 @@ def spaces(spec: Spec) -> Spaces:
         if not isinstance(observation, gym.spaces.Box) or len(observation.shape) != 1:
             raise UserError(f"env {label!r} has observations {observation}; these methods need vectors")
         try:  # some wrong options show themselves only here
-            env.reset(seed=0)
-            env.step(action.low)
+            seen = [np.shape(env.reset(seed=0)[0]), np.shape(env.step(action.low)[0])]
         except Exception as error:
             raise UserError(f"env {labelled(spec)!r} fails: {first_line(error)}; check its options") from error
+        if other := [shape for shape in seen if shape != observation.shape]:
+            raise UserError(
+                f"env {label!r} gives observations of shape {other[0]}, and its observation_space has "
+                f"{observation.shape}; make them agree"
+            )
         (size,) = observation.shape
         structure = getattr(env.unwrapped, "observation_structure", None) or {}
         return Spaces(size, action.shape[0], size - int(structure.get("cfrc_ext", 0)))

@@ -328,6 +328,28 @@ def test_actions_that_are_not_continuous_and_bounded_are_refused(low: float, hig
         spaces(lines(action_space=box))
 
 
+def broken() -> Any:
+    raise KeyError("track")
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        (broken, r"env 'broken' cannot be made \(KeyError: 'track'\); correct the function that makes it"),
+        (lambda: None, r"is made by a function that returns None; let it return a gymnasium.Env"),
+        (lambda: 3, r"is made by a function that returns 3; let it return"),
+        (lines(observation_space=None), r"has observations None; these methods need vectors"),
+        (
+            lines(observation_space=environments.gymnasium().spaces.Box(-1, 1, (3,))),
+            r"observations of shape \(2,\), and its observation_space has \(3,\); make them agree",
+        ),
+    ],
+)
+def test_a_function_that_makes_no_environment_that_works(env: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        make(env=env)
+
+
 class Wrong:
     """A line whose reward (0) or observation (1) is not finite in its third step."""
 
