@@ -68,7 +68,10 @@ def maker(spec: Spec, **more: Any) -> Callable[[], Any]:
 
     def make() -> Any:
         try:
-            if "mujoco" in str(gym.spec(name).entry_point):
+            module, _, identity = name.rpartition(":")
+            if module:  # gymnasium's "module:Id"; only `make` imports the module by itself
+                importlib.import_module(module)
+            if "mujoco" in str(gym.spec(identity).entry_point):
                 _hush()
             return gym.make(name, disable_env_checker=True, **options, **more)
         except Exception as error:  # wrong options fail in as many ways as environments use them

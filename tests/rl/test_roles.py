@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -326,6 +328,19 @@ def test_actions_that_are_not_continuous_and_bounded_are_refused(low: float, hig
     box = environments.gymnasium().spaces.Box(low, high, (1,), kind)
     with pytest.raises(UserError, match="these methods need continuous ones in a finite box"):
         spaces(lines(action_space=box))
+
+
+def test_an_environment_of_a_module_that_registers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+        import gymnasium
+        from decoupled.rl.testing import Line
+        gymnasium.register("OfModule-v0", entry_point=Line())
+    """
+    (tmp_path / "line_module.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert spaces("line_module:OfModule-v0") == (2, 1, 2)
+    with pytest.raises(UserError, match=r"cannot be made: No module named 'no_module'; name one of gymnasium"):
+        spaces("no_module:OfModule-v0")
 
 
 def broken() -> Any:
