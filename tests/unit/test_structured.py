@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import types
@@ -201,6 +202,19 @@ def test_a_damaged_molecule_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "one.xyz").write_text(damage)
     with pytest.raises(UserError, match=r"one.xyz is no file of QM9 .*; replace it by a fresh copy"):
         structured.qm9(path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"), [(("1.8511", "nan"), r"line 2: \[nan\]"), (("0.0205721989", "inf"), r"line 4: \[.*inf.*\]")]
+)
+def test_numbers_of_a_molecule_that_are_not_finite_are_named(
+    tmp_path: Path, damage: tuple[str, str], text: str
+) -> None:
+    (tmp_path / "one.xyz").write_text(WATER.replace(*damage))
+    with pytest.raises(UserError, match=rf"one.xyz is no file of QM9 \({text} is not finite\)"):
+        structured.qm9(path=tmp_path)
+    with pytest.raises(UserError, match=r"atom 1 \(H\) is at \(0.0, 0.0, nan\); give finite positions"):
+        molecules.bonds(["C", "H"], [(0, 0, 0), (0, 0, math.nan)])
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def read_xyz(path: Path, column: int) -> Molecule:
     """Read symbols, positions and the word `column` of the second line of an XYZ file.
 
     Raises:
-        UserError: the file is damaged; names it.
+        UserError: the file is damaged, or a number is not finite; names file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -117,7 +117,11 @@ def read_xyz(path: Path, column: int) -> Molecule:
             raise ValueError(f"{strange[0]!r} is no element")
         # Mathematica wrote small numbers as 1.2*^-6.
         positions = [[float(word.replace("*^", "e")) for word in words[1:4]] for words in atoms]
-        return [words[0] for words in atoms], positions, float(lines[1].split()[column])
+        wanted = float(lines[1].split()[column])
+        for number, values in enumerate([[wanted], *positions], start=2):
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"line {number}: {values} is not finite")
+        return [words[0] for words in atoms], positions, wanted
     except (ValueError, IndexError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no file of QM9 ({error}); replace it by a fresh copy") from None
 
@@ -126,8 +130,12 @@ def bonds(symbols: Sequence[str], positions: Sequence[Sequence[float]]) -> tuple
     """Return (atom, kind of bond, atom) of every bonded pair, in both directions.
 
     Raises:
-        UserError: an element without a radius.
+        UserError: an element without a radius, or a position that is not finite.
     """
+    for number, place in enumerate(positions):
+        if not all(map(math.isfinite, place)):
+            where = tuple(map(float, place))
+            raise UserError(f"atom {number} ({symbols[number]}) is at {where}; give finite positions")
     for symbol in symbols:
         if symbol not in _RADII:
             raise UserError(f"no covalent radius is known for {symbol!r}; known: {', '.join(_RADII)}")
