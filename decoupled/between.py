@@ -122,7 +122,8 @@ class Between:
         loss: the user's. seed: the trainer's.
 
     Raises:
-        UserError: samples get weights, and a block with an objective does not hear of them.
+        UserError: samples get weights, and a block with an objective does not hear of them; or losses are wanted from
+            blocks that drop batches.
     """
 
     def __init__(self, method: Method, workers: Sequence[Worker], inputs: Tensor, loss: Loss, seed: int) -> None:
@@ -132,6 +133,11 @@ class Between:
         if self._selection.weighs and deaf:
             raise UserError(
                 f"method {method.name!r} weighs samples, and {deaf[0]} gets no data of its own; use another boss"
+            )
+        if (self._selection.lag is not None or self._selection.scores) and method.coupling.lossy:
+            raise UserError(
+                f"method {method.name!r} needs the losses of batches, and blocks of its boss drop some of them or take "
+                "them again; use another boss"
             )
         self._flight = self._selection.ready + method.facts.in_flight(0, len(workers)) + 2 * len(workers)
         chooser = self._selection.chooser(inputs, workers[-1].place.shapes[-1], seed)

@@ -626,6 +626,12 @@ def test_weights_do_not_reach_a_boss_whose_labels_travel_with_the_activation():
     assert train(CASE, {"name": "uniform", "boss": "dgl_async"}).trainer.selected() is not None
 
 
+@pytest.mark.parametrize("name", ["autoassist", "selective_backprop", "online_batch_selection", "rho_loss"])
+def test_losses_are_not_wanted_from_a_boss_that_drops_batches(name):
+    with pytest.raises(UserError, match=rf"'{name}' needs the losses of batches, and .*; use another boss"):
+        train(CASE, {"name": name, "boss": "dgl_async"})
+
+
 def test_a_loss_that_is_not_finite_is_told_as_nothing():
     """Policy skip: the pass is dropped, its losses are void, and the selector goes on."""
     bad = [(x.clone(), y, i) for x, y, i in CASE.batches()]
