@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from decoupled.errors import UserError
+from decoupled.errors import UserError, nearest
 from decoupled.graph.node import Backward, Node, Sends, State
 from decoupled.graph.routing import Broadcast, Isu, Phi
 from decoupled.graph.transform import PPT, Loss
@@ -87,6 +87,20 @@ class NodeGraph:
     def of(self, kind: type[Node]) -> list[Any]:
         """All nodes of a class."""
         return [node for node in self.nodes.values() if isinstance(node, kind)]
+
+    def entrance(self, name: str) -> Input:
+        """The input that a message of an instance names.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        inputs = {node.name: node for node in self.of(Input)}
+        if name not in inputs:
+            raise UserError(
+                f"an instance has a message for {name!r}, which is no input of the graph.{nearest(name, inputs)} "
+                f"Inputs: {', '.join(inputs)}."
+            )
+        return inputs[name]
 
     @property
     def module(self) -> nn.ModuleDict:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from decoupled.errors import OperationError, UserError, nearest
+from decoupled.errors import OperationError
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.instance import Instance
 from decoupled.graph.message import Found, Signal
@@ -67,7 +67,7 @@ class Controller(Actor):
         limit: int = 1 << 30,
         on_retire: Callable[[int], None] | None = None,
     ) -> None:
-        self._inputs = {node.name: node for node in graph.of(Input)}
+        self._graph, self._inputs = graph, {node.name: node for node in graph.of(Input)}
         self._successors, _ = addresses(graph, places)
         self._workers, self._instances, self._most = workers, instances, max_active_keys
         self._training, self._on_retire = training, on_retire
@@ -119,12 +119,8 @@ class Controller(Actor):
         self.active[key] = [len(instance.messages) if self._training else 0, instance.losses]
         sends: list[tuple[str, Message]] = []
         for name, position, payload in instance.messages:
-            if name not in self._inputs:
-                raise UserError(
-                    f"an instance has a message for {name!r}, which is no input of the graph."
-                    f"{nearest(name, self._inputs)} Inputs: {', '.join(self._inputs)}."
-                )
-            node, state = self._inputs[name], (key, *position)
+            node = self._inputs.get(name) or self._graph.entrance(name)
+            state = (key, *position)
             try:
                 node.check_sends([Forward(0, state, payload)])
             except Exception as error:

@@ -10,10 +10,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from decoupled.errors import StallError
+from decoupled.errors import OperationError, ProtocolError, StallError, UserError
 from decoupled.graph.build import NodeGraph
 from decoupled.graph.instance import Instance
 from decoupled.graph.node import Backward, Forward, Key, Node, Result, Sends, State
+from decoupled.graph.worker import label
 
 
 @dataclass
@@ -42,6 +43,7 @@ def execute(
 
     Raises:
         ProtocolError, UserError: as the nodes raise them. StallError: an instance did not come back.
+        OperationError: a node failed otherwise; names node and state.
     """
     graph.check()
     successors, predecessors = graph.successors(), graph.predecessors()
@@ -69,18 +71,28 @@ def execute(
         node.begin(training)
     for number, instance in enumerate(instances):
         for name, position, payload in instance.messages:
-            node, state = graph.nodes[name], (Key(number, instance.about), *position)
+            node, state = graph.entrance(name), (Key(number, instance.about), *position)
             send(node, node.check_sends([Forward(0, state, payload)]))
     while forward or backward:
-        back, node, port, state, payload = _next(forward, backward, choose)
-        start = time.perf_counter()
-        sends = node.take_backward(port, state, payload) if back else node.take_forward(port, state, payload)  # type: ignore[arg-type]
+        item = _next(forward, backward, choose)
+        node, start = item[1], time.perf_counter()
+        sends = _visit(item)
         found.seconds[node.name] = found.seconds.get(node.name, 0.0) + time.perf_counter() - start
         send(node, sends)
     left = [f"{name}: {what}" for name, node in graph.nodes.items() for what in node.open()]
     if left:
         raise StallError(f"messages of {graph.name!r} never came back: {'; '.join(left[:8])}")
     return found
+
+
+def _visit(item: tuple) -> Sends:
+    back, node, port, state, payload = item
+    try:
+        return node.take_backward(port, state, payload) if back else node.take_forward(port, state, payload)
+    except (ProtocolError, StallError, UserError):
+        raise
+    except Exception as error:
+        raise OperationError("execute", label(item), error) from error
 
 
 def _next(forward: deque, backward: deque, choose: Callable[[int], int] | None) -> tuple:

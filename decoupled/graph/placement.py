@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from decoupled.errors import UserError, nearest
+from decoupled.errors import OperationError, ProtocolError, UserError, nearest
 from decoupled.graph.build import Input, NodeGraph
 from decoupled.graph.execute import Executed, execute
 from decoupled.graph.instance import Instance
@@ -37,10 +37,16 @@ def measure(graph: NodeGraph, instances: Sequence[Instance], rounds: int = 3, li
     """Per instance, for every node but the inputs, on one thread: the least of some rounds; `limit` as in `execute`.
 
     The graph itself is not touched.
+
+    Raises:
+        OperationError: a node failed, or the protocol was broken. UserError, StallError: as in `execute`.
     """
     trial = copy.deepcopy(graph)
-    with intra_op_threads(1):
-        found: list[Executed] = [execute(trial, instances, limit=limit) for _ in range(rounds + 1)][1:]
+    try:
+        with intra_op_threads(1):
+            found: list[Executed] = [execute(trial, instances, limit=limit) for _ in range(rounds + 1)][1:]
+    except ProtocolError as error:
+        raise OperationError("controller", "measuring", error) from error
     count = max(1, len(instances))
     seconds = {n: min(one.seconds.get(n, 0.0) for one in found) / count for n in placed(graph)}
     for copies in graph.replicas.values():  # which of them a few instances met is chance

@@ -205,7 +205,10 @@ class GraphTrainer:
             ", ".join(map(str, controller.active)) or "unknown",
             "; ".join(left[:12]) or "no node of this process",
         )
-        return f"instances that never retire: {keys}; their messages are at {where}"
+        return (
+            f"instances that never retire: {keys}; their messages are at {where}; correct the graph, or the instances' "
+            "`losses`, if that is not how many times a loss is reached"
+        )
 
     def _meet(self) -> None:
         """Every process gets the weights and counts of all nodes; replicas get their mean."""

@@ -109,7 +109,7 @@ class GraphWorker(Actor):
         brought = [item]
         for one in brought:  # grows: nodes here that only steer have their turn at once
             self._route(one[1], self._visit(one), brought, leaving)
-        return Outcome(_label(item), leaving)
+        return Outcome(label(item), leaving)
 
     def _gather(self, item: Item) -> list[tuple[State, Tensor | None]]:
         """`item` and what waits for the same, as many as its node takes together."""
@@ -135,7 +135,7 @@ class GraphWorker(Actor):
             assert payload is not None
             return node.take_forward(port, state, payload)
         except Exception as error:
-            raise OperationError(self.name, _label(item), error, self._method) from error
+            raise OperationError(self.name, label(item), error, self._method) from error
 
     def _route(self, node: Node, sends: Sends, brought: list[Item], leaving: list[tuple[str, Message]]) -> None:
         for send in sends:
@@ -188,7 +188,7 @@ class GraphWorker(Actor):
         self.bytes_forward, self.bytes_backward = state["bytes"]
 
 
-def _label(item: Item) -> str:
+def label(item: Item) -> str:
     """An operation in words: F or B, node, state."""
     back, node, _, state, _ = item
     return f"{'B' if back else 'F'} {node.name} {state}"

@@ -131,6 +131,31 @@ def test_a_loop_that_never_ends(runtime: str) -> None:
         trained(graph, walk(), runtime=runtime, how=how)
 
 
+@pytest.mark.parametrize("losses", [0, 2])
+def test_an_instance_whose_losses_are_counted_wrong(losses: int) -> None:
+    messages = [("x", (0,), torch.ones(1, 2)), ("target", (3,), torch.ones(1, 2))]
+    with pytest.raises(StallError, match=r"never retire: 0; .*or the instances' `losses`, if that is not how many"):
+        trained(loop(step(), Cond(lambda i, t: t < 3)), one(*messages, losses=losses))
+
+
+@pytest.mark.parametrize("workers", [1, {"cell": 0}])
+@pytest.mark.parametrize(
+    ("name", "wide", "twice", "error", "text"),
+    [
+        ("x", 5, False, OperationError, r"operation F cell \(0, 0\).*: RuntimeError: mat1 and mat2"),
+        ("x", 2, True, OperationError, r"node 'h', input 0: a second message|node 'x', output 0: a second message"),
+        ("y", 2, False, UserError, r"message for 'y', which is no input of the graph"),
+    ],
+)
+def test_the_first_failure_is_the_same_while_costs_are_measured(
+    workers: object, name: str, wide: int, twice: bool, error: type[Exception], text: str
+) -> None:
+    x = (name, (0,), torch.ones(1, wide))
+    instance = one(x, *([x] if twice else []), ("target", (3,), torch.ones(1, 2)))
+    with pytest.raises(error, match=text):
+        trained(loop(step(), Cond(lambda i, t: t < 3)), instance, workers=workers)
+
+
 @pytest.mark.parametrize("work", [True, False])
 def test_a_loop_that_never_ends_ends_while_costs_are_measured(work: bool) -> None:
     """Nodes are placed by what a few instances cost, before anything else runs: it hung there."""
