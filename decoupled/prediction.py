@@ -184,7 +184,7 @@ class _Predicting(Remembers):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._last = self.placed(state["last"])
+        self._last = self.placed(state.get("last", self._last))  # states of 0.1.0 have none
 
 
 @named("linear_prediction")

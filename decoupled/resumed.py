@@ -17,7 +17,7 @@ from typing import Any
 
 from decoupled.config import CompareConfig, plain
 from decoupled.errors import UserError
-from decoupled.files import writing
+from decoupled.files import write_whole
 from decoupled.observe.points import describe
 
 try:
@@ -109,11 +109,3 @@ def alone(out: Path) -> Iterator[None]:
 def save(out: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, in one piece."""
     write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file: whoever is killed meanwhile leaves the old one or the new one (and perhaps a part, as NAME.new)."""
-    new = path.with_name(f"{path.name}.new")
-    with writing(path, new):
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)

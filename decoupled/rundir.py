@@ -20,8 +20,8 @@ from decoupled import checkpoint, registry
 from decoupled.compare import fresh_directory
 from decoupled.config import TrainConfig, plain
 from decoupled.errors import UserError
-from decoupled.files import writing
-from decoupled.resumed import alone, write_whole
+from decoupled.files import write_whole, writing
+from decoupled.resumed import alone
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from decoupled.errors import UserError, unknown
 
 
@@ -75,6 +77,8 @@ def typed(what: str, value: object, wanted: Any) -> object:
         UserError: it is of another type, or not a number.
     """
     kinds = _kinds(wanted)
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = list(value)  # also what OmegaConf has for one
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:

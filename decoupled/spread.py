@@ -7,7 +7,6 @@ rank 0     gather("module", ...)  <---- {k: answer}    every process answers for
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -94,7 +93,7 @@ Prints = dict[int, dict[str, Print]]  # of every tensor of a block's module
 def fingerprints(workers: Iterable[Worker], runtime: Runtime) -> Prints:
     """Of this process's copies of blocks that live elsewhere."""
     return {
-        worker.k: {name: _print(tensor) for name, tensor in worker.block.module.state_dict().items()}
+        worker.k: {name: _print(t) for name, t in worker.block.module.state_dict().items() if isinstance(t, Tensor)}
         for worker in workers
         if not runtime.owns(worker.name)
     }
@@ -122,23 +121,27 @@ def _print(tensor: Tensor) -> Print:
 
 def described(workers: Sequence[Worker], recipe: Recipe) -> dict[str, Any]:
     """What every process must have built alike, as plain values."""
-    optimizers = [made for worker in workers for made in worker.steps.optimizers]
-    method = recipe.method
+    optimizers, method = [made for worker in workers for made in worker.steps.optimizers], recipe.method
+    parts = (method.coupling, method.order, method.feed, *method.corrections)
     return {
         "model": [[(tuple(p.shape), str(p.dtype)) for p in worker.block.parameters] for worker in workers],
-        "method": [
-            _plain(part) for part in (method.name, method.coupling, method.order, method.feed, method.corrections)
-        ],
-        "optimizer": [(type(made).__name__, _plain(sorted(made.defaults.items()))) for made in optimizers],
+        "method": [method.name, *((type(part).__name__, _plain(getattr(part, "__dict__", {}))) for part in parts)],
+        "optimizer": [(type(made).__name__, _plain(made.defaults)) for made in optimizers],
         "seed": recipe.seed,
-        "precision": _plain(recipe.precision),
+        "precision": [str(one) for one in recipe.precisions(len(workers))],
         "on_nonfinite": recipe.on_nonfinite,
     }
 
 
-def _plain(thing: Any) -> str:
-    """Its options, without addresses of objects."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and words among them; not which kernel an optimizer takes, as that may depend on a block's device."""
+    found = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in options.items()}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in ("fused", "foreach", "capturable")
+        and all(isinstance(one, int | float | str) for one in (value if isinstance(value, tuple | list) else [value]))
+    }
 
 
 def agree(mine: Mapping[str, Any], runtime: Runtime) -> None:

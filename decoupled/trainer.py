@@ -156,10 +156,11 @@ class Trainer:
         Weights changed in it (back to a better epoch's) go to the processes of their blocks before the next call.
         """
         if self._newer and not self._closed:
-            self._hand_on()
             for worker, state in zip(self._workers, self._everywhere("module"), strict=True):
                 worker.block.module.load_state_dict(state)
-            self._newer = False
+            self._newer, self._handed = False, {}
+        if self._workers and not self._closed and self._runtime.rank == 0:
+            self._hand_on()
             self._handed = fingerprints(self._workers, self._runtime)
         units = self._network()
         names = list(self._given._modules) if isinstance(self._given, nn.Sequential) else []
@@ -275,9 +276,10 @@ class Trainer:
             missing_ok: with None for a state the trainer stays as it is.
 
         Raises:
-            UserError: the state is of another method or number of blocks, or this trainer is closed.
+            UserError: the state is of another method or number of blocks, or the processes of its blocks have ended.
         """
-        self._check_open()
+        if self._behind:  # else a closed trainer has all that it needs
+            self._check_open()
         if self._runtime.rank == 0 and not (missing_ok and state is None):
             measured = isinstance(self._blocks, int)
             check(state or {}, None if other_method else self.method.name, self._cuts, measured)
@@ -287,7 +289,7 @@ class Trainer:
             if state is None:
                 return
             shape, dtype = state["sample"]["shape"], getattr(torch, state["sample"]["dtype"])
-            self._cuts, self._resume_rng = list(state["cuts"]), dict(state["rng"])
+            self._cuts, self._resume_rng, self._handed = list(state["cuts"]), dict(state["rng"]), {}
             if not other_method:
                 self._recipe = replace(self._recipe, seed=state.get("seed", self._recipe.seed))
             self._build(torch.zeros(2, *shape, dtype=dtype))
@@ -307,7 +309,8 @@ class Trainer:
             return
         try:
             if not self._closed and self._behind and self._runtime.rank == 0:
-                self._hand_on()
+                if not self._newer:
+                    self._hand_on()
                 self._final = self._everywhere("statistics")
                 bring_home(self._workers, self._runtime, self._everywhere("state"))
                 self._newer = False
@@ -315,6 +318,7 @@ class Trainer:
             if not self._failed:
                 raise
         finally:
+            self._handed = {}
             if not self._closed:
                 self._closed = True
                 self._runtime.release(self)
@@ -424,11 +428,17 @@ class Trainer:
 
     def _hand_on(self) -> None:
         """Weights that the user has changed in `model` go to where their blocks live."""
-        if self._handed and self._runtime.rank == 0:
-            now = fingerprints(self._workers, self._runtime)
-            if changed := news(self._workers, self._handed, now):
-                self._runtime.ask(self, "_take", changed)
-            self._handed = now
+        if not self._handed:
+            return
+        now = fingerprints(self._workers, self._runtime)
+        if changed := news(self._workers, self._handed, now):
+            if self._newer:
+                raise UserError(
+                    "a `trainer.model` from before the latest training was changed, and its blocks in other processes "
+                    "have other weights by now; take `trainer.model` again and change that"
+                )
+            self._runtime.ask(self, "_take", changed)
+        self._handed = now
 
     def _take(self, changed: Mapping[int, Mapping[str, Tensor]]) -> None:
         take(owned(self._workers, self._runtime), changed)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from decoupled.errors import ProtocolError, UserError, first_line
-from decoupled.files import writing
+from decoupled.files import write_whole
 from decoupled.runtime.contract import Edge
 
 FORMAT = 1
@@ -138,10 +138,9 @@ class Events:
         }  # fmt: skip
         path = directory / FILE
         directory.mkdir(parents=True, exist_ok=True)
-        with writing(path, path), gzip.open(path, "wt", encoding="utf-8") as file:
-            file.write(json.dumps(header) + "\n")
-            for row in self.rows:
-                file.write(json.dumps([type(row).__name__.lower(), *row], separators=(",", ":")) + "\n")
+        lines = [json.dumps(header)]
+        lines += [json.dumps([type(row).__name__.lower(), *row], separators=(",", ":")) for row in self.rows]
+        write_whole(path, gzip.compress("".join(f"{line}\n" for line in lines).encode()))
         return path
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from decoupled.files import writing
+from decoupled.files import write_whole
 from decoupled.observe import charts, claims, conditions, frontier, learning, sweeps
 from decoupled.observe.charts import KIB, byte_unit, fixed, percent, significant
 from decoupled.observe.points import held
@@ -185,5 +185,4 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     """Write the page of `results` to `path`; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = render(results)
-    with writing(path, path):
-        path.write_text(text, encoding="utf-8")
+    write_whole(path, text)

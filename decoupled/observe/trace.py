@@ -24,7 +24,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from decoupled.files import writing
+from decoupled.files import write_whole
 
 # What the first letter of an operation stands for; the report's legend and the trace's categories use the same words.
 KINDS = {
@@ -152,8 +152,7 @@ def write_trace(spans: Iterable[Span], flows: Iterable[Flow], path: Path, counte
     events.sort(key=lambda event: (event["pid"], event.get("ts", -math.inf)))  # names first, then in order of time
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"), default=str)
-    with writing(path, path):
-        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    write_whole(path, gzip.compress(text.encode()) if path.suffix == ".gz" else text)
 
 
 def _names(processes: Mapping[str, int], tracks: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:

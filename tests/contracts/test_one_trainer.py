@@ -62,12 +62,9 @@ def restored(runtime: Runtime, how: str) -> list[Any]:
     """Figures of a run that goes back to the weights of its first epoch, and on from there."""
     with trainer(runtime) as one:
         one.fit(CASE.batches())
-        net = one.model
-        best = copy.deepcopy(net.state_dict())
+        best = copy.deepcopy(one.model.state_dict())
         one.fit(CASE.batches())
-        if how == "in the model of before":
-            net.load_state_dict(best)
-        elif how == "in the model":
+        if how == "in the model":
             one.model.load_state_dict(best)
         else:
             for name, parameter in one.model.named_parameters():
@@ -80,12 +77,61 @@ def restored(runtime: Runtime, how: str) -> list[Any]:
     return [*found[:2], found[2]["module"], one.model.state_dict()]
 
 
-@pytest.mark.parametrize("how", ["in the model", "in the model of before", "in the data of parameters"])
+@pytest.mark.parametrize("how", ["in the model", "in the data of parameters"])
 def test_weights_that_are_changed_in_the_model_are_changed_where_they_live(how: str, two: Processes) -> None:
     apart, here = restored(two, how), restored(Simulated(), how)
     assert apart[:2] == here[:2]
     for mine, theirs in zip(apart[2:], here[2:], strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_model_from_before_the_latest_training_is_not_written_to(two: Processes) -> None:
+    """Blocks elsewhere have gone on; `trainer.model` has their weights again."""
+    with trainer(two) as one:
+        one.fit(CASE.batches())
+        before = one.model
+        one.fit(CASE.batches())
+        with torch.no_grad():
+            for parameter in before.parameters():
+                parameter.mul_(1.0)
+        with pytest.raises(UserError, match=r"take `trainer.model` again and change that"):
+            one.evaluate(CASE.batches())
+        after = one.evaluate(CASE.batches()) if one.model else None
+    with trainer(Simulated()) as other:
+        other.fit(CASE.batches(), epochs=2)
+        assert after == other.evaluate(CASE.batches())
+
+
+class Noted(torch.nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"a": 1}
+
+
+def test_a_model_that_was_looked_at_is_saved_loaded_and_closed_as_ever(two: Processes) -> None:
+    """Also one with other things than tensors in its state, and with a state that was cut elsewhere."""
+    given: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": OPTIMIZERS["momentum"], "runtime": two}
+
+    def made() -> torch.nn.Sequential:
+        layers = [torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4), torch.nn.Tanh(), Noted(4, 3)]
+        return torch.nn.Sequential(*layers).double()
+
+    with Trainer(made(), "pipedream", [4], **given) as one:
+        one.fit(CASE.batches())
+        state = one.state_dict()
+    with Trainer(made(), "pipedream", 2, **given) as one:
+        one.fit(CASE.batches())
+        assert len(one.model) == 5
+        one.load_state_dict(state)
+        assert one.evaluate(CASE.batches())["loss"] > 0
+        with torch.no_grad():
+            one.model[4].weight.zero_()  # type: ignore[union-attr, operator]
+            one.model[4].bias.zero_()  # type: ignore[union-attr, operator]
+        assert one.evaluate(CASE.batches())["loss"] == pytest.approx(1.0986, abs=1e-4)
+        one.fit(CASE.batches())
+    assert one.state_dict()["position"]["epoch"] == 2
 
 
 class Rank1(Simulated):
@@ -130,13 +176,12 @@ def test_ranks_with_other_settings_are_refused(more: dict[str, Any], what: str |
         agree(described(mine.workers, mine._recipe), Rank1(told))
 
 
-def test_a_closed_trainer_takes_no_state(two: Processes) -> None:
-    for runtime in (two, Simulated()):
-        with trainer(runtime) as one:
-            one.fit(CASE.batches())
-            state = one.state_dict()
-        with pytest.raises(UserError, match="this trainer is closed"):
-            one.load_state_dict(state)
+def test_a_closed_trainer_whose_processes_have_ended_takes_no_state(two: Processes) -> None:
+    with trainer(two) as one:
+        one.fit(CASE.batches())
+        state = one.state_dict()
+    with pytest.raises(UserError, match="this trainer is closed"):
+        one.load_state_dict(state)
 
 
 FORK = textwrap.dedent("""

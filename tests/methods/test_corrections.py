@@ -469,6 +469,13 @@ def test_every_parameter_group_is_predicted_with_its_own_momentum(momenta, form)
     torch.testing.assert_close(predicted, [p.detach(), q.detach()], rtol=0, atol=1e-9)
 
 
+def test_a_prediction_loads_a_state_that_knows_no_last_gradients():
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    part: Any = LinearPrediction().at(site(torch.optim.SGD([p], lr=0.1), 3, p))
+    part.load_state_dict({"change": [torch.ones(1)]})
+    assert torch.equal(part.forward([p.detach().clone()])[0], p)
+
+
 def test_momentum_runs_out_as_it_is_set_now_in_every_group():
     p, q = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
     made = torch.optim.SGD([{"params": [p], "momentum": 0.9}, {"params": [q], "momentum": 0.5}], lr=0.1)

@@ -391,3 +391,8 @@ def test_published_fashion_mnist():
     assert torch.bincount(dataset.test.targets).tolist() == [1000] * 10
     # Black is 0, so the background is -mean / std = -0.2860 / 0.3530 of the whole training set, nearly that of a part.
     assert dataset.train.inputs.min().item() == pytest.approx(-0.2860 / 0.3530, abs=0.01)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"name": "digits", "limit": np.int64(100), "validation": np.int64(50)}
+    assert data.load(given).summary == data.load({"name": "digits", "limit": 100, "validation": 50}).summary
