@@ -39,7 +39,7 @@ def test_points_are_all_combinations_and_nothing_is_one() -> None:
         ("lr", "sweep must map keys to lists"),
         ("{lr: 0.1}", "sweep over lr needs a list of values, got 0.1"),
         ("{lr: []}", "needs a list"),
-        ("[lr]", "give a key the kind of value"),
+        ("[lr]", "sweep cannot be ['lr']; write sweep={KEY: VALUE, ...}"),
         ("{lr: [fast]}", "'fast'"),
         ("{recipe: [{lrr: 1}]}", "Did you mean 'lr'"),
         ("{blocks: [9]}", "block"),
