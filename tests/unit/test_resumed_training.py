@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path, monkey
     out, plain = tmp_path / "full", checkpoint.save
 
     def save(state, path):
-        for name in ("checkpoint.pt.partial", "events.jsonl.gz"):
+        for name in ("checkpoint.pt.partial", "events.jsonl.gz.new"):
             (out / name).symlink_to("/dev/full")
         plain(state, path)
 
