@@ -69,8 +69,7 @@ def blocks(out: Path, statistics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write the statistics of all blocks; without any (nothing was left to train) those of before stay."""
     path = out / "blocks.json"
     if statistics:
-        with writing(path):
-            path.write_text(json.dumps(statistics) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(statistics) + "\n")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 

@@ -449,6 +449,8 @@ class Trainer:
 
     def _check_home(self) -> None:
         if self._closed and self._newer:
+            if self._runtime.rank:
+                raise UserError("only rank 0 has the whole model, its state and statistics; ask there")
             raise PeerLost("the weights of blocks in other processes were lost with them")
 
     def _build(self, sample: Tensor) -> None:

@@ -184,5 +184,4 @@ def render(results: dict[str, Any]) -> str:
 def write_report(results: dict[str, Any], path: Path) -> None:
     """Write the page of `results` to `path`; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = render(results)
-    write_whole(path, text)
+    write_whole(path, render(results))

@@ -235,6 +235,15 @@ RANKS = textwrap.dedent("""
 """)
 
 
+def test_another_rank_says_who_has_the_model() -> None:
+    """After `close`, where it would have answered with weights from before the training."""
+    one = trainer(Rank1(None))
+    one._newer = one._closed = True  # as a rank is left that trained some of the blocks
+    for ask in (one.statistics, lambda: one.model, lambda: one.evaluate(CASE.batches())):
+        with pytest.raises(UserError, match="only rank 0 has the whole model"):
+            ask()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "heard"),

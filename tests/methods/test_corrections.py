@@ -452,6 +452,14 @@ def stepping(made, parts, *gradients):
     return step
 
 
+def check_foreseen(acting, step, late, *parameters):
+    """The weights that are predicted now are those after so many steps."""
+    predicted = acting.forward([p.detach().clone() for p in parameters])
+    for _ in range(late):
+        step()
+    torch.testing.assert_close(predicted, [p.detach() for p in parameters], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("momenta", [(0.9, 0.0), (0.0, 0.9), (0.5, 0.9)], ids=str)
 @pytest.mark.parametrize("form", ["velocity", "weight"])
 def test_every_parameter_group_is_predicted_with_its_own_momentum(momenta, form):
@@ -462,11 +470,7 @@ def test_every_parameter_group_is_predicted_with_its_own_momentum(momenta, form)
     step = stepping(made, acting, 1.0, -2.0)
     for _ in range(400):
         step()
-    assert acting.forward is not None
-    predicted = acting.forward([p.detach().clone(), q.detach().clone()])
-    for _ in range(3):
-        step()
-    torch.testing.assert_close(predicted, [p.detach(), q.detach()], rtol=0, atol=1e-9)
+    check_foreseen(acting, step, 3, p, q)
 
 
 def test_a_prediction_loads_a_state_that_knows_no_last_gradients():
@@ -483,11 +487,7 @@ def test_momentum_runs_out_as_it_is_set_now_in_every_group():
     for _ in range(3):
         stepping(made, acting, 1.0, -2.0)()
     made.param_groups[0]["momentum"] = 0.2
-    assert acting.forward is not None
-    predicted = acting.forward([p.detach().clone(), q.detach().clone()])
-    for _ in range(4):
-        stepping(made, acting, 0.0, 0.0)()
-    torch.testing.assert_close(predicted, [p.detach(), q.detach()], rtol=0, atol=1e-12)
+    check_foreseen(acting, stepping(made, acting, 0.0, 0.0), 4, p, q)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -500,11 +500,7 @@ def test_a_prediction_goes_on_with_the_learning_rate_of_now(momentum):
     for _ in range(60):
         step()
     made.param_groups[0]["lr"] = 0.1
-    assert acting.forward is not None
-    (predicted,) = acting.forward([p.detach().clone()])
-    for _ in range(3):
-        step()
-    torch.testing.assert_close(predicted, p.detach(), rtol=0, atol=1e-9)
+    check_foreseen(acting, step, 3, p)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -517,11 +513,7 @@ def test_a_prediction_counts_with_the_rescaled_rate(momentum, names):
     step = stepping(made, acting, 1.0)
     for _ in range(60):
         step()
-    assert acting.forward is not None
-    (predicted,) = acting.forward([p.detach().clone()])
-    for _ in range(3):
-        step()
-    torch.testing.assert_close(predicted, p.detach(), rtol=0, atol=1e-9)
+    check_foreseen(acting, step, 3, p)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
