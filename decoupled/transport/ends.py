@@ -224,6 +224,7 @@ class LinkInlet(Inlet):
 
     def _begin(self) -> None:
         """Read the header of a message and what comes behind it, and begin with its large tensors."""
+        self._link.watch()
         header = self._link.read()
         if header.kind is Kind.GOODBYE:
             self._said_goodbye = True

@@ -16,8 +16,8 @@ from decoupled.errors import ProtocolError
 from decoupled.transport.dense import Bytes
 from decoupled.transport.ring import Ring
 
-_PARTS = 8  # a ring holds at least so many chunks, so that both ends can copy at once
-_CHUNK = 1 << 19  # bytes: large against the cost of a frame, small against a cache
+_PARTS = 4  # a ring holds at least so many chunks, so that both ends can copy at once
+_CHUNK = 1 << 21  # bytes: large against the cost of a frame and of being woken, small against a cache
 
 
 def allocate(size: int) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from hypothesis import strategies as st
 from decoupled.errors import ProtocolError, UserError
 from decoupled.messages import Data, End, Message, Up
 from decoupled.runtime.contract import Edge
-from decoupled.transport import ends, frame, handshake, place
+from decoupled.transport import ends, frame, handshake, link, place
 from decoupled.transport.contract import Closed, Lost, NeverOpened, Outlet
 from decoupled.transport.endpoint import Address, Endpoint
 from decoupled.transport.ends import LinkInlet, LinkOutlet
@@ -219,6 +220,45 @@ def test_a_slow_network_does_not_hold_up_the_sender() -> None:
 
 
 # --- credits ---------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_answered_at_once_waits_awake_for_a_moment_and_then_sleeps() -> None:
+    class Poll:
+        """Counts how often it is asked for what is there already, and how often it sleeps."""
+
+        def __init__(self) -> None:
+            self.looks = self.sleeps = 0
+
+        def poll(self, milliseconds: float | None = None) -> list[tuple[int, int]]:
+            self.looks, self.sleeps = self.looks + (milliseconds == 0), self.sleeps + (milliseconds is None)
+            return answers.poll(milliseconds)
+
+    mine, its = socket.socketpair()
+    answers = select.poll()
+    answers.register(mine, select.POLLIN)
+    with its, closing(link.Link(mine, "a->b", 0, "rank 1")) as watching:
+
+        def watch() -> Poll:
+            watching._poll = poll = Poll()  # pyright: ignore[reportAttributeAccessIssue]
+            watching.watch()
+            return poll
+
+        its.send(b"x")
+        for _ in range(1000):  # it is there at once
+            watch()
+        mine.recv(1)
+        late = threading.Timer(0.2, its.send, [b"x"])
+        late.start()
+        found = watch()  # it is late for once
+        late.join()
+        assert found.looks > 2
+        assert found.sleeps == 1
+        mine.recv(1)
+        late = threading.Timer(0.2, its.send, [b"x"])
+        late.start()
+        found = watch()  # now it is known to be late
+        late.join()
+        assert (found.looks, found.sleeps) == (1, 1)
 
 
 def test_capacity_is_kept_exactly(two: Two) -> None:
