@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from decoupled.benchmarks.page import environment, produce, table, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
 from decoupled.benchmarks.peers.dynamic import Minibatch, Nodes, OneByOne, Reached, epochs_to
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Spread
 from decoupled.graph import Task
 from decoupled.steps import MakeScheduler
 from decoupled.tasks.gated_graph import Babi15

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoupled import Trainer, data
-from decoupled.benchmarks.page import environment, produce, table
+from decoupled.benchmarks.page import environment, machine, produce, table
 from decoupled.benchmarks.plot import Axes, Panel, draw
-from decoupled.benchmarks.speed import RESULTS, machine
+from decoupled.benchmarks.speed import RESULTS
 from decoupled.data import Dataset, Loader, Split
 from decoupled.evaluation import evaluate
 from decoupled.randomness import seeded

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from decoupled import Trainer, models
-from decoupled.benchmarks.page import environment, produce, table, verdict
-from decoupled.benchmarks.speed import RESULTS, machine
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
+from decoupled.benchmarks.speed import RESULTS
 from decoupled.runtime.contract import intra_op_threads
 
 LIMIT = 0.97

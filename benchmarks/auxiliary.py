@@ -34,9 +34,9 @@ from torch.nn import functional as F
 
 from decoupled import Trainer, models
 from decoupled import data as datasets
-from decoupled.benchmarks.page import environment, produce, table
+from decoupled.benchmarks.page import environment, machine, produce, table
 from decoupled.benchmarks.peers.splitting.common import forward
-from decoupled.benchmarks.speed import RESULTS, machine
+from decoupled.benchmarks.speed import RESULTS
 from decoupled.data import Dataset, Loader
 from decoupled.evaluation import evaluate
 from decoupled.methods.auxiliary_variables.proximal import Sign

@@ -33,8 +33,8 @@ from torch.nn import functional as F
 
 from decoupled import Trainer
 from decoupled import data as datasets
-from decoupled.benchmarks.page import environment, produce, table
-from decoupled.benchmarks.speed import RESULTS, machine
+from decoupled.benchmarks.page import environment, machine, produce, table
+from decoupled.benchmarks.speed import RESULTS
 from decoupled.data import Dataset, Loader
 from decoupled.methods.auxiliary_variables.nmf import NMF
 from decoupled.randomness import seeded

@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decoupled.benchmarks.page import environment, produce, table, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
 from decoupled.benchmarks.peers import alone, contest, library, plain
 from decoupled.benchmarks.peers.contest import KEEP, WARMUP, Group, Measurement
 from decoupled.benchmarks.peers.setting import Run, Setting
-from decoupled.benchmarks.speed import RESULTS, Spread, ideal, machine
+from decoupled.benchmarks.speed import RESULTS, Spread, ideal
 from decoupled.method import Method
 from decoupled.testing import label, point, variants
 
@@ -54,9 +54,10 @@ class Options:
 
 
 def kind(method: Method) -> str | None:
-    """Which of `KINDS` a method belongs to; None: its gradients are not late, or it mutates weights under a graph."""
+    """Which of `KINDS` a method belongs to; None: its gradients are not late, it mutates weights under a graph, or its
+    blocks run on other inputs besides (target propagation)."""
     late = method.facts.delay(0, K) > 0 and K - 1 in method.facts.reach(0, K)
-    if not late or method.retention.live:
+    if not late or method.retention.live or method.coupling.substitutes:
         return None
     if not method.retention.recomputes:
         return "keeps graphs"
@@ -191,7 +192,10 @@ def _task(wanted: str, setting: Setting, limits: Mapping[str, Sequence[float]], 
     image = "x".join(map(str, setting.image))
     text = f"{setting.model}, inputs {image}, batch {setting.batch_size}, two blocks, cut before unit {setting.cut}."
     if wanted == "keeps graphs":
-        return f"{text} No pipeline that cuts there can be faster than {ideal(limits, 'gradient'):.2f}."
+        gain = f"{ideal(limits, 'gradient'):.2f}"
+        return (
+            f"{text} Blocks that never wait gain {gain} there, over a whole network that keeps freed memory as they do."
+        )
     which = "Every block" if everywhere else "Every block below the top"
     does = "makes its input again from its output" if wanted == "reverses" else "replays what it has not kept"
     return (

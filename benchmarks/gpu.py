@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from decoupled import Trainer, models
-from decoupled.benchmarks.page import environment, produce, table, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
 from decoupled.benchmarks.peers import gpu_edges
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Spread
 
 MUST = 0.97
 METHODS = ("backprop", "pipedream", "greedy_local")

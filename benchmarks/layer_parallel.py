@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoupled import models
-from decoupled.benchmarks.page import environment, produce, table, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
 from decoupled.benchmarks.peers.noise import QUIET, busy_seconds, wait_quiet
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Spread
 from decoupled.build import probe
 from decoupled.coupling import Place
 from decoupled.data import Augment, Loader, Split

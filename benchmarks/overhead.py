@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoupled import Trainer
-from decoupled.benchmarks.page import environment, produce, table, verdict
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
+from decoupled.benchmarks.speed import RESULTS, Spread
 
 MUST = 60.0  # microseconds per operation, on one core
 OPERATIONS = 6  # per batch: F, B and S of two blocks

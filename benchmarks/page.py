@@ -6,6 +6,8 @@ and stays when the page is measured anew.
 
 from __future__ import annotations
 
+import datetime
+import platform
 import re
 import signal
 import sys
@@ -14,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from decoupled import records
 from decoupled.benchmarks.peers.host import HostError
 from decoupled.benchmarks.peers.setting import Setting
 
@@ -26,12 +29,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def environment(facts: Mapping[str, Any], command: str, seconds: float) -> str:
-    """The beginning of every page; `facts` as from `speed.machine`."""
+def machine(started: datetime.datetime) -> dict[str, Any]:
+    """What the figures depend on and may be published."""
+    facts = records.environment()
+    return {
+        **{name: facts[name] for name in ("cores", "cpu", "torch", "python")},
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": started.strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def where(facts: Mapping[str, Any]) -> str:
+    """When and on what it was measured; `facts` as from `machine`."""
     return (
-        f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
-        f"{facts['system']}; `python -m decoupled.benchmarks.{command}`, {seconds / 60:.1f} minutes."
+        f"{facts['date']}, {facts['cores']} cores ({facts['cpu']}), torch {facts['torch']}, Python {facts['python']}, "
+        f"{facts['system']}"
     )
+
+
+def environment(facts: Mapping[str, Any], command: str, seconds: float) -> str:
+    """The beginning of every page."""
+    return f"{where(facts)}; `python -m decoupled.benchmarks.{command}`, {seconds / 60:.1f} minutes."
 
 
 def task(setting: Setting) -> str:

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from decoupled.benchmarks.page import environment, produce, table, verdict
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
+from decoupled.benchmarks.speed import RESULTS, Spread
 from decoupled.config import Recipe, TrainConfig
 from decoupled.experiment import Setting
 from decoupled.runtime.timing import Timing

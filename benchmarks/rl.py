@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from decoupled import registry
-from decoupled.benchmarks.page import environment, table, verdict
+from decoupled.benchmarks.page import environment, machine, table, verdict
 from decoupled.benchmarks.page import write as keep_notes
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Spread
 from decoupled.config import CompareConfig, changed, read
 from decoupled.rl import RLTrainer, Roles
 from decoupled.rl.agent import Batch, Spaces

@@ -29,11 +29,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled import Trainer, heads, split
-from decoupled.benchmarks.page import environment, produce, table, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, verdict
 from decoupled.benchmarks.peers import contest, local, plain
 from decoupled.benchmarks.peers.contest import Group, Measurement
 from decoupled.benchmarks.peers.setting import CLASSES, Setting, sgd
-from decoupled.benchmarks.speed import RESULTS, Figure, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Figure, Spread
 from decoupled.runtime.timing import Timing
 from decoupled.simulate import simulate
 

@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decoupled.benchmarks.page import environment, produce, table, task, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, task, verdict
 from decoupled.benchmarks.peers import contest, data_parallel, pipelining, processes
 from decoupled.benchmarks.peers.contest import WARMUP, Group
 from decoupled.benchmarks.peers.host import Host
 from decoupled.benchmarks.peers.network import Link, Network, Unavailable
 from decoupled.benchmarks.peers.setting import Setting
 from decoupled.benchmarks.plot import Axes, Panel, draw
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Spread
 from decoupled.benchmarks.two_hosts import SKIP
 
 KEEPS, FALLS = 0.9, 0.5

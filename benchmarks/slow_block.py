@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decoupled.benchmarks.page import environment, produce, table, task, verdict
+from decoupled.benchmarks.page import environment, machine, produce, table, task, verdict
 from decoupled.benchmarks.peers import contest, processes
 from decoupled.benchmarks.peers.contest import Group, Measurement
 from decoupled.benchmarks.peers.setting import Setting
-from decoupled.benchmarks.speed import RESULTS, Figure, Spread, machine
+from decoupled.benchmarks.speed import RESULTS, Figure, Spread
 
 MICROBATCHES = (2, 4, 8)
 MUST = 1.2

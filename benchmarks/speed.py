@@ -11,8 +11,6 @@ import argparse
 import datetime
 import json
 import math
-import os
-import platform
 import signal
 import statistics
 import sys
@@ -22,9 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from decoupled.benchmarks.page import write
+from decoupled.benchmarks.page import machine, where, write
 from decoupled.benchmarks.peers import contest, simulator
 from decoupled.benchmarks.peers.contest import Measurement
 from decoupled.benchmarks.peers.setting import Setting
@@ -160,18 +156,6 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def machine(started: datetime.datetime) -> dict[str, Any]:
-    """What the figures depend on and may be published."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cores": cores,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": started.strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
 def figures(rounds: Sequence[Round], balance: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """One record per figure that could be measured."""
     records = []
@@ -206,9 +190,9 @@ def markdown(record: Mapping[str, Any]) -> str:
         "# Speed",
         _how(record["machine"], record["options"], record["setting"], record["seconds"] / 60),
         _figures_table(record),
-        "*Limit* is the whole network's time over the slowest block's, both measured alone with freed memory kept: no "
-        "pipeline that cuts there can be faster. The *controls* compare with a plain loop whose C library is told "
-        "(`MALLOC_*` variables) to keep freed memory instead of giving it back to the system in every batch.",
+        "*Limit* is the whole network's time over the slowest block's, each alone and with freed memory kept: what "
+        "blocks gain that never wait. The plain loop gives freed memory back to the system in every batch, which costs "
+        "it time besides; the *controls* compare with one whose C library is told (`MALLOC_*` variables) to keep it.",
         "## Contestants",
         _contestants_table(record["rounds"], record["setting"]["batch_size"]),
         "*Processor* is the processor time of all threads and ranks. *New pages* are memory pages that the system had "
@@ -226,8 +210,7 @@ def _how(facts: Mapping[str, Any], options: Mapping[str, Any], setting: Mapping[
     if options["patience"]:
         command += f" --patience {options['patience']:.0f}"
     return (
-        f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
-        f"{facts['system']}; `{command}`, {minutes:.1f} minutes. {setting['model']}, inputs "
+        f"{where(facts)}; `{command}`, {minutes:.1f} minutes. {setting['model']}, inputs "
         f"{'x'.join(map(str, setting['image']))}, batch {setting['batch_size']}, SGD with momentum, cross entropy, "
         f"synthetic data; two blocks, cut before unit {setting['cut']}. {options['rounds']} rounds of "
         f"{options['batches']} batches (half of it for torch's pipelines, which flush after every batch), every "

@@ -31,9 +31,9 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from decoupled.benchmarks.page import environment, produce, table
+from decoupled.benchmarks.page import environment, machine, produce, table
 from decoupled.benchmarks.pareto import alone
-from decoupled.benchmarks.speed import RESULTS, machine
+from decoupled.benchmarks.speed import RESULTS
 from decoupled.errors import UserError
 from decoupled.observe.plane import Curve, Scale, plane
 

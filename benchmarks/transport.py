@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from decoupled.benchmarks.page import write
-from decoupled.benchmarks.speed import RESULTS, Spread, machine
+from decoupled.benchmarks.page import machine, where, write
+from decoupled.benchmarks.speed import RESULTS, Spread
 from decoupled.messages import Message, Up
 from decoupled.runtime import memory
 from decoupled.runtime.contract import Edge
@@ -317,8 +317,7 @@ def markdown(found: Sequence[Mapping[str, float]], facts: Mapping[str, Any], sec
     speeds = [[size, *(spread[f"{name} {size}"].text() for name in CONTESTANTS)] for size in SIZES]
     trips = [[name, spread[f"{name} trip"].text(".3f")] for name in TRIPS]
     how = (
-        f"{facts['date']}, {facts['cores']} cores, torch {facts['torch']}, Python {facts['python']}, "
-        f"{facts['system']}; `python -m decoupled.benchmarks.transport`, {seconds:.0f} s. "
+        f"{where(facts)}; `python -m decoupled.benchmarks.transport`, {seconds:.0f} s. "
         f"Two processes of one thread each on one host, Gloo over loopback; {len(found)} rounds, contestants one at a "
         f"time in turned order, ratios within a round; "
         f"median (lowest .. highest). At most {_IN_FLIGHT} messages are under way. Figures hold for an idle machine."

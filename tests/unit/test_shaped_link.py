@@ -19,7 +19,7 @@ from decoupled.benchmarks.peers.slowed import STEPS, Jitter, Slowed
 from decoupled.benchmarks.shaped_link import Findings, Pair, Run
 
 TINY = Setting(model="resnet8", image=(1, 8, 8), batch_size=4, cut=2)
-FACTS = {"cores": 2, "torch": "2", "python": "3", "system": "Linux", "date": "today"}
+FACTS = {"cores": 2, "cpu": "a processor", "torch": "2", "python": "3", "system": "Linux", "date": "today"}
 
 
 def lines(**kept: tuple[float, float]) -> Findings:

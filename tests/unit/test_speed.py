@@ -26,7 +26,7 @@ def rounds(*seconds: dict[str, float]) -> list[dict[str, Measurement]]:
 def record(**changes: object) -> dict:
     held = rounds({"plain": 1.0, "pipedream": 0.5}, {"plain": 1.2, "pipedream": 0.5}, {"plain": 1.0, "pipedream": 0.4})
     return {
-        "machine": {"cores": 2, "torch": "2", "python": "3", "system": "Linux", "date": "today"},
+        "machine": {"cores": 2, "cpu": "a processor", "torch": "2", "python": "3", "system": "Linux", "date": "today"},
         "setting": {"model": "resnet20", "image": [1, 28, 28], "batch_size": 64, "cut": 4},
         "options": {"rounds": 3, "batches": 8, "patience": 0.0},
         "balance": BALANCE,
