@@ -6,7 +6,7 @@
     GPU           the same GPU  a ring in its memory that both map (CUDA IPC); NCCL refuses two ranks on one GPU
     GPU           CPU           as from CPU to CPU, through pinned memory; so do CPU to GPU, and GPUs that cannot meet
 
-Gloo is there by name: over loopback it was slower than the stream at every size (benchmarks/transport.py).
+Gloo is there by name: over loopback it was slower than the stream, and no faster at 16 MiB (benchmarks/transport.py).
 A source on a GPU says which one it is (its UUID), and the target answers how they meet. "rendezvous" and
 "shared_device" by name are for tests: what GPUs do, from CPU to CPU, over Gloo and shared memory. NCCL has not yet been
 run on two GPUs; its way is tested with Gloo in its place.
