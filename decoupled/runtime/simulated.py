@@ -174,8 +174,9 @@ class _Simulation:
                 for seen in self._operations:
                     seen(state.name, operation, self._now, self._now + cost)
             state.left = self._now + cost
-            routes = state.routes
-            state.outbox.extend((link, message) for out, message in sends for link in routes.get(out, ()))
+            for out, message in sends:
+                for link in state.routes.get(out, ()):
+                    state.outbox.append((link, message))
             if cost > 0:
                 state.seconds += cost
                 state.busy = True

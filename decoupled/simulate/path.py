@@ -33,7 +33,8 @@ class CriticalPath(Observer):
 
     def taken(self, actor: str, port: str, message: Message, time: float) -> None:
         chain = self._arrived.pop((actor, port, message.key), NOTHING)
-        self._cause[actor] = max(chain, self._cause.get(actor, NOTHING), key=lambda chain: chain[0])
+        if chain[0] >= self._cause.get(actor, NOTHING)[0]:
+            self._cause[actor] = chain
 
     def operation(self, actor: str, operation: str, start: float, end: float) -> None:
         own, cause = self._latest.get(actor, NOTHING), self._cause.pop(actor, NOTHING)
