@@ -24,7 +24,7 @@ from decoupled.intake import Intake
 from decoupled.method import Method
 from decoupled.partition import split
 from decoupled.randomness import seeded
-from decoupled.runtime.contract import Edge, Runtime
+from decoupled.runtime.contract import Cost, Edge, Runtime
 from decoupled.runtime.launch import under_torchrun
 from decoupled.runtime.processes import Processes
 from decoupled.runtime.simulated import Simulated
@@ -246,11 +246,14 @@ def probe(
     return tuple(shapes), dtypes, overwrites
 
 
-def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int, others: int = 0) -> Runtime:
+def make_runtime(
+    runtime: str | Mapping[str, Any] | Runtime, blocks: int, others: int = 0, cost: Cost | None = None
+) -> Runtime:
     """A runtime by name, or by ``{"name": ..., options}``; a Runtime is returned as it is.
 
     Torch's intra-op threads are divided by the blocks, on every runtime alike: their number decides the order of
-    additions in a sum. `others`: actors beside the blocks that may have a process of their own.
+    additions in a sum. `others`: actors beside the blocks that may have a process of their own. `cost`: what operations
+    take on the simulated runtime, where they are not those of a chain of blocks.
 
     Raises:
         UserError: unknown name or option, or more processes than blocks.
@@ -266,6 +269,8 @@ def make_runtime(runtime: str | Mapping[str, Any] | Runtime, blocks: int, others
         options.setdefault("processes", blocks)
     if options.setdefault("intra_op", intra_op) is not None:
         positive(f"runtime {name!r}", intra_op=options["intra_op"])
+    if cost is not None and name == "simulated":
+        options.setdefault("cost", cost)
     made = RUNTIMES[name](**options)
     if isinstance(made, Processes) and made.world > (most := blocks + others):
         raise UserError(f"{made.world} processes for {blocks} blocks: some would be idle; use at most {most}")

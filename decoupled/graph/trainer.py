@@ -34,8 +34,7 @@ from decoupled.graph.statistics import NodeStatistics, WorkerStatistics, merged,
 from decoupled.graph.transform import PPT
 from decoupled.graph.worker import CONTROLLER, GraphWorker
 from decoupled.runtime.contract import Cost, Edge, Graph, Observer, Runtime, Timings
-from decoupled.runtime.simulated import Simulated
-from decoupled.specs import parse, positive
+from decoupled.specs import positive
 from decoupled.steps import MakeOptimizer, MakeScheduler
 
 SAMPLE = 8  # instances that costs are measured on
@@ -90,9 +89,7 @@ class GraphTrainer:
         self.places = {} if isinstance(workers, int) else by_hand(graph, workers)
         self._names = [f"worker{w}" for w in range(count)]
         self._owns_runtime, self._hosted = not isinstance(runtime, Runtime), False
-        if not isinstance(runtime, Runtime) and parse("runtime", runtime)[0] == "simulated":
-            runtime = Simulated(cost=costs_of(graph, costs), **parse("runtime", runtime)[1])
-        self.runtime = make_runtime(runtime, count)
+        self.runtime = make_runtime(runtime, count, cost=costs_of(graph, costs))
         self._workers: list[GraphWorker] = []
         self._busy, self._wait = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
 

@@ -36,8 +36,7 @@ from decoupled.rl.statistics import RoleStatistics, adam, record
 from decoupled.rl.steps import batch_of, width
 from decoupled.rl.wiring import Elsewhere, costs_of, joined
 from decoupled.runtime.contract import Actor, Edge, Graph, Observer, Runtime
-from decoupled.runtime.simulated import Simulated
-from decoupled.specs import check_seed, parse, positive
+from decoupled.specs import check_seed, positive
 from decoupled.steps import MakeOptimizer
 
 LEARNER = "learner"
@@ -87,9 +86,7 @@ class RLTrainer:
         self._observers, self._on_steps = observers, on_steps
         self._names = [LEARNER, *(f"actor{i}" for i in range(roles.actors))]
         self._owns_runtime, self._hosted = not isinstance(runtime, Runtime), False
-        if not isinstance(runtime, Runtime) and parse("runtime", runtime)[0] == "simulated":
-            runtime = Simulated(cost=costs_of(costs, roles), **parse("runtime", runtime)[1])
-        self.runtime = make_runtime(runtime, len(self._names))
+        self.runtime = make_runtime(runtime, len(self._names), cost=costs_of(costs, roles))
         self._actors: list[Any] = []
         self._restored: Mapping[str, Any] | None = None
         self._busy, self._wait, self._bytes = ({} for _ in range(3))

@@ -240,3 +240,15 @@ def test_placement_is_balanced_by_cost_and_keeps_light_nodes_with_their_neighbou
         GraphTrainer(graph, optimizer=sgd(0.1), workers={"recurent": 0})
     with pytest.raises(UserError, match="without gaps"):
         GraphTrainer(graph, optimizer=sgd(0.1), workers={"recurrent": 2})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"latencies": 3}, "unknown option of runtime 'simulated': 'latencies'"),
+        ({"fifo": "maybe"}, "'fifo' must be bool"),
+    ],
+)
+def test_options_of_the_simulated_runtime_are_checked(options: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        GraphTrainer(rnn(5, 4, 3).check(), optimizer=sgd(0.1), runtime={"name": "simulated", **options})

@@ -365,6 +365,11 @@ def test_a_function_that_makes_no_environment_that_works(env: Any, text: str) ->
         make(env=env)
 
 
+def test_options_of_the_simulated_runtime_are_checked() -> None:
+    with pytest.raises(UserError, match="unknown option of runtime 'simulated': 'latencies'"):
+        make(runtime={"name": "simulated", "latencies": 3})
+
+
 class Wrong:
     """A line whose reward (0) or observation (1) is not finite in its third step."""
 
