@@ -192,10 +192,8 @@ def _task(wanted: str, setting: Setting, limits: Mapping[str, Sequence[float]], 
     image = "x".join(map(str, setting.image))
     text = f"{setting.model}, inputs {image}, batch {setting.batch_size}, two blocks, cut before unit {setting.cut}."
     if wanted == "keeps graphs":
-        gain = f"{ideal(limits, 'gradient'):.2f}"
-        return (
-            f"{text} Blocks that never wait gain {gain} there, over a whole network that keeps freed memory as they do."
-        )
+        times = f"{ideal(limits, 'gradient'):.2f} times"
+        return f"{text} Blocks that never wait are {times} as fast there as the whole network; all keep freed memory."
     which = "Every block" if everywhere else "Every block below the top"
     does = "makes its input again from its output" if wanted == "reverses" else "replays what it has not kept"
     return (
