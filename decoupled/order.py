@@ -185,7 +185,7 @@ def accumulate(order: Order, M: int) -> Order:
             if op.kind != "S" or closed % M == 0:
                 yield op
 
-    return Order(f"accumulate({order}, {M})", rule, sees=order.sees, period=M * order.period)
+    return order if M == 1 else Order(f"accumulate({order}, {M})", rule, sees=order.sees, period=M * order.period)
 
 
 def pinned(order: Order, lag: Callable[[int], int]) -> Order:

@@ -134,7 +134,7 @@ OPTIONS = {
     "one_f_one_b": {"microbatches": 4, "recompute": False},
     "zero_bubble": {"microbatches": 4, "recompute": False},
     "ddg": {"recompute": False, "mutated": False},
-    "pipedream": {"recompute": False, "vertical_sync": False, "admission": None},
+    "pipedream": {"recompute": False, "vertical_sync": False, "admission": None, "microbatches": 1},
     "pipedream_2bw": {"microbatches": 4, "recompute": False},
     "fdg": {"beta": 0.5, "recompute": False, "mutated": False},
     "adl": {"microbatches": 4, "recompute": False},

@@ -2,7 +2,7 @@
 
     name                  order                            retention               corrections
     ddg                   lockstep                         KeepGraph *             -
-    pipedream             one_f_one_b, pinned, admitting   KeepGraph *             -
+    pipedream             one_f_one_b (pinned, admitting)  KeepGraph *             -
     pipedream_2bw         two_buffered(M)                  KeepGraph *             -
     fdg                   tick_backward_first              KeepGraph *             Shrink(beta) per hop
     adl                   accumulate(tick, M)              KeepGraph *             -
@@ -39,7 +39,7 @@ from decoupled.compensation import Rescale, SpikeCompensation
 from decoupled.correction import Correction, Shrink
 from decoupled.coupling import Gradient
 from decoupled.errors import UserError
-from decoupled.method import ALL_LOCKS, Facts, Method, late, top
+from decoupled.method import Facts, Method, late
 from decoupled.methods.delayed_gradients.horizon import FromEntry
 from decoupled.methods.delayed_gradients.returned import ReturnOutput
 from decoupled.order import (
@@ -88,15 +88,19 @@ def ddg(recompute: bool = False, mutated: bool = False) -> Method:
 
 
 @register("pipedream")
-def pipedream(recompute: bool = False, vertical_sync: bool = False, admission: int | None = None) -> Method:
+def pipedream(
+    recompute: bool = False, vertical_sync: bool = False, admission: int | None = None, microbatches: int = 1
+) -> Method:
     """1F1B with stashed weights; `vertical_sync`: of one moment in all blocks; `admission`: most passes at once."""
+    if vertical_sync + (admission is not None) + (microbatches != 1) > 1 or admission == 1:
+        raise UserError("take one of vertical_sync, admission (2 or more; 1 is backprop) and microbatches")
     if admission is not None:
-        if vertical_sync or admission < 2:
-            raise UserError("admission takes 2 or more (1 is backprop), and goes without vertical_sync")
-        return Method(Gradient(), admitting(admission), _admitted(admission), _graph(recompute))
-    if not vertical_sync:
-        return Method(Gradient(), one_f_one_b, late(1), _graph(recompute))
-    return Method(Gradient(), pinned(one_f_one_b, lambda K: K - 1), _at_one_moment(), _graph(recompute))
+        order, facts = admitting(admission), _admitted(admission)
+    elif vertical_sync:
+        order, facts = pinned(one_f_one_b, lambda K: K - 1), _at_one_moment()
+    else:
+        order, facts = accumulate(one_f_one_b, microbatches), late(1, microbatches)
+    return Method(Gradient(), order, facts, _graph(recompute), feed=Split(microbatches))
 
 
 @register("pipedream_2bw")
@@ -109,13 +113,11 @@ def pipedream_2bw(microbatches: int = 4, recompute: bool = False) -> Method:
 @register("fdg")
 def fdg(beta: float = 0.5, recompute: bool = False, mutated: bool = False) -> Method:
     """Fully decoupled: all blocks on different batches at once; `beta` per hop; `mutated`: as its published code."""
-    facts = Facts(
-        exact=False,
-        reach=top,
+    facts = replace(
+        late(2, weights=_weights(mutated)),
         delay=lambda k, K: max(0, 2 * (K - 1 - k) - 1),
+        least_delay=None,
         in_flight=lambda k, K: max(1, 2 * (K - 1 - k)),
-        backward_weights=_weights(mutated),
-        locks=ALL_LOCKS,
     )
     return Method(Gradient(), tick_backward_first, facts, _graph(recompute, mutated), (Shrink(beta),))
 

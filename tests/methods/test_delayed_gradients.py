@@ -209,10 +209,26 @@ def test_admission_bounds_how_late_a_batch_is_and_its_gradient_is_exact_where_it
             torch.testing.assert_close(gradients[k][m], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("more", [{"admission": 1}, {"admission": 2, "vertical_sync": True}])
-def test_admission_is_refused_where_it_means_nothing(more):
-    with pytest.raises(UserError, match="admission takes 2 or more"):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"admission": 1},
+        {"admission": 2, "vertical_sync": True},
+        {"admission": 2, "microbatches": 2},
+        {"microbatches": 2, "vertical_sync": True},
+    ],
+)
+def test_admission_and_the_like_are_refused_where_they_mean_nothing(more):
+    with pytest.raises(UserError, match=r"take one of vertical_sync, admission \(2 or more"):
         point({"name": "pipedream", **more})
+
+
+@pytest.mark.parametrize(("microbatches", "late"), [(1, [3, 2, 1, 0]), (2, [2, 1, 1, 0]), (3, [1, 1, 1, 0])])
+def test_micro_batches_make_1f1b_less_late(microbatches, late):
+    case = Case(widths=(3,) * 5, cuts=(1, 2, 3), sizes=(6,) * 12)
+    run = train(case, {"name": "pipedream", "microbatches": microbatches})
+    for k, block in enumerate(run.trainer.statistics()):
+        assert max(block.staleness) == late[k] and block.updates == 12
 
 
 @given(st.integers(2, 6))
