@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from omegaconf import MISSING, OmegaConf
@@ -20,8 +19,10 @@ from decoupled.errors import UserError, nearest
 from decoupled.specs import label
 
 T = TypeVar("T")
-# What `Recipe` says of images does not suit policies: with env=, these are the defaults.
+# What `Recipe` says of images suits neither policies nor graphs of nodes: with env= or task=, these are the defaults
 ENV_RECIPE = {"optimizer": "adam", "lr": 3e-4, "batch_size": 256, "schedule": "constant"}
+RECIPES = {"env": ENV_RECIPE, "task": {"optimizer": "adam", "lr": 2e-3}}
+USUAL = {"env": "rl_small", "task": "graphs"}  # and these the suites; of networks: quick
 SUITES = Path(__file__).resolve().parent / "benchmarks" / "suites"
 
 
@@ -144,11 +145,11 @@ def read(kind: type[T], words: Sequence[str], file: str | None = None) -> T:
     if file is not None:
         parts.insert(0, _file(Path(file)))
     if kind is CompareConfig:
-        usual = "rl_small" if any("env" in part for part in parts) else "quick"
+        usual = USUAL.get(_trained(parts), "quick")
         suite = next((part["suite"] for part in reversed(parts) if "suite" in part), usual)
         parts.insert(0, _file(_suite(str(suite))) | {"suite": str(suite)})
-    if any("env" in part for part in parts):
-        parts.insert(0, dict(ENV_RECIPE))
+    if issubclass(kind, Task):
+        parts.insert(0, dict(RECIPES.get(_trained(parts), {})))
     method = next((part["method"] for part in reversed(parts) if "method" in part), None)
     for key, value in (pair for part in parts for pair in _nested(kind, part).items()):
         with _explained(kind, key, value, method):
@@ -207,19 +208,6 @@ def _explained(kind: type, at: str = "", value: object = None, method: object = 
         raise UserError(f"{at} cannot be {value!r}; write {at}={form}") from None
 
 
-def refuse_ignored(task: Task, what: str, keys: Sequence[str], usual: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Refuse `keys` that would change nothing where `what` are trained; `usual`: the recipe where nothing is said.
-
-    Raises:
-        UserError: names the first one.
-    """
-    default = type(task)(recipe=Recipe(**usual))
-    for key in keys:
-        value, other = (getattr(one, key, getattr(one.recipe, key, None)) for one in (task, default))
-        if value != other:
-            raise UserError(f"{key}={value} means nothing for {what}; leave it out")
-
-
 def plain(config: object) -> dict[str, Any]:
     """A configuration as plain data, to be written beside the results."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
@@ -269,6 +257,11 @@ def _file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values")
     return cast(dict[str, Any], content)
+
+
+def _trained(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The key that says what is trained: env, task, or data."""
+    return next((key for key in RECIPES if any(part.get(key) is not None for part in parts)), "data")
 
 
 def _suite(name: str) -> Path:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from decoupled import costs, flops, models, registry
 from decoupled import data as datasets
 from decoupled.build import replaying
-from decoupled.config import Recipe, Task, refuse_ignored
+from decoupled.config import Recipe, Task
 from decoupled.data import Dataset, Loader
 from decoupled.errors import UserError, first_line, unknown
 from decoupled.evaluation import evaluate, normalising
@@ -30,7 +30,7 @@ from decoupled.observe.recorder import Recorder
 from decoupled.optimizers import Muon, Soap
 from decoupled.partition import split
 from decoupled.records import complete, point, threads
-from decoupled.specs import label
+from decoupled.specs import label, refuse_ignored
 from decoupled.steps import MakeOptimizer, MakeScheduler
 from decoupled.trainer import Trainer
 

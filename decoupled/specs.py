@@ -119,3 +119,21 @@ def check_seed(seed: Any, negative: bool = True) -> None:
     """
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not (1 - 2**32) * negative <= int(seed) < 2**32:
         raise UserError(f"seed must be an integer between {'-2**32' if negative else 0} and 2**32, got {seed!r}")
+
+
+def refuse_ignored(
+    task: Any, what: str, keys: Sequence[str], usual: Mapping[str, Any] = types.MappingProxyType({})
+) -> None:
+    """Refuse `keys` that would change nothing where `what` are trained.
+
+    Args:
+        task: a `config.Task`. usual: its recipe where nothing is said.
+
+    Raises:
+        UserError: names the first one.
+    """
+    default = type(task)(recipe=type(task.recipe)(**usual))
+    for key in keys:
+        value, other = (getattr(one, key, getattr(one.recipe, key, None)) for one in (task, default))
+        if value != other:
+            raise UserError(f"{key}={value} means nothing for {what}; leave it out")

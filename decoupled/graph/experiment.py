@@ -17,7 +17,7 @@ import torch
 
 from decoupled import costs, registry, tasks
 from decoupled.config import Task as Configured
-from decoupled.config import TrainConfig, refuse_ignored
+from decoupled.config import TrainConfig
 from decoupled.errors import UserError
 from decoupled.experiment import optimizer_for, scheduler_for
 from decoupled.graph.asynchrony import Asynchrony
@@ -25,7 +25,7 @@ from decoupled.graph.instance import Instance, Task
 from decoupled.graph.trainer import GraphTrainer
 from decoupled.observe.recorder import Recorder
 from decoupled.records import complete, point
-from decoupled.specs import label
+from decoupled.specs import label, refuse_ignored
 
 Scores = dict[str, float]
 IGNORED = ("data", "model", "precision", "augment", "on_nonfinite", "steps", "actors")  # what says nothing of graphs

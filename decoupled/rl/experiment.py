@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from decoupled import costs, registry
-from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig, baseline, refuse_ignored
+from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig, baseline
 from decoupled.errors import UserError
 from decoupled.experiment import optimizer_for
 from decoupled.observe.recorder import Recorder
@@ -23,7 +23,7 @@ from decoupled.rl.agent import Spaces
 from decoupled.rl.environments import labelled, spaces
 from decoupled.rl.roles import Roles
 from decoupled.rl.trainer import RLTrainer
-from decoupled.specs import label, positive
+from decoupled.specs import label, positive, refuse_ignored
 from decoupled.steps import MakeOptimizer
 
 EPISODES = 10  # of an evaluation

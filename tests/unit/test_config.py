@@ -28,6 +28,22 @@ def test_later_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "optimizer", "lr", "suite"),
+    [
+        ([], "sgd", 0.1, "quick"),
+        (["task=list_reduction"], "adam", 2e-3, "graphs"),
+        (["task={name: listops, hidden: 8}", "optimizer=sgd"], "sgd", 2e-3, "graphs"),
+        (["env=Pendulum-v1"], "adam", 3e-4, "rl_small"),
+        (["env=null", "task=null"], "sgd", 0.1, "quick"),
+    ],
+)
+def test_what_is_trained_decides_what_is_usual(words: list[str], optimizer: str, lr: float, suite: str) -> None:
+    recipe = read(TrainConfig, ["method=a", *words]).recipe
+    assert (recipe.optimizer, recipe.lr) == (optimizer, lr)
+    assert read(CompareConfig, words).suite == suite
+
+
+@pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
         (TrainConfig, ["methd=x"], "unknown key 'methd'. Did you mean 'method'"),
@@ -47,6 +63,7 @@ def test_later_wins(tmp_path: Path) -> None:
         (TrainConfig, ["method={name: x"], "cannot read"),
         (SimulateConfig, ["method=a", "slow={one: 2.0}"], "one"),
         (SimulateConfig, ["method=pipedream", "batch=3"], "unknown key 'batch'. Did you mean 'batches'"),
+        (InfoConfig, ["method=a", "task=x"], "unknown key 'task'"),
         (CompareConfig, ["suite=quik"], "unknown suite 'quik'. Did you mean 'quick'"),
         (CompareConfig, ["suite=none.yaml"], "none.yaml does not exist"),
     ],
