@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
-from decoupled.messages import Message
+from decoupled.messages import End, Message
 from decoupled.runtime.contract import Edge, Observer
 
 Link = tuple[Any, int, float]  # the link before it or None; block, or number of blocks for a message; time
@@ -19,52 +19,75 @@ Chain = tuple[float, Link | None]  # when it ends; its last link
 NOTHING: Chain = (0.0, None)
 
 
+class _Known:
+    """What is known of one actor.
+
+    Attributes:
+        number: of the block. sends, answers: whether operations of it send something up, down. early: E does, not F.
+        latest: of its operations. cause: the last that the next one waited for.
+        arrived: (port, key) -> what waits there. up, down: key and chain of what was sent and has not arrived.
+    """
+
+    __slots__ = ("answers", "arrived", "cause", "down", "early", "latest", "number", "sends", "up")
+
+    def __init__(self, number: int = -1, sends: bool = False, answers: bool = False) -> None:
+        self.number, self.sends, self.answers, self.early = number, sends, answers, False
+        self.latest = self.cause = NOTHING
+        self.arrived: dict[tuple[str, Any], Chain] = {}
+        self.up, self.down = deque[tuple[Any, Link | None]](), deque[tuple[Any, Link | None]]()
+
+
 class CriticalPath(Observer):
     """Follows the chains of `blocks` blocks; `answering`: the actors that send something down."""
 
     def __init__(self, blocks: int, answering: Iterable[str]) -> None:
-        self._blocks, self._answering = blocks, set(answering)
-        self._number = {f"block{k}": k for k in range(blocks)}
-        self._latest: dict[str, Chain] = {}
-        self._sent: defaultdict[tuple[str, bool, Any], deque[Link | None]] = defaultdict(deque)
-        self._arrived: dict[tuple[str, str, Any], Chain] = {}
-        self._cause: dict[str, Chain] = {}
-        self._early: set[str] = set()  # actors that send up in an operation E
+        self._blocks, answering = blocks, set(answering)
+        self._known: defaultdict[str, _Known] = defaultdict(_Known)
+        for k in range(blocks):
+            self._known[f"block{k}"] = _Known(k, k < blocks - 1, f"block{k}" in answering)
 
     def taken(self, actor: str, port: str, message: Message, time: float) -> None:
-        chain = self._arrived.pop((actor, port, message.key), NOTHING)
-        if chain[0] >= self._cause.get(actor, NOTHING)[0]:
-            self._cause[actor] = chain
+        one = self._known[actor]
+        chain = one.arrived.pop((port, message.key), NOTHING)
+        if chain[0] >= one.cause[0]:
+            one.cause = chain
 
     def operation(self, actor: str, operation: str, start: float, end: float) -> None:
-        own, cause = self._latest.get(actor, NOTHING), self._cause.pop(actor, NOTHING)
-        chain = own[1] if own[0] >= cause[0] else cause[1]
+        one = self._known[actor]
+        (own, chain), (last, cause) = one.latest, one.cause
+        if last > own:
+            chain = cause
         if end > start:
-            chain = _longer(chain, self._number[actor], end - start)
-        self._latest[actor] = (end, chain)
+            chain = _longer(chain, one.number, end - start)
+        one.latest, one.cause = (end, chain), NOTHING
         kind = operation[0]
         if kind == "E":
-            self._early.add(actor)
-        top = self._number.get(actor) == self._blocks - 1
-        if (kind == "E" or (kind == "F" and actor not in self._early)) and not top:
-            self._sent[actor, True, int(operation[1:])].append(chain)
-        elif kind in "BI" and actor in self._answering:
-            self._sent[actor, False, int(operation[1:])].append(chain)
+            one.early = True
+        if kind == "E" or (kind == "F" and not one.early):
+            if one.sends:
+                one.up.append((int(operation[1:]), chain))
+        elif one.answers and kind in "BI":
+            one.down.append((int(operation[1:]), chain))
 
     def delivery(self, edge: Edge, message: Message, sent: float, arrived: float) -> None:
-        waiting = self._sent.get((edge.source, edge.out == "up", message.key))
-        if not waiting:
+        if isinstance(message, End):
             return
-        chain = waiting.popleft()
-        if not waiting:
-            del self._sent[edge.source, edge.out == "up", message.key]
+        source, key = self._known[edge.source], message.key
+        waiting = source.up if edge.out == "up" else source.down
+        for one in waiting:  # nearly always it is the first
+            if one[0] == key:
+                break
+        else:
+            return
+        waiting.remove(one)
+        chain = one[1]
         if arrived > sent:
             chain = _longer(chain, self._blocks, arrived - sent)
-        self._arrived[edge.target, edge.port, message.key] = (arrived, chain)
+        self._known[edge.target].arrived[edge.port, key] = (arrived, chain)
 
     def result(self, elapsed: float) -> dict[str, Any]:
         """Time on the critical path: `blocks` (a list), `messages`, and `room`, the rest."""
-        _, link = max(self._latest.values(), key=lambda chain: chain[0], default=NOTHING)
+        _, link = max((one.latest for one in self._known.values()), key=lambda chain: chain[0], default=NOTHING)
         spent = [0.0] * (self._blocks + 1)
         while link is not None:
             link, place, time = link

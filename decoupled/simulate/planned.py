@@ -6,6 +6,7 @@ in use where it runs backwards with the weights of the forward; the real retenti
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ class Planned(Actor):
 
     def __init__(self, method: Method, k: int, K: int) -> None:
         self.k, self.K, self.name = k, K, f"block{k}"
-        self.lower, self.upper = halves(method, Place(k, K, lambda y, t: y.sum(), ((1,),) * K, (1,)))
-        self.needs_data = self.lower.needs_data or self.upper.needs_data
+        lower, upper = halves(method, Place(k, K, lambda y, t: y.sum(), ((1,),) * K, (1,)))
+        self.lower, self.upper, self.needs_data = lower, upper, lower.needs_data or upper.needs_data
+        self._needed = functools.cache(lambda kind, *seen: needed(kind, lower, upper, *seen))
         self._order, self._plan = method.order, method.order.plan(k, K)
         self.learns = bool(method.facts.reach(k, K))
         self._forward: dict[int, list[int]] = {}  # pass -> version at F, Down messages to come, Down messages sent
@@ -115,7 +117,7 @@ class Planned(Actor):
             return Want((), None, op)
         key = None if op.batch == ANY else op.batch
         replies = self._forward[key][1] if key in self._forward else self.lower.replies
-        ports = needed(op.kind, self.lower, self.upper, replies, key in self._own, key in self._data)
+        ports = self._needed(op.kind, replies, key in self._own, key in self._data)
         if key is None and not ports:
             key = next(iter(self._forward))
         return Want(ports, key, op)
