@@ -130,9 +130,9 @@ def byte_unit(most: float) -> tuple[str, float]:
 
 
 def short(text: str, room: float) -> str:
-    """`text`, cut with an ellipsis to what fits into `room` pixels."""
+    """`text`, with an ellipsis for its middle where `room` pixels are too few: long labels differ at their ends."""
     most = max(1, int(room / CHARACTER + 1e-6))  # room is often just so many characters
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
 
 
 def _svg(width: float, height: float, title: str, *children: Markup, kind: str) -> Markup:
