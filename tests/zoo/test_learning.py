@@ -1,11 +1,14 @@
 """Oracle 5, learning: the forward network improves on held-out data, with every method and without its heads."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled.testing import Case, label, point, train, variants
+from decoupled import Trainer
+from decoupled.testing import Case, flat, label, point, variants
 
 CASE = Case(widths=(8, 16, 16, 16, 3), cuts=(1, 2), sizes=(32,) * 16)
 DEFAULTS = [spec for spec in variants() if set(spec) == {"name"}]
@@ -30,13 +33,17 @@ def evaluate(network, batches):
 def test_the_forward_network_improves_on_held_out_data(spec):
     blocks, held_out = CASE.blocks(), blobs(1)
     before, _ = evaluate(nn.Sequential(*blocks), held_out)
-    run = train(
-        CASE, spec, blocks=blocks, batches=blobs(0), epochs=8, optimizer=lambda p: torch.optim.SGD(p, lr=0.3)
-    )  # fmt: skip
-    after, accuracy = evaluate(run.trainer.model, held_out)
+    weights, losses = [list(map(flat, blocks))], []
+    given = {"loss": F.cross_entropy, "optimizer": lambda p: torch.optim.SGD(p, lr=0.3), "runtime": "simulated"}
+    with Trainer(blocks, spec, **given) as trainer:
+        for _ in range(8):
+            losses += [record["loss"] for record in trainer.fit(blobs(0))]
+            weights.append(list(map(flat, blocks)))
+        after, accuracy = evaluate(trainer.model, held_out)
+        assert trainer.evaluate(held_out) == pytest.approx({"loss": after, "accuracy": accuracy})
     assert after < 0.6 * before
     assert accuracy > 0.75
-    assert run.trainer.evaluate(held_out) == pytest.approx({"loss": after, "accuracy": accuracy})
-    assert run.history[-1]["loss"] < run.history[0]["loss"]
-    for k, weights in enumerate(run.weights):  # no block is left at its initial values, unless that is declared
-        assert ((weights[-1] - weights[0]).abs().max() > 0.02) == bool(point(spec).facts.reach(k, CASE.K))
+    assert losses[-1] < losses[0]
+    for k in range(CASE.K):  # no block stands still, unless that is declared; some need an epoch or two to set out
+        moved = [float((new[k] - old[k]).abs().max()) > 0.002 for old, new in pairwise(weights)]
+        assert moved[3:] == [bool(point(spec).facts.reach(k, CASE.K))] * 5
