@@ -58,6 +58,9 @@ class Split(Whole):
 
     def passes(self, data: Data, mass: Callable[[Tensor], float] = len) -> Iterator[Data]:
         assert data.inputs is not None and data.targets is not None
+        if self.parts == 1:
+            yield data
+            return
         inputs, targets = data.inputs.tensor_split(self.parts), data.targets.tensor_split(self.parts)
         none = [None] * self.parts
         indices = none if data.indices is None else data.indices.tensor_split(self.parts)
