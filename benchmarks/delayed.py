@@ -6,8 +6,9 @@
       -> one table per optimizer: methods down, numbers of blocks across, accuracy or loss as mean (min..max) over seeds
       -> what each correction changes against its method without one, at the same blocks, optimizer and seed
 
-The page is benchmarks/results/delayed.md, or another one: `--page`, `--title`. A cell says how many seeds it has if
-some are missing.
+Comparisons of one suite, such as halves of its methods that were run side by side, make one section. The page is
+benchmarks/results/delayed.md, or another one: `--page`, `--title`; its sections of other suites stay as they are. A
+cell says how many seeds it has if some are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Any
 
 from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.publish import ROOT
+from decoupled.config import suite_methods, suites
 from decoupled.observe.points import best, last_loss
+from decoupled.specs import label
 
 Record = Mapping[str, Any]
 Name = Callable[[Record], str]
@@ -58,7 +61,33 @@ def main() -> None:
     given = parser.parse_args()
     parts = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in given.directories]
     path = ROOT / "benchmarks" / "results" / f"{given.page}.md"
-    write(path, f"# {given.title}\n\n" + "\n\n".join(map(section, parts)) + "\n")
+    found = sections(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found |= {part["suite"]: section(part) for part in joined(parts)}
+    write(path, f"# {given.title}\n\n" + "\n\n".join(found.values()) + "\n")
+
+
+def sections(page: str) -> dict[str, str]:
+    """What a page has of each suite."""
+    return {part.split(maxsplit=1)[0]: f"## Suite {part}".rstrip() for part in page.split("\n## Suite ")[1:]}
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One comparison per suite, its methods in the order that the suite lists them in."""
+    wholes: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        whole = wholes.setdefault(part["suite"], {**part, "records": [], "commands": []})
+        whole["commands"].append(part["command"])
+        whole["records"] += part["records"]
+    for whole in wholes.values():
+        whole["command"] = "`, `".join(whole.pop("commands"))
+        whole["records"] = in_order(whole["suite"], whole["records"])
+    return list(wholes.values())
+
+
+def in_order(suite: str, records: Sequence[Record]) -> list[Record]:
+    """Records by method, as the suite lists them; others behind."""
+    listed = list(map(label, suite_methods(suite))) if suite in suites() else []
+    return sorted(records, key=lambda r: listed.index(r["label"]) if r["label"] in listed else len(listed))
 
 
 def section(results: Mapping[str, Any]) -> str:
@@ -144,8 +173,8 @@ def rows(
 ) -> list[list[str]]:
     """One row per method, one cell per number of blocks."""
     return [
-        [label, *(cell([r for r in mine if str(r["blocks"]) == column], seeds, measure, rate) for column in columns)]
-        for label, mine in grouped(records, lambda record: record["label"]).items()
+        [name, *(cell([r for r in mine if str(r["blocks"]) == column], seeds, measure, rate) for column in columns)]
+        for name, mine in grouped(records, lambda record: record["label"]).items()
     ]
 
 
@@ -180,9 +209,9 @@ def differences(gains: Sequence[tuple[str, str, int, float]], measure: Measure) 
     """Mean difference per correction and number of blocks, over optimizers and seeds."""
     columns, d = sorted({blocks for _, _, blocks, _ in gains}), measure.digits
     lines = []
-    for label in dict.fromkeys(gain[0] for gain in gains):
-        cells = [[g[3] for g in gains if g[0] == label and g[2] == K] for K in columns]
-        lines.append([label, *(f"{fmean(c):+.{d}f} ({min(c):+.{d}f}..{max(c):+.{d}f})" if c else "" for c in cells)])
+    for name in dict.fromkeys(gain[0] for gain in gains):
+        cells = [[g[3] for g in gains if g[0] == name and g[2] == K] for K in columns]
+        lines.append([name, *(f"{fmean(c):+.{d}f} ({min(c):+.{d}f}..{max(c):+.{d}f})" if c else "" for c in cells)])
     return table(["difference", *(f"K = {K}" for K in columns)], lines)
 
 

@@ -90,3 +90,28 @@ def test_another_page_has_a_name_and_a_title_of_its_own(tmp_path: Path, monkeypa
         "delayed.md": "# Delayed gradients",
         "targets.md": "# Targets",
     }
+
+
+def test_halves_of_a_suite_make_one_section_and_other_sections_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delayed, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    page = tmp_path / "benchmarks" / "results" / "delayed.md"
+
+    def write(**suites: list[str]) -> str:
+        for name, methods in suites.items():
+            (tmp_path / name).mkdir()
+            made = results("digits", [record(method, 0.1, 0, 1.0, 1.0) for method in methods])
+            made |= {"suite": name.rstrip("12"), "command": f"compare {name}"}
+            (tmp_path / name / "results.json").write_text(json.dumps(made))
+        monkeypatch.setattr("sys.argv", ["delayed", *(str(tmp_path / name) for name in suites)])
+        delayed.main()
+        return page.read_text()
+
+    write(mine=["xpipe"], delayed=["fdg"])
+    text = write(delayed1=["dsp", "own"], delayed2=["backprop", "fdg"])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Suite mine", "## Suite delayed"]
+    assert "`compare delayed1`, `compare delayed2`: digits" in text and "| xpipe |" in text
+    rows = [line.split(" |")[0] for line in text.partition("## Suite delayed")[2].splitlines() if line.startswith("| ")]
+    assert rows == ["| method", "| ---", "| backprop", "| fdg", "| dsp", "| own"]
