@@ -27,7 +27,8 @@ from typing import Any
 from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.publish import ROOT
 from decoupled.config import suite_methods, suites
-from decoupled.observe.points import best, last_loss
+from decoupled.errors import UserError
+from decoupled.observe.points import best, describe, last_loss
 from decoupled.specs import label
 
 Record = Mapping[str, Any]
@@ -49,6 +50,7 @@ class Measure:
 
 ACCURACY = Measure("test_accuracy", "Test accuracy in %", 100.0, 1)
 LOSS = Measure("test_loss", "Test loss, nats (lower is better)", 1.0, 3)
+SHARED = {"methods": None, "baseline": None}  # what parts of one comparison may differ in
 TEXTS = {"python_source"}  # whose loss says more than the accuracy
 
 
@@ -68,19 +70,25 @@ def main() -> None:
 
 def sections(page: str) -> dict[str, str]:
     """What a page has of each suite."""
-    return {part.split(maxsplit=1)[0]: f"## Suite {part}".rstrip() for part in page.split("\n## Suite ")[1:]}
+    return {part.partition("\n")[0].strip(): f"## Suite {part}".rstrip() for part in page.split("\n## Suite ")[1:]}
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One comparison per suite, its methods in the order that the suite lists them in."""
+    """One comparison per suite, its methods in the order that the suite lists them in; no run counts twice.
+
+    Raises:
+        UserError: parts of one suite were made with other options or seeds.
+    """
     wholes: dict[str, dict[str, Any]] = {}
     for part in parts:
-        whole = wholes.setdefault(part["suite"], {**part, "records": [], "commands": []})
-        whole["commands"].append(part["command"])
-        whole["records"] += part["records"]
-    for whole in wholes.values():
-        whole["command"] = "`, `".join(whole.pop("commands"))
-        whole["records"] = in_order(whole["suite"], whole["records"])
+        whole = wholes.setdefault(part["suite"], {**part, "command": "", "records": []})
+        if {**part["config"], **SHARED} != {**whole["config"], **SHARED}:
+            raise UserError(f"two comparisons of suite {part['suite']} differ in more than methods; give one of them")
+        whole["command"] += "`, `" * bool(whole["command"]) + part["command"]
+        runs: dict[tuple[Any, ...], Record] = {}
+        for record in [*whole["records"], *part["records"]]:
+            runs.setdefault((record["seed"], describe(record["point"]), record["label"]), record)
+        whole["records"] = in_order(part["suite"], list(runs.values()))
     return list(wholes.values())
 
 

@@ -20,9 +20,11 @@ from decoupled.specs import label
 
 T = TypeVar("T")
 # What `Recipe` says of images suits neither policies nor graphs of nodes: with env= or task=, these are the defaults
-ENV_RECIPE = {"optimizer": "adam", "lr": 3e-4, "batch_size": 256, "schedule": "constant"}
-RECIPES = {"env": ENV_RECIPE, "task": {"optimizer": "adam", "lr": 2e-3}}
-USUAL = {"env": "rl_small", "task": "graphs"}  # and these the suites; of networks: quick
+RECIPES: dict[str, dict[str, Any]] = {
+    "env": {"optimizer": "adam", "lr": 3e-4, "batch_size": 256, "schedule": "constant"},
+    "task": {"optimizer": "adam", "lr": 2e-3},
+}
+USUAL = {"env": "rl_small", "task": "tasks"}  # and these the suites; of networks: quick
 SUITES = Path(__file__).resolve().parent / "benchmarks" / "suites"
 
 
@@ -261,7 +263,8 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _trained(parts: Sequence[Mapping[str, Any]]) -> str:
     """The key that says what is trained: env, task, or data."""
-    return next((key for key in RECIPES if any(part.get(key) is not None for part in parts)), "data")
+    last = {key: value for part in parts for key, value in part.items()}
+    return next((key for key in RECIPES if last.get(key) is not None), "data")
 
 
 def _suite(name: str) -> Path:

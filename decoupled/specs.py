@@ -12,11 +12,14 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from decoupled.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from decoupled.config import Task
 
 
 def parse(kind: str, spec: str | Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
@@ -122,12 +125,12 @@ def check_seed(seed: Any, negative: bool = True) -> None:
 
 
 def refuse_ignored(
-    task: Any, what: str, keys: Sequence[str], usual: Mapping[str, Any] = types.MappingProxyType({})
+    task: Task, what: str, keys: Sequence[str], usual: Mapping[str, Any] = types.MappingProxyType({})
 ) -> None:
     """Refuse `keys` that would change nothing where `what` are trained.
 
     Args:
-        task: a `config.Task`. usual: its recipe where nothing is said.
+        task: what was asked for. usual: its recipe where nothing is said.
 
     Raises:
         UserError: names the first one.

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from decoupled import costs, registry
-from decoupled.config import ENV_RECIPE, CompareConfig, Recipe, Task, TrainConfig, baseline
+from decoupled.config import RECIPES, CompareConfig, Recipe, Task, TrainConfig, baseline
 from decoupled.errors import UserError
 from decoupled.experiment import optimizer_for
 from decoupled.observe.recorder import Recorder
@@ -53,7 +53,7 @@ class RLSetting:
         positive("env", steps=task.steps, epochs=task.recipe.epochs)
         if task.task is not None:
             raise UserError("env= and task= are different things to train; leave one out")
-        refuse_ignored(task, "policies", IGNORED, ENV_RECIPE)
+        refuse_ignored(task, "policies", IGNORED, RECIPES["env"])
         if task.steps < task.recipe.epochs:
             raise UserError(f"steps={task.steps} cannot be cut into {task.recipe.epochs} epochs; raise steps")
         optimizer_for(task.recipe)

@@ -42,7 +42,7 @@ class CriticalPath(Observer):
 
     def __init__(self, blocks: int, answering: Iterable[str]) -> None:
         self._blocks, answering = blocks, set(answering)
-        self._known: defaultdict[str, _Known] = defaultdict(_Known)
+        self._known = defaultdict[str, _Known](_Known)  # sources and intakes, which take no time, come by themselves
         for k in range(blocks):
             self._known[f"block{k}"] = _Known(k, k < blocks - 1, f"block{k}" in answering)
 
@@ -74,13 +74,13 @@ class CriticalPath(Observer):
             return
         source, key = self._known[edge.source], message.key
         waiting = source.up if edge.out == "up" else source.down
-        for one in waiting:  # nearly always it is the first
-            if one[0] == key:
+        for entry in waiting:  # nearly always it is the first
+            if entry[0] == key:
                 break
         else:
             return
-        waiting.remove(one)
-        chain = one[1]
+        waiting.remove(entry)
+        chain = entry[1]
         if arrived > sent:
             chain = _longer(chain, self._blocks, arrived - sent)
         self._known[edge.target].arrived[edge.port, key] = (arrived, chain)

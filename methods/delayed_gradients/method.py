@@ -2,7 +2,8 @@
 
     name                  order                            retention               corrections
     ddg                   lockstep                         KeepGraph *             -
-    pipedream             one_f_one_b (pinned, admitting)  KeepGraph *             -
+    pipedream             one_f_one_b, pinned, admitting,  KeepGraph *             -
+                          or accumulate(one_f_one_b, M)
     pipedream_2bw         two_buffered(M)                  KeepGraph *             -
     fdg                   tick_backward_first              KeepGraph *             Shrink(beta) per hop
     adl                   accumulate(tick, M)              KeepGraph *             -
@@ -77,23 +78,21 @@ def _graph(recompute: bool, mutated: bool = False) -> type[Retention]:
     return KeepLiveGraph if mutated else KeepInputAndWeights if recompute else KeepGraph
 
 
-def _weights(mutated: bool) -> str:
-    return "mixed" if mutated else "forward"
-
-
 @register("ddg")
 def ddg(recompute: bool = False, mutated: bool = False) -> Method:
     """Decoupled parallel backpropagation: exact gradients, K-1-k updates late; `mutated`: as its published code."""
-    return Method(Gradient(), lockstep, late(1, weights=_weights(mutated)), _graph(recompute, mutated))
+    return Method(Gradient(), lockstep, late(1, weights="mixed" if mutated else "forward"), _graph(recompute, mutated))
 
 
 @register("pipedream")
 def pipedream(
     recompute: bool = False, vertical_sync: bool = False, admission: int | None = None, microbatches: int = 1
 ) -> Method:
-    """1F1B with stashed weights; `vertical_sync`: of one moment in all blocks; `admission`: most passes at once."""
-    if vertical_sync + (admission is not None) + (microbatches != 1) > 1 or admission == 1:
-        raise UserError("take one of vertical_sync, admission (2 or more; 1 is backprop) and microbatches")
+    """1F1B with stashed weights; or with those of one moment, with `admission` passes at most, over `microbatches`."""
+    if [vertical_sync, admission is not None, microbatches != 1].count(True) > 1:
+        raise UserError("take one of vertical_sync, admission and microbatches, and leave out the others")
+    if admission is not None and admission < 2:
+        raise UserError(f"admission takes 2 or more (1 is backprop), got {admission}")
     if admission is not None:
         order, facts = admitting(admission), _admitted(admission)
     elif vertical_sync:
@@ -114,7 +113,7 @@ def pipedream_2bw(microbatches: int = 4, recompute: bool = False) -> Method:
 def fdg(beta: float = 0.5, recompute: bool = False, mutated: bool = False) -> Method:
     """Fully decoupled: all blocks on different batches at once; `beta` per hop; `mutated`: as its published code."""
     facts = replace(
-        late(2, weights=_weights(mutated)),
+        late(2, weights="mixed" if mutated else "forward"),
         delay=lambda k, K: max(0, 2 * (K - 1 - k) - 1),
         least_delay=None,
         in_flight=lambda k, K: max(1, 2 * (K - 1 - k)),

@@ -31,8 +31,8 @@ def test_later_wins(tmp_path: Path) -> None:
     ("words", "optimizer", "lr", "suite"),
     [
         ([], "sgd", 0.1, "quick"),
-        (["task=list_reduction"], "adam", 2e-3, "graphs"),
-        (["task={name: listops, hidden: 8}", "optimizer=sgd"], "sgd", 2e-3, "graphs"),
+        (["task=list_reduction"], "adam", 2e-3, "tasks"),
+        (["task={name: listops, hidden: 8}", "optimizer=sgd"], "sgd", 2e-3, "tasks"),
         (["env=Pendulum-v1"], "adam", 3e-4, "rl_small"),
         (["env=null", "task=null"], "sgd", 0.1, "quick"),
     ],
@@ -41,6 +41,15 @@ def test_what_is_trained_decides_what_is_usual(words: list[str], optimizer: str,
     recipe = read(TrainConfig, ["method=a", *words]).recipe
     assert (recipe.optimizer, recipe.lr) == (optimizer, lr)
     assert read(CompareConfig, words).suite == suite
+
+
+def test_what_is_taken_back_is_not_trained(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for line in ("env: Pendulum-v1", "task: list_reduction"):
+        file.write_text(f"{line}\n")
+        assert read(CompareConfig, [], str(file)).suite != "quick"
+        back = read(CompareConfig, [f"{line.split(':')[0]}=null"], str(file))
+        assert (back.suite, back.recipe.optimizer) == ("quick", "sgd")
 
 
 @pytest.mark.parametrize(

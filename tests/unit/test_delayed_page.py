@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from decoupled.benchmarks import delayed
+from decoupled.errors import UserError
 
 
 def record(label: str, lr: float, seed: int, loss: float, validation: float, status: str = "ok") -> dict[str, Any]:
@@ -115,3 +116,16 @@ def test_halves_of_a_suite_make_one_section_and_other_sections_stay(
     assert "`compare delayed1`, `compare delayed2`: digits" in text and "| xpipe |" in text
     rows = [line.split(" |")[0] for line in text.partition("## Suite delayed")[2].splitlines() if line.startswith("| ")]
     assert rows == ["| method", "| ---", "| backprop", "| fdg", "| dsp", "| own"]
+
+
+def test_no_run_counts_twice_and_parts_with_other_options_are_refused() -> None:
+    first = results("digits", [record("ddg", 0.1, seed, 1.0, 1.0) for seed in range(2)])
+    second = results("digits", [record("ddg", 0.1, 0, 9.0, 1.0), record("dsp", 0.1, 0, 1.0, 1.0)])
+    second["config"] |= {"methods": ["dsp"]}
+    (whole,) = delayed.joined([first, second])
+    assert [(r["label"], r["seed"], r["test_loss"]) for r in whole["records"]] == [
+        ("dsp", 0, 1.0), ("ddg", 0, 1.0), ("ddg", 1, 1.0)
+    ]  # fmt: skip
+    second["config"] |= {"seeds": 1}
+    with pytest.raises(UserError, match="suite delayed differ in more than methods"):
+        delayed.joined([first, second])

@@ -428,3 +428,11 @@ def test_labels_of_bars_begin_inside_the_picture() -> None:
     for picture in (bars, blocks):
         found = re.search(r'<text x="([0-9.]+)"[^>]*text-anchor="end"[^>]*>(larger_rl[^<]*)<', str(picture))
         assert found and float(found[1]) - len(found[2]) * charts.CHARACTER >= 0, picture
+
+
+@pytest.mark.parametrize(
+    ("characters", "shown"), [(40, "dsp(corrections=['discrepancy'])"), (12, "dsp(c…ncy'])"), (2, "…)"), (1, "…")]
+)
+def test_a_label_that_does_not_fit_keeps_both_ends(characters, shown):
+    assert charts.short("dsp(corrections=['discrepancy'])", characters * charts.CHARACTER) == shown
+    assert len(shown) <= characters

@@ -44,6 +44,9 @@ def test_the_forward_network_improves_on_held_out_data(spec):
     assert after < 0.6 * before
     assert accuracy > 0.75
     assert losses[-1] < losses[0]
-    for k in range(CASE.K):  # no block stands still, unless that is declared; some need an epoch or two to set out
-        moved = [float((new[k] - old[k]).abs().max()) > 0.002 for old, new in pairwise(weights)]
-        assert moved[3:] == [bool(point(spec).facts.reach(k, CASE.K))] * 5
+    for k in range(CASE.K):
+        moved = [float((new[k] - old[k]).abs().max()) for old, new in pairwise(weights)]
+        if point(spec).facts.reach(k, CASE.K):  # it stands still in no epoch; some need one or two to set out
+            assert min(moved[3:]) > 0.002
+        else:
+            assert max(moved) == 0
