@@ -28,7 +28,8 @@ from decoupled.benchmarks.page import table, write
 from decoupled.benchmarks.publish import ROOT
 from decoupled.config import suite_methods, suites
 from decoupled.errors import UserError
-from decoupled.observe.points import best, describe, last_loss
+from decoupled.observe.points import best, last_loss
+from decoupled.resumed import run_of
 from decoupled.specs import label
 
 Record = Mapping[str, Any]
@@ -85,9 +86,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if {**part["config"], **SHARED} != {**whole["config"], **SHARED}:
             raise UserError(f"two comparisons of suite {part['suite']} differ in more than methods; give one of them")
         whole["command"] += "`, `" * bool(whole["command"]) + part["command"]
-        runs: dict[tuple[Any, ...], Record] = {}
-        for record in [*whole["records"], *part["records"]]:
-            runs.setdefault((record["seed"], describe(record["point"]), record["label"]), record)
+        runs = {run_of(record): record for record in [*whole["records"], *part["records"]]}
         whole["records"] = in_order(part["suite"], list(runs.values()))
     return list(wholes.values())
 

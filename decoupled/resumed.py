@@ -41,7 +41,7 @@ def read(out: Path, config: CompareConfig, controls: Collection[str]) -> dict[Ru
     path = out / "results.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        before, records = dict(found["config"]), {_run(record, controls): record for record in found["records"]}
+        before, records = dict(found["config"]), {run_of(record, controls): record for record in found["records"]}
         for record in records.values():
             if missing := NEEDED - record.keys():
                 raise ValueError(f"a record lacks {', '.join(sorted(missing))}")
@@ -57,7 +57,8 @@ def read(out: Path, config: CompareConfig, controls: Collection[str]) -> dict[Ru
     return records
 
 
-def _run(record: Mapping[str, Any], controls: Collection[str]) -> Run:
+def run_of(record: Mapping[str, Any], controls: Collection[str] = ()) -> Run:
+    """Which run a record is of; `controls`: names that are not labels."""
     name = record["method"] if record["method"] in controls else record["label"]
     return record["seed"], describe(record["point"]), name
 

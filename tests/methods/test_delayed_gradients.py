@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from decoupled import OperationError, Trainer, UserError
+from decoupled.messages import Data
 from decoupled.methods.delayed_gradients.horizon import scaled
 from decoupled.retention import KeepGraph
 from decoupled.testing import OPTIMIZERS, Case, cases, compare, flat, point, reference, train
@@ -230,6 +231,12 @@ def test_micro_batches_make_1f1b_less_late(microbatches, late):
     run = train(case, {"name": "pipedream", "microbatches": microbatches})
     for k, block in enumerate(run.trainer.statistics()):
         assert max(block.staleness) == late[k] and block.updates == 12
+
+
+def test_one_micro_batch_is_the_minibatch_as_it_came():
+    data = Data(0, batch=0, inputs=torch.ones(3, 2), targets=torch.zeros(3))
+    (only,) = point("pipedream").feed.passes(data, mass=lambda targets: pytest.fail("targets were counted"))
+    assert only is data
 
 
 @given(st.integers(2, 6))

@@ -124,7 +124,7 @@ def test_no_run_counts_twice_and_parts_with_other_options_are_refused() -> None:
     second["config"] |= {"methods": ["dsp"]}
     (whole,) = delayed.joined([first, second])
     assert [(r["label"], r["seed"], r["test_loss"]) for r in whole["records"]] == [
-        ("dsp", 0, 1.0), ("ddg", 0, 1.0), ("ddg", 1, 1.0)
+        ("dsp", 0, 1.0), ("ddg", 0, 9.0), ("ddg", 1, 1.0)
     ]  # fmt: skip
     second["config"] |= {"seeds": 1}
     with pytest.raises(UserError, match="suite delayed differ in more than methods"):

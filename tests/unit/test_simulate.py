@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from torch import nn
 import decoupled
 from decoupled import methods, registry
 from decoupled.errors import UserError
+from decoupled.runtime.contract import Observer
 from decoupled.runtime.timing import Timing
 from decoupled.simulate import Load, simulate
+from decoupled.simulate.path import CriticalPath
 from decoupled.testing import Tap, point
 
 
@@ -171,3 +174,30 @@ def test_held_memory_is_what_the_real_workers_hold(name: Any) -> None:
     graph = 2 * batch * width * 4  # input and output of a linear layer
     load = Load(activation=batch * width * 4, graph=graph, weights=4 * width * (width + 1))
     assert simulate(name, K, 12, load=load).held == pytest.approx(real)
+
+
+def test_the_garbage_collector_is_left_as_it_was_and_alone_where_somebody_looks_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+
+    class Looking(Observer):
+        def operation(self, actor: str, operation: str, start: float, end: float) -> None:
+            seen.append(gc.isenabled())
+
+    class Path(CriticalPath):
+        def operation(self, actor: str, operation: str, start: float, end: float) -> None:
+            seen.append(gc.isenabled())
+
+    simulate("pipedream", 2, 2, observers=[Looking()])
+    assert set(seen) == {True}
+    seen.clear()
+    monkeypatch.setattr("decoupled.simulate.CriticalPath", Path)
+    simulate("pipedream", 2, 2)
+    assert set(seen) == {False} and gc.isenabled()
+    gc.disable()
+    try:
+        simulate("pipedream", 2, 2)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
